@@ -1,0 +1,327 @@
+"""What a run is made of: frozen dataclasses, one per owner, checked when they are built.
+
+Only the standard library is imported. allnc/options.py turns configurations into dictionaries and back; the
+command line (allnc/train.py) builds the same classes from a YAML recipe and dotted overrides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memory as one uint8 tensor
+BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
+
+
+def _number(
+    name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise ValueError unless `value` lies in the interval; the message shows the interval as it is meant."""
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if above and below and math.isfinite(value):
+        return
+    if high == math.inf:
+        wanted = f"> {low:g}" if open_low else f">= {low:g}"
+    else:
+        wanted = f"in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    raise ValueError(f"{name} must be {wanted}; got {value}")
+
+
+def _choices(section: str, config: Any) -> None:
+    """Check every Literal field, which only the command line's parser would check otherwise."""
+    for name, hint in get_type_hints(type(config)).items():
+        allowed = get_args(hint)
+        if getattr(hint, "__origin__", None) is Literal and getattr(config, name) not in allowed:
+            raise ValueError(
+                f"{section}.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images, how many of each class, and how they are viewed and sampled.
+
+    Args:
+        name: data set; image_list reads `relative/path label` lines, image_folder torchvision's ImageFolder.
+        root: folder of the images or of the data set's own files; None looks in the usual places.
+        train_list: text file with the training images (image_list only).
+        test_list: text file with the test images (image_list only).
+        download: let torchvision download the files when they are not there.
+        imbalance: profile of the class sizes; none takes every training image.
+        imbalance_ratio: largest class size over the smallest, >= 1.
+        max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
+        subset_seed: which images make the long-tailed subset, independent of the run's seed.
+        image_size: side in pixels of the images that the network sees (large images only).
+        views: augmented views of each image in a batch, >= 1.
+        augmentation: none, shift_rotate (digits), crop_flip_cutout, autoaugment (CIFAR recipe: AutoAugment
+            and cutout in the first view, resized crop and colour jitter in the others), resized_crop (large
+            images), randaugment (large images: RandAugment in the first view).
+        rebalance_sampler: sampler of the re-balancing branch; uniform lets one batch serve both branches.
+        many: a class with more training images than this is a many-shot class.
+        few: a class with fewer training images than this is a few-shot class.
+        workers: processes that decode large images, >= 0.
+    """
+
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder"] = "digits"
+    root: str | None = None
+    train_list: str | None = None
+    test_list: str | None = None
+    download: bool = False
+    imbalance: Literal["exponential", "step", "none"] = "exponential"
+    imbalance_ratio: float = 20.0
+    max_per_class: int | None = None
+    subset_seed: int = 0
+    image_size: int = 224
+    views: int = 2
+    augmentation: Literal[
+        "none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "randaugment"
+    ] = "shift_rotate"
+    rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
+    many: int = 100
+    few: int = 20
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        _choices("data", self)
+        _number("data.imbalance_ratio", self.imbalance_ratio, 1, math.inf)
+        if self.max_per_class is not None:
+            _number("data.max_per_class", self.max_per_class, 1, math.inf)
+        _number("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
+        _number("data.image_size", self.image_size, 8, math.inf)
+        _number("data.views", self.views, 1, math.inf)
+        _number("data.workers", self.workers, 0, math.inf)
+        _number("data.few", self.few, 0, math.inf)
+        _number("data.many", self.many, self.few, math.inf)
+        if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
+            raise ValueError(
+                "data.root, data.train_list and data.test_list must be given with data.name image_list"
+            )
+        if self.name == "image_folder" and not self.root:
+            raise ValueError(
+                "data.root must be given with data.name image_folder: a folder with train/ and val/ or test/"
+            )
+        if self.name != "image_list" and (self.train_list or self.test_list):
+            raise ValueError(
+                f"data.train_list and data.test_list are read by image_list only; got data.name {self.name}"
+            )
+        small = self.name in SMALL_SETS
+        if small and self.augmentation in ("resized_crop", "randaugment"):
+            raise ValueError(
+                "data.augmentation must be none, shift_rotate, crop_flip_cutout or autoaugment with "
+                f"data.name {self.name}; "
+                f"got {self.augmentation}, which is for large images"
+            )
+        if not small and self.augmentation not in ("none", "resized_crop", "randaugment"):
+            raise ValueError(
+                f"data.augmentation must be none, resized_crop or randaugment with data.name {self.name}; "
+                f"got {self.augmentation}, which is for small images held in memory"
+            )
+        if self.name in ("digits", "image_list", "image_folder") and self.download:
+            raise ValueError(
+                f"data.download must be false with data.name {self.name}; got true: nothing to download"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network: an encoder and the heads that the loss asks for.
+
+    Args:
+        name: resnetD, the CIFAR ResNet of depth D = 6n + 2 (8, 20, 32, 44, 56 ...), or timm:NAME.
+        width: channels of the first of the three stages of a CIFAR ResNet, >= 1 (features have 4 x width).
+        shortcut: CIFAR ResNet only: A pads with zero channels (as He et al.), B projects with a 1 x 1
+            convolution.
+        pretrained: start a timm model from its published weights.
+        heads: shared, one classifier for both branches; separate, one each (the re-balancing one predicts).
+        classifier: linear, or normalised (scaled cosine between features and class vectors).
+        classifier_scale: factor of the cosine of a normalised classifier, > 0.
+        projection_hidden: hidden width of the projection head (softmax HyCon); None takes the feature width.
+        projection_dim: width D of the projection (softmax HyCon).
+    """
+
+    name: str = "resnet20"
+    width: int = 16
+    shortcut: Literal["A", "B"] = "A"
+    pretrained: bool = False
+    heads: Literal["shared", "separate"] = "shared"
+    classifier: Literal["linear", "normalised"] = "linear"
+    classifier_scale: float = 16.0
+    projection_hidden: int | None = None
+    projection_dim: int = 128
+
+    def __post_init__(self) -> None:
+        _choices("model", self)
+        _number("model.width", self.width, 1, math.inf)
+        _number("model.classifier_scale", self.classifier_scale, 0, math.inf, open_low=True)
+        if self.projection_hidden is not None:
+            _number("model.projection_hidden", self.projection_hidden, 1, math.inf)
+        _number("model.projection_dim", self.projection_dim, 1, math.inf)
+        if self.name.startswith("timm:") and len(self.name) > 5:
+            return
+        depth = self.name.removeprefix("resnet")
+        if not (
+            self.name.startswith("resnet") and depth.isdecimal() and int(depth) >= 8 and int(depth) % 6 == 2
+        ):
+            raise ValueError(
+                f"model.name must be resnetD with D = 6n + 2 (resnet8, resnet20, resnet32 ...) or timm:NAME; "
+                f"got {self.name!r} (the large-image ResNet-50 is timm:resnet50)"
+            )
+        if self.pretrained:
+            raise ValueError(
+                f"model.pretrained needs a timm:NAME model; got {self.name}, which has no published weights"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The loss: AllNC with its parts, or one classification loss alone.
+
+    Args:
+        name: allnc, or the baseline trained on the uniform branch alone.
+        hycon: form of HyCon: softmax (projected, with negatives), cosine (positives only) or none.
+        hycon_weight: weight of HyCon beside P2P on the means, >= 0.
+        alpha: weight of HyCon and P2P on the means against classification, >= 0.
+        temperature: temperature of softmax HyCon, > 0.
+        mean_weight: weight of the own class mean among the positives of softmax HyCon, >= 0.
+        balance: column weights of softmax HyCon: class (each class counts once) or none (as SupCon).
+        ema_momentum: share of the old class mean kept at each step, in [0, 1).
+        mean_gradient: gradient through the class means: exact, or straight_through (that of the batch mean).
+        p2p_means: weight of P2P between the class means, >= 0.
+        p2p_weights: weight of P2P between the classifier's vectors, >= 0.
+        p2p_duality: weight of P2P between means and classifier vectors, >= 0.
+        p2p_target: etf (simplex), softmax (separation, for more classes than features), or auto.
+        p2p_temperature: temperature of P2P's softmax target, > 0.
+        rebalance: loss of the re-balancing branch.
+        gamma: exponent of the schedule: eta = 1 - min(1, progress / horizon) ** gamma, > 0.
+        horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 0: from the
+            start.
+        backend: implementation of the ops; auto takes the fastest that can run.
+    """
+
+    name: Literal["allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "allnc"
+    hycon: Literal["softmax", "cosine", "none"] = "cosine"
+    hycon_weight: float = 1.0
+    alpha: float = 1.0
+    temperature: float = 0.1
+    mean_weight: float = 1.0
+    balance: Literal["class", "none"] = "class"
+    ema_momentum: float = 0.9
+    mean_gradient: Literal["exact", "straight_through"] = "straight_through"
+    p2p_means: float = 1.0
+    p2p_weights: float = 1.0
+    p2p_duality: float = 1.0
+    p2p_target: Literal["auto", "etf", "softmax"] = "auto"
+    p2p_temperature: float = 0.1
+    rebalance: Literal["logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
+    gamma: float = 2.0
+    horizon: float = 0.3
+    backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        _choices("loss", self)
+        for name in ("hycon_weight", "alpha", "mean_weight", "p2p_means", "p2p_weights", "p2p_duality"):
+            _number(f"loss.{name}", getattr(self, name), 0, math.inf)
+        for name in ("temperature", "p2p_temperature", "gamma"):
+            _number(f"loss.{name}", getattr(self, name), 0, math.inf, open_low=True)
+        _number("loss.ema_momentum", self.ema_momentum, 0, 1, open_high=True)
+        _number("loss.horizon", self.horizon, 0, 1)
+
+    @property
+    def head(self) -> Literal["projection", "predictor"] | None:
+        """The head that the loss reads beside the classifier."""
+        if self.name != "allnc" or self.hycon == "none":
+            return None
+        return "projection" if self.hycon == "softmax" else "predictor"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The optimisation.
+
+    Args:
+        epochs: passes over the training set, >= 1.
+        batch_size: images (not views) in a step, >= 2.
+        lr: peak learning rate, > 0.
+        momentum: Nesterov momentum of SGD, in [0, 1).
+        weight_decay: L2 penalty of matrices and kernels (not of biases or normalisation), >= 0.
+        warmup_epochs: epochs of linear warm-up, >= 0 (fractions allowed); at most half of all epochs are
+            used.
+        schedule: cosine to zero by step, or step (x 0.1 at the milestones).
+        milestones: epochs after which the step schedule divides the rate by ten.
+        grad_clip: largest norm of the whole gradient; None does not clip.
+        precision: autocast type; auto takes bf16 where the device has it in hardware (CPU: AVX512-BF16 or
+            AMX), else fp16 on a GPU and fp32 on a CPU.
+        device: auto takes a GPU when there is one.
+        channels_last: memory order of the images; faster for convolutions on CPU and GPU.
+        eval_every: epochs between measurements of the test accuracy, >= 1 (the last epoch is always
+            measured).
+        collapse_every: epochs between measurements of neural collapse on the training set, 0: only after
+            the last.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 1.0
+    schedule: Literal["cosine", "step"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    grad_clip: float | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    channels_last: bool = True
+    eval_every: int = 1
+    collapse_every: int = 5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        _choices("train", self)
+        _number("train.epochs", self.epochs, 1, math.inf)
+        _number("train.batch_size", self.batch_size, 2, math.inf)
+        _number("train.lr", self.lr, 0, math.inf, open_low=True)
+        _number("train.momentum", self.momentum, 0, 1, open_high=True)
+        _number("train.weight_decay", self.weight_decay, 0, math.inf)
+        _number("train.warmup_epochs", self.warmup_epochs, 0, math.inf)
+        if self.grad_clip is not None:
+            _number("train.grad_clip", self.grad_clip, 0, math.inf, open_low=True)
+        _number("train.eval_every", self.eval_every, 1, math.inf)
+        _number("train.collapse_every", self.collapse_every, 0, math.inf)
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"train.milestones must be given with train.schedule step, and only then; "
+                f"got schedule {self.schedule} and milestones {list(self.milestones)}"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"train.milestones must increase; got {list(self.milestones)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole run.
+
+    Args:
+        data: the images.
+        model: the network.
+        loss: the loss.
+        train: the optimisation.
+        seed: seed of the weights, the batches and the augmentation, in [0, 2**32).
+        out: run folder; None makes runs/RECIPE-LOSS-seedSEED, with a number behind it if that exists.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        _number("seed", self.seed, 0, 2**32 - 1)
+        if self.loss.name == "allnc" and self.loss.hycon == "cosine" and self.data.views != 2:
+            raise ValueError(f"data.views must be 2 with loss.hycon cosine; got {self.data.views}")
+
+
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "train": TrainConfig}

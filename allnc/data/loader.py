@@ -1,0 +1,173 @@
+"""Batches of views: from memory with whole-batch augmentation, or from worker processes, behind one
+interface.
+
+Legend: B images of the uniform branch, R of the re-balancing branch (0 when one batch serves both), V views,
+N = V (B + R) rows. Rows are view-major: row v (B + R) + b is view v of image b, and the uniform branch's images
+come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from allnc.config import BATCH_AUGMENTATIONS, DataConfig
+from allnc.data.samplers import generator, rebalanced_order, uniform_order
+from allnc.data.sources import ImageSet
+from allnc.data.views import augment_batch, image_transforms, normalise
+
+
+class Batch(NamedTuple):
+    """Views of one step; `num_uniform` and `num_rebalance` count images, B and R."""
+
+    images: Tensor  # [N, c, H, W] float32
+    labels: Tensor  # [N] int64
+    num_uniform: int
+    num_rebalance: int
+
+    def branch(self, values: Tensor, *, rebalance: bool) -> Tensor:
+        """Return the rows of one branch, view-major; all rows when one batch serves both branches."""
+        if self.num_rebalance == 0:
+            return values
+        by_view = values.unflatten(0, (-1, self.num_uniform + self.num_rebalance))  # [V, B + R, ...]
+        return (by_view[:, self.num_uniform :] if rebalance else by_view[:, : self.num_uniform]).flatten(0, 1)
+
+
+class TrainLoader:
+    """Endless supply of epochs of augmented batches; an epoch depends on (seed, epoch) only.
+
+    Args:
+        images: the training set.
+        config: views, augmentation and samplers.
+        batch_size: images of the uniform branch in a batch, B.
+        seed: of the order and the augmentation.
+        two_batches: draw a second batch of the same size for the re-balancing branch.
+        device: where batches are wanted.
+
+    Raises:
+        ValueError: fewer images than one batch (an incomplete last batch is left out).
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        two_batches: bool,
+        device: torch.device,
+    ) -> None:
+        if len(images) < batch_size:
+            raise ValueError(
+                f"train.batch_size must be <= {len(images)}, the number of training images; got {batch_size}"
+            )
+        self.set, self.config, self.seed, self.device = images, config, seed, device
+        self.batch_size, self.two_batches = batch_size, two_batches
+        self.counts = images.class_counts
+        self.in_memory = images.images is not None and config.augmentation in BATCH_AUGMENTATIONS
+        self.pixels = images.images.to(device) if images.images is not None and self.in_memory else None
+        self.workers = None if self.in_memory else _ViewDataset(images, config, train=True)
+
+    def __len__(self) -> int:
+        return len(self.set) // self.batch_size
+
+    def indices(self, epoch: int) -> Tensor:
+        """Return the images of each batch of an epoch, [batches, B + R]."""
+        count = len(self) * self.batch_size
+        order = uniform_order(len(self.set), self.seed, epoch)[:count].view(-1, self.batch_size)
+        if not self.two_batches:
+            return order
+        sampler = self.config.rebalance_sampler
+        second = rebalanced_order(self.set.labels, self.counts, sampler, count, self.seed, epoch)
+        return torch.cat([order, second.view(-1, self.batch_size)], dim=1)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch (0-based), on the device."""
+        views, num_rebalance = self.config.views, self.batch_size if self.two_batches else 0
+        batches = self.indices(epoch)
+        images = self._from_memory(batches, epoch) if self.in_memory else self._from_workers(batches, epoch)
+        for index, pixels in zip(batches, images, strict=True):
+            labels = self.set.labels[index].repeat(views).to(self.device)
+            yield Batch(pixels, labels, self.batch_size, num_rebalance)
+
+    def _from_memory(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
+        assert self.pixels is not None
+        random = generator(self.seed, "augment", epoch)
+        for index in batches:
+            repeated = self.pixels[index.to(self.device)].repeat(self.config.views, 1, 1, 1)
+            yield augment_batch(repeated, self.config.augmentation, self.set.mean, self.set.std, random)
+
+    def _from_workers(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
+        assert self.workers is not None
+        seeds = torch.randint(2**62, batches.shape, generator=generator(self.seed, "augment", epoch))
+        plan = [list(zip(i.tolist(), s.tolist(), strict=True)) for i, s in zip(batches, seeds, strict=True)]
+        for stacked in _data_loader(self.workers, plan, self.config.workers, self.device):
+            yield stacked.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)  # [N, c, H, W]
+
+
+def plain_batches(
+    images: ImageSet, config: DataConfig, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every image once, in order, not augmented: ([n, c, H, W] float32, [n] int64) on the device."""
+    starts = range(0, len(images), batch_size)
+    if images.images is not None:
+        for start in starts:
+            part = images.images[start : start + batch_size].to(device)
+            yield (
+                normalise(part, images.mean, images.std),
+                images.labels[start : start + batch_size].to(device),
+            )
+        return
+    plan = [[(i, 0) for i in range(s, min(s + batch_size, len(images)))] for s in starts]
+    loader = _data_loader(_ViewDataset(images, config, train=False), plan, config.workers, device)
+    for start, stacked in zip(starts, loader, strict=True):
+        labels = images.labels[start : start + batch_size]
+        yield stacked.to(device, non_blocking=True).flatten(0, 1), labels.to(device)
+
+
+class _ViewDataset(Dataset[Tensor]):
+    """Maps (index, seed) to the views [V, c, H, W] of an image; with the seed, no worker matters."""
+
+    def __init__(self, images: ImageSet, config: DataConfig, *, train: bool) -> None:
+        size = config.image_size if images.images is None else images.images.shape[-1]
+        self.set, self.num_views = images, config.views if train else 1
+        self.first, self.others = image_transforms(
+            config.augmentation, size, images.mean, images.std, train=train
+        )
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        index, seed = key
+        image = self._read(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return torch.stack(
+                [(self.first if v == 0 else self.others)(image) for v in range(self.num_views)]
+            )
+
+    def _read(self, index: int) -> Tensor | Image.Image:
+        if self.set.images is not None:
+            return self.set.images[index]
+        path = self.set.paths[index]
+        try:
+            with Image.open(path) as file:
+                return file.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{path} must be a readable image; got: {error}") from error
+
+
+def _data_loader(
+    dataset: _ViewDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device
+) -> DataLoader[Tensor]:
+    return DataLoader(
+        dataset,
+        batch_sampler=plan,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
+    )

@@ -1,0 +1,128 @@
+"""Augmented views: whole batches of small images at once, or one large image at a time in worker processes.
+
+Legend: N images or views in a batch, c channels, H, W height and width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+PADDING = 4  # pixels, for images of 28 or 32
+CUTOUT = 0.5  # side of the square that is cut out, as a share of the image's
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Scale uint8 pixels to [0, 1], then subtract the mean and divide by the deviation of each channel."""
+    shift = torch.tensor(mean, device=images.device)[:, None, None] * 255
+    scale = torch.tensor(std, device=images.device)[:, None, None] * 255
+    return (images.float() - shift) / scale  # [N, c, H, W]
+
+
+def augment_batch(
+    images: Tensor, kind: str, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator
+) -> Tensor:
+    """Augment and normalise a batch of small images, each in its own random way.
+
+    Args:
+        images: [N, c, H, W], uint8, on any device.
+        kind: none, shift_rotate (shift by up to a pixel in eight, rotate by up to 15 degrees, scale by up
+            to a tenth) or crop_flip_cutout (shift by up to 4 pixels, mirror, blank a square of half the
+            side).
+        mean, std: of the pixels scaled to [0, 1], by channel.
+        generator: CPU generator that decides everything, so that a GPU sees the same views.
+
+    Returns:
+        [N, c, H, W], float32.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind == "none":
+        return normalise(images, mean, std)
+    if kind == "shift_rotate":
+        return _shift_rotate(normalise(images, mean, std), generator)
+    if kind != "crop_flip_cutout":
+        raise ValueError(f"kind must be none, shift_rotate or crop_flip_cutout; got {kind!r}")
+    return _cutout(normalise(_crop_flip(images, generator), mean, std), generator)
+
+
+def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Take a random window of each zero-padded image, mirrored half of the time."""
+    n, _, height, width = images.shape
+    device = images.device
+    top, left = torch.randint(0, 2 * PADDING + 1, (2, n, 1), generator=generator).to(device)  # [N, 1] each
+    mirrored = (torch.rand(n, 1, generator=generator) < 0.5).to(device)
+    rows = top + torch.arange(height, device=device)  # [N, H]
+    columns = torch.arange(width, device=device)
+    columns = left + torch.where(mirrored, width - 1 - columns, columns)  # [N, W]
+    padded = torch.nn.functional.pad(images, (PADDING,) * 4)
+    batch = torch.arange(n, device=device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Set a square at a random place, partly outside maybe, to the mean pixel (0 after normalising)."""
+    n, _, height, width = images.shape
+    device = images.device
+    centre = torch.rand(2, n, 1, generator=generator).to(device)  # share of the side
+    half = CUTOUT / 2
+    rows = ((torch.arange(height, device=device) + 0.5) / height - centre[0]).abs() < half  # [N, H]
+    columns = ((torch.arange(width, device=device) + 0.5) / width - centre[1]).abs() < half  # [N, W]
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+def _shift_rotate(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate, scale and shift each image about its centre; pixels from outside repeat the border."""
+    n = len(images)
+    draws = torch.rand(4, n, generator=generator) * 2 - 1  # each in [-1, 1]
+    angle, scale = draws[0] * math.radians(15), 1 + 0.1 * draws[1]
+    cosine, sine = scale * angle.cos(), scale * angle.sin()
+    shift = draws[2:] * 0.25  # the image is 2 wide in these coordinates: one pixel in eight
+    rows = (
+        torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(n, 2, 3).to(images.device)
+    )
+    grid = torch.nn.functional.affine_grid(rows, list(images.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def image_transforms(
+    kind: str, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, train: bool
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return the pipelines (torchvision.transforms.v2) of the first view and of all others, one image at a
+    time.
+
+    Args:
+        kind: an augmentation of DataConfig; autoaugment for small uint8 tensors, the rest for PIL images.
+        size: side of the result in pixels.
+        mean, std: of the pixels scaled to [0, 1], by channel.
+        train: False gives the plain pipeline of a test image for both: resize by 8/7, centre crop.
+
+    Returns:
+        Two modules from an image to a float32 tensor [c, size, size].
+    """
+    from torchvision.transforms import v2
+
+    last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    jitter = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+    if not train or kind == "none":
+        plain = v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), *last])
+        return plain, plain
+    if kind == "autoaugment":
+        policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+        # A square of half the side: torchvision's erasing takes the share of the area.
+        cutout = v2.RandomErasing(1.0, scale=(CUTOUT**2, CUTOUT**2), ratio=(1.0, 1.0))
+        first = v2.Compose([v2.RandomCrop(size, PADDING), v2.RandomHorizontalFlip(), policy, *last, cutout])
+        second = v2.Compose(
+            [v2.RandomResizedCrop(size, (0.2, 1.0)), v2.RandomHorizontalFlip(), *jitter, *last]
+        )
+        return first, second
+    crop = [v2.RandomResizedCrop(size, (0.08, 1.0)), v2.RandomHorizontalFlip()]
+    second = v2.Compose([*crop, *jitter, *last])
+    if kind == "resized_crop":
+        return second, second
+    if kind != "randaugment":
+        raise ValueError(f"kind must be none, autoaugment, resized_crop or randaugment; got {kind!r}")
+    return v2.Compose([*crop, *jitter, v2.RandAugment(num_ops=2, magnitude=10), *last]), second

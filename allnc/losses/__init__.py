@@ -1,0 +1,28 @@
+"""AllNC, its parts and the long-tail baselines as modules. They hold state; the ops do the work."""
+
+from allnc.losses.allnc import AllNC
+from allnc.losses.base import ClassMeans, LossOutput
+from allnc.losses.build import Classification, build_loss
+from allnc.losses.gbbn import GBBN
+from allnc.losses.hycon import HyCon, HyConCosine
+from allnc.losses.longtail import LDAM, ClassBalanced, CrossEntropy, Focal, LogitAdjusted, long_tail_loss
+from allnc.losses.p2p import P2P, P2PTerms
+
+__all__ = [
+    "GBBN",
+    "LDAM",
+    "P2P",
+    "AllNC",
+    "ClassBalanced",
+    "ClassMeans",
+    "Classification",
+    "CrossEntropy",
+    "Focal",
+    "HyCon",
+    "HyConCosine",
+    "LogitAdjusted",
+    "LossOutput",
+    "P2PTerms",
+    "build_loss",
+    "long_tail_loss",
+]

@@ -1,0 +1,98 @@
+"""How far a network has collapsed: NC1 to NC4 of a data set's features and a classifier.
+
+The formulas are in `allnc.metrics.measures`; NC4, the share of samples whose predicted class is not that of
+the nearest class mean, needs the samples themselves.
+
+Legend: N samples, F features, C classes, K of them present.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from allnc.metrics.accumulate import CollapseAccumulator
+from allnc.metrics.measures import Center, Within
+from allnc.ops._common import check_floating, check_labels, check_shape
+
+_CHUNK_ENTRIES = 1 << 24  # 128 MB in float64: the part of the features or of the logits converted at a time
+
+
+def collapse(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logits: Tensor | None = None,
+    *,
+    center: Center = "class",
+    within: Within = "classes",
+) -> dict[str, float]:
+    """All measures of neural collapse of a data set's features and a classifier.
+
+    Classes without a sample have no mean: they are left out everywhere, and "classes" says how many were
+        measured.
+
+    Args:
+        features: [N, F] floating, the classifier's input, without augmentation.
+        labels: [N] int64 in [0, C).
+        weight: [C, F] floating, classifier weight.
+        bias: [C] or None; only for NC4, when logits are not given.
+        logits: [N, C] the network's own, bias included; default: features weightᵀ + bias.
+        center: global mean, "class" (mean of the class means) or "samples".
+        within: within-class covariance, averaged over "classes" or "pooled" over samples.
+
+    Returns:
+        Python floats by name; lower is nearer to collapse unless said otherwise:
+        classes: K, number of classes present.
+        nc1, trace_ratio, cdnv: tr(Σ_W Σ_B⁺)/K, tr Σ_W / tr Σ_B, and the mean over pairs of classes of
+            (var_c + var_c') / (2 ‖μ_c - μ_c'‖²). Infinite where means coincide.
+        nc2_means, nc2_weights: distance of the normalised Gram matrix to the simplex ETF's.
+        equinorm_means, equinorm_weights: std/mean of the vectors' lengths.
+        cosine_mean_*, cosine_std_*: of the cosines of all pairs; ideal -1/(K-1) and 0.
+        equiangular_means, equiangular_weights: mean of abs(cos + 1/(K-1)).
+        nc3, nc3_product, nc3_cosine: ‖W/‖W‖ - M/‖M‖‖, ‖WMᵀ/‖WMᵀ‖ - E‖, mean of 1 - cos(w_c, m_c).
+        nc4: share in [0, 1].
+        Only if F < K - 1, where no simplex ETF exists: cosine_max_* and cosine_rms_* against
+        tight_frame_floor = sqrt((K-F)/(F(K-1))), and energy_*, the mean inverse distance of the unit
+        vectors.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes or labels, or fewer than two classes present.
+
+    Source: Papyan, Han & Donoho, PNAS 2020 (NC1-NC4); Zhu et al., NeurIPS 2021 (normalised Gram); Galanti
+        et al., ICLR 2022 (CDNV); Jiang et al., ICML 2024 (F < C - 1).
+    """
+    check_floating("features", features)
+    check_shape("features", features, ("N", "F"))
+    check_labels(labels, features.shape[0])
+    check_floating("weight", weight)
+    check_shape("weight", weight, ("C", features.shape[1]))
+    num_classes, num_rows = weight.shape[0], features.shape[0]
+    if bias is not None:
+        check_shape("bias", bias, (num_classes,))
+    if logits is not None:
+        check_shape("logits", logits, (num_rows, num_classes))
+    inside = (labels >= 0) & (labels < num_classes)
+    if not bool(inside.all()):
+        raise ValueError(f"labels must be in [0, {num_classes}); got {int(labels[~inside][0])}")
+    accumulator = CollapseAccumulator(
+        num_classes,
+        features.shape[1],
+        class_counts=torch.bincount(labels, minlength=num_classes),
+        within=within,
+        device=features.device,
+    )
+    step = max(1, _CHUNK_ENTRIES // max(weight.shape))
+    chunks = [slice(start, start + step) for start in range(0, num_rows, step)]
+    for rows in chunks:
+        accumulator.update(features[rows], labels[rows])
+    for rows in chunks:
+        predictions = _predictions(features[rows], weight, bias) if logits is None else logits[rows].argmax(1)
+        accumulator.count_disagreement(features[rows], predictions)
+    return accumulator.compute(weight, bias, center=center)
+
+
+def _predictions(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = features.detach().double() @ weight.detach().double().T
+    return (logits if bias is None else logits + bias.detach()).argmax(1)

@@ -1,0 +1,68 @@
+"""What sits on the features: classifiers, projection and predictor.
+
+Legend: N rows, F features, D columns of the projection, C classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class NormalisedClassifier(nn.Module):
+    """Scaled cosine between features and class vectors; no bias.
+
+    Args:
+        features: width F.
+        classes: number of classes C.
+        scale: factor of the cosine, > 0.
+    """
+
+    bias: None = None
+
+    def __init__(self, features: int, classes: int, *, scale: float) -> None:
+        super().__init__()
+        template = nn.Linear(features, classes, bias=False)
+        self.weight, self.scale = template.weight, scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))  # [N, C]
+
+
+class Projection(nn.Module):
+    """Two layers to the unit sphere on which softmax HyCon contrasts.
+
+    Args:
+        features: width F.
+        hidden: width of the layer between.
+        dim: width D of the result.
+    """
+
+    def __init__(self, features: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(self.layers(features).float(), dim=1)  # [N, D] unit rows, in fp32 under autocast
+
+
+class Predictor(nn.Module):
+    """Two layers from the features of one view to those of another (cosine HyCon).
+
+    Args:
+        features: width F of input, middle and result.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(features, features, bias=False),
+            nn.BatchNorm1d(features),
+            nn.ReLU(inplace=True),
+            nn.Linear(features, features),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)  # [N, F]

@@ -1,0 +1,248 @@
+"""Running class means: each batch's class means, moved into an exponential moving average that gradients pass through.
+
+With the batch sums s_c = Σ_{i: y_i = c} f_i, the counts n_c and momentum m, for every class with n_c > 0:
+
+    b_c = s_c / n_c
+    M_c <- b_c                     if class c was never seen before
+    M_c <- m M_c + (1 - m) b_c     otherwise
+    dL/df_i = k_{y_i} dL/dM_{y_i} / n_{y_i},    k = 1 for a class seen first, 1 - m otherwise
+
+Classes absent from the batch keep their mean. gradient="straight_through" has k = 1 throughout: the value is the
+moving average, the gradient that of the batch mean, which is not weakened by 1 - m.
+
+Legend: N activations, C classes, F columns (features).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from allnc.ops._common import (
+    Backend,
+    accumulation_dtype,
+    check_choice,
+    check_floating,
+    check_labels,
+    check_same_device,
+    check_seen,
+    check_shape,
+    resolve_backend,
+    validated_labels,
+)
+
+MeanGradient = Literal["exact", "straight_through"]
+
+
+def class_mean_ema_reference(
+    features: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    seen: Tensor,
+    *,
+    momentum: float = 0.9,
+    gradient: MeanGradient = "exact",
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The update as the formula is written, by autograd and without changing the state.
+
+    Arguments as in `class_mean_ema`. Arithmetic is in the accumulation type of features.
+
+    Returns:
+        Means after the batch [C, F] (differentiable in features), classes seen so far [C] bool, n_c [C] int64.
+    """
+    f = features.to(accumulation_dtype(features.dtype))  # [N, F]
+    use = labels != ignore_index  # [N]
+    row_class = labels.where(use, 0)  # [N]
+    counts = labels.new_zeros(len(means)).index_add(0, row_class, use.long())  # [C], n_c
+    sums = f.new_zeros(means.shape).index_add(0, row_class, f.where(use[:, None], 0))  # [C, F], s_c
+    batch = sums / counts.clamp(min=1)[:, None]  # [C, F], b_c
+    present = counts > 0  # [C]
+    old = means.detach().to(f.dtype)  # [C, F]
+    moved = torch.where(seen[:, None], momentum * old + (1 - momentum) * batch, batch)
+    value = torch.where(present[:, None], moved, old)
+    if gradient == "straight_through":
+        value = value.detach() + torch.where(present[:, None], batch - batch.detach(), 0)
+    return value, seen | present, counts
+
+
+@torch.library.custom_op("allnc::class_mean_ema", mutates_args=())
+def _class_mean_ema(
+    features: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    seen: Tensor,
+    momentum: float,
+    straight_through: bool,
+    ignore_index: int,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend != "eager":
+        return torch.ops.allnc_C.class_mean_ema_forward(
+            features, labels, means, seen, momentum, ignore_index, deterministic
+        )
+    with torch.autocast(features.device.type, enabled=False), _deterministic_algorithms(deterministic):
+        return class_mean_ema_reference(
+            features, labels, means, seen, momentum=momentum, ignore_index=ignore_index
+        )
+
+
+@_class_mean_ema.register_fake
+def _(features, labels, means, seen, momentum, straight_through, ignore_index, deterministic, backend):  # noqa: ANN001
+    value = means.new_empty(means.shape)
+    return value, torch.empty_like(seen), labels.new_empty(seen.shape)
+
+
+@contextlib.contextmanager
+def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Makes index_add bit-equal on CUDA, where it otherwise adds in the order the threads arrive."""
+    if not enabled or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@torch.library.custom_op("allnc::class_mean_ema_backward", mutates_args=())
+def _class_mean_ema_backward(
+    grad_value: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    seen_before: Tensor,
+    momentum: float,
+    straight_through: bool,
+    ignore_index: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    if backend != "eager":
+        return torch.ops.allnc_C.class_mean_ema_backward(
+            grad_value, labels, counts, seen_before, momentum, straight_through, ignore_index, dtype
+        )
+    use = labels != ignore_index  # [N]
+    factor = torch.ones_like(counts, dtype=grad_value.dtype)  # [C], k
+    if not straight_through:
+        factor = factor.masked_fill(seen_before, 1 - momentum)
+    share = grad_value * (factor / counts.clamp(min=1))[:, None]  # [C, F]
+    return share.to(dtype)[labels.where(use, 0)].masked_fill(~use[:, None], 0)  # [N, F]
+
+
+@_class_mean_ema_backward.register_fake
+def _(grad_value, labels, counts, seen_before, momentum, straight_through, ignore_index, dtype, backend):  # noqa: ANN001
+    return grad_value.new_empty(len(labels), grad_value.shape[1], dtype=dtype)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
+    features, labels, _, seen, ctx.momentum, ctx.straight_through, ctx.ignore_index, _, ctx.backend = inputs
+    _, _, counts = output
+    ctx.dtype = features.dtype
+    ctx.save_for_backward(labels, counts, seen.clone())  # a copy: the caller updates `seen` in place
+
+
+def _autograd(ctx, grad_value: Tensor, _grad_seen: object, _grad_counts: object):  # noqa: ANN001, ANN202
+    labels, counts, seen_before = ctx.saved_tensors
+    grad_features = torch.ops.allnc.class_mean_ema_backward(
+        grad_value,
+        labels,
+        counts,
+        seen_before,
+        ctx.momentum,
+        ctx.straight_through,
+        ctx.ignore_index,
+        ctx.dtype,
+        ctx.backend,
+    )
+    return grad_features, None, None, None, None, None, None, None, None
+
+
+_class_mean_ema.register_autograd(_autograd, setup_context=_save_for_backward)
+
+
+def class_mean_ema(
+    features: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    seen: Tensor,
+    *,
+    momentum: float = 0.9,
+    gradient: MeanGradient = "exact",
+    ignore_index: int = -100,
+    deterministic: bool | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Move a batch into the running class means and return the new means, differentiable in the features.
+
+    Args:
+        features: [N, F] float16, bfloat16, float32 or float64; N may be 0.
+        labels: [N] int64 in [0, C), or `ignore_index` for rows that take no part.
+        means: [C, F] the running means, float32 (float64 for float64 features). Updated in place.
+        seen: [C] bool, classes that have a mean. Updated in place.
+        momentum: m in [0, 1), share of the old mean that is kept.
+        gradient: "exact", or "straight_through" for the gradient of the batch means (k = 1).
+        ignore_index: label of rows that take no part.
+        deterministic: bit-equal results on every run; None follows torch.are_deterministic_algorithms_enabled().
+            The CPU is always deterministic.
+        backend: "auto" (fastest that can run), "eager", "cpp" (CPU) or "cuda".
+
+    Returns:
+        [C, F] the means after the batch in the type of `means`; shares no memory with it.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, type, range or device. A label out of range
+            is a ValueError on the CPU and a device-side assertion on CUDA, where values are not waited for.
+        RuntimeError: the requested backend is not available.
+
+    Source: ours, after AllNC (arXiv 2408.07253).
+    """
+    _check(features, labels, means, seen, momentum, gradient)
+    backend_used = resolve_backend(
+        backend, op="class_mean_ema", device=features.device, dtype=features.dtype, supported=("cpp", "cuda")
+    )
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    value, seen_after, _ = torch.ops.allnc.class_mean_ema(
+        features,
+        validated_labels(labels, len(means), ignore_index),
+        means,
+        seen,
+        float(momentum),
+        gradient == "straight_through",
+        ignore_index,
+        deterministic,
+        backend_used,
+    )
+    with torch.no_grad():
+        means.copy_(value)
+        seen.copy_(seen_after)
+    return value
+
+
+def _check(
+    features: Tensor, labels: Tensor, means: Tensor, seen: Tensor, momentum: float, gradient: str
+) -> None:
+    check_floating("features", features)
+    check_shape("features", features, ("N", "F"))
+    check_floating("means", means)
+    check_shape("means", means, ("C", features.shape[1]))
+    wanted = accumulation_dtype(features.dtype)
+    if means.dtype != wanted:
+        raise ValueError(
+            f"means must be {wanted} for {features.dtype} features; got {means.dtype}. "
+            "Keep the running means in the accumulation type, whatever type the features have"
+        )
+    if means.requires_grad:
+        raise ValueError("means must not require a gradient: it is a state that is updated in place. Use a buffer")
+    check_labels(labels, features.shape[0])
+    check_seen(seen, means.shape[0])
+    check_same_device(features=features, labels=labels, means=means, seen=seen)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1); got {momentum}")
+    check_choice("gradient", gradient, ("exact", "straight_through"))

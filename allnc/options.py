@@ -1,0 +1,98 @@
+"""Configurations as dictionaries, as dotted options, and which options a configuration never reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from allnc.config import BATCH_AUGMENTATIONS, SECTIONS, SMALL_SETS, Config, LossConfig
+
+
+def ignored_options(config: Config) -> dict[str, str]:
+    """Name the options that this configuration never reads, each with the reason.
+
+    A recipe may hold them (the same recipe serves several losses); setting one by hand is a mistake that the
+    command line refuses.
+    """
+    data, model, loss, train = config.data, config.model, config.loss, config.train
+    ignored: dict[str, str] = {}
+
+    def drop(section: str, names: str, reason: str) -> None:
+        for name in names.split():
+            ignored.setdefault(f"{section}.{name}", reason)
+
+    if loss.name != "allnc":
+        parts = " ".join(f.name for f in dataclasses.fields(LossConfig) if f.name not in ("name", "gamma"))
+        drop("loss", parts if loss.name == "focal" else f"{parts} gamma", f"loss.name is {loss.name}")
+        drop("data", "rebalance_sampler", f"loss.name {loss.name} has no re-balancing branch")
+        drop("model", "heads", f"loss.name {loss.name} has one branch and one classifier")
+    if loss.hycon != "softmax" or loss.name != "allnc":
+        drop("loss", "temperature mean_weight balance", f"loss.hycon is {loss.hycon}")
+        drop(
+            "model",
+            "projection_hidden projection_dim",
+            f"the loss has no softmax HyCon ({loss.name}, {loss.hycon})",
+        )
+    if loss.hycon == "none":
+        drop("loss", "hycon_weight", "loss.hycon is none")
+    if loss.p2p_target == "etf":
+        drop("loss", "p2p_temperature", "loss.p2p_target is etf")
+    if loss.horizon == 0:
+        drop("loss", "gamma", "loss.horizon is 0: the re-balancing branch alone from the start")
+    if model.name.startswith("timm:"):
+        drop("model", "width shortcut", f"model.name is {model.name}")
+    if model.classifier == "linear":
+        drop("model", "classifier_scale", "model.classifier is linear")
+    if data.imbalance == "none":
+        drop("data", "imbalance_ratio max_per_class subset_seed", "data.imbalance is none")
+    if data.name == "digits":
+        drop("data", "root", "the digits come with scikit-learn")
+        ignored.pop("data.subset_seed", None)  # it also splits training from test images
+    if data.name in SMALL_SETS:
+        drop("data", "image_size", f"{data.name} has its own size")
+        if data.augmentation in BATCH_AUGMENTATIONS:
+            drop("data", "workers", "small images are augmented in whole batches")
+    if train.schedule == "cosine":
+        drop("train", "milestones", "train.schedule is cosine")
+    return ignored
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain dictionaries, lists, strings and numbers (for YAML and JSON)."""
+    values = dataclasses.asdict(config)
+    values["train"]["milestones"] = list(config.train.milestones)
+    return values
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Build a configuration from what `to_dict` returned.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one) or a value out of range.
+    """
+    arguments: dict[str, Any] = dict(values)
+    _known("", Config, arguments)
+    for name, section in SECTIONS.items():
+        if name in arguments:
+            _known(f"{name}.", section, arguments[name])
+            arguments[name] = section(**arguments[name])
+    return Config(**arguments)
+
+
+def option_names() -> list[str]:
+    """Return every option of a configuration in dotted form, such as `train.epochs`."""
+    names = ["seed", "out"]
+    for name, section in SECTIONS.items():
+        names += [f"{name}.{f.name}" for f in dataclasses.fields(section)]
+    return names
+
+
+def _known(prefix: str, cls: type, values: Mapping[str, Any]) -> None:
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ValueError(f"{prefix}{key} is not an option{hint}")

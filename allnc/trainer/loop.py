@@ -1,0 +1,303 @@
+"""Training from the first step to the summary, in the order in which it happens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from allnc.config import Config
+from allnc.data import Batch, TrainLoader, load
+from allnc.losses.build import build_loss
+from allnc.metrics.plots import plot_angles, plot_curves
+from allnc.models import build_model
+from allnc.options import to_dict
+from allnc.trainer import checkpoint
+from allnc.trainer.measure import accuracy, neural_collapse
+from allnc.trainer.optim import build_optimizer, learning_rate
+from allnc.trainer.runlog import RunLog, final_table, finite
+from allnc.trainer.runtime import (
+    git_commit,
+    pick_device,
+    pick_precision,
+    random_state,
+    restore_random_state,
+    seed_everything,
+    versions,
+)
+
+CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for a GPU
+SUMMARY, CONFIG, PLOTS = "summary.json", "config.yaml", "plots"
+
+
+class DivergenceError(ValueError):
+    """The loss stopped being a number."""
+
+
+class Run:
+    """Everything that a configuration becomes: data, model, loss, optimiser, and how far they are.
+
+    Args:
+        config: the configuration.
+
+    Raises:
+        ValueError: the configuration asks for what is not there (files, device, model).
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = pick_device(config.train)
+        self.dtype = pick_precision(config.train, self.device)
+        if self.device.type == "cpu":
+            torch.set_flush_denormal(True)  # denormals of a nearly perfect fit slow CPU kernels tenfold
+        seed_everything(config.seed)
+        self.train_set, self.test_set = load(config.data)
+        self.counts = self.train_set.class_counts
+        if int(self.counts.min()) == 0:
+            raise ValueError(
+                f"the training set must have an image of every class; class {int(self.counts.argmin())} "
+                "has none"
+            )
+
+        two_branches = config.loss.name == "allnc"
+        self.loader = TrainLoader(
+            self.train_set,
+            config.data,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            two_batches=two_branches and config.data.rebalance_sampler != "uniform",
+            device=self.device,
+        )
+        model = build_model(
+            config.model,
+            in_channels=self.train_set.channels,
+            num_classes=self.train_set.num_classes,
+            head=config.loss.head,
+            two_branches=two_branches,
+        )
+        self.memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.model = model.to(self.device).to(memory_format=self.memory)
+        self.loss = build_loss(
+            config.loss,
+            class_counts=self.counts,
+            feature_dim=model.feature_dim,
+            projection_dim=config.model.projection_dim,
+        ).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.train)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.epoch = 0  # epochs done
+        self.seconds = {"total": 0.0, "training": 0.0}
+        self.best = 0.0
+        self.final: tuple[dict[str, Any], torch.Tensor] | None = (
+            None  # what was measured after the last epoch
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint of the epochs done."""
+        training = {
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+            "seconds": self.seconds,
+            "best": self.best,
+        }
+        checkpoint.save(
+            folder, self.config, epoch=self.epoch, model=self.model.state_dict(), training=training
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Continue from the checkpoint in a run folder."""
+        state = checkpoint.load_state(folder)
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        restore_random_state(state["random"])
+        self.epoch, self.seconds, self.best = state["epoch"], state["seconds"], state["best"]
+
+    def measure(self) -> tuple[dict[str, Any], torch.Tensor]:
+        """Return accuracy by shot (test set) with collapse (training set), and the class means [C, F]."""
+        shots = accuracy(self.model, self.test_set, self.counts, self.config.data, self.device)
+        collapse, means = neural_collapse(self.model, self.train_set, self.config.data, self.device)
+        return {**shots, **collapse}, means
+
+    def conventions(self) -> dict[str, Any]:
+        """Return what the measured numbers refer to: epochs done, and the limits of many and few."""
+        return {"epochs": self.epoch, "many_above": self.config.data.many, "few_below": self.config.data.few}
+
+
+def train(config: Config, folder: Path, console: Console, *, resume: bool = False) -> dict[str, Any]:
+    """Train, measure and leave a run folder.
+
+    Args:
+        config: the configuration.
+        folder: run folder, made when it does not exist.
+        console: where lines, the progress bar and the table go.
+        resume: continue from the folder's checkpoint.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        ValueError: the configuration asks for what is not there; DivergenceError when the loss is not finite.
+        KeyboardInterrupt: passed on; the checkpoint of the last whole epoch is in the folder.
+    """
+    run = Run(config)
+    if resume:
+        run.restore(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomic(
+        folder / CONFIG, lambda p: p.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    )
+    console.print(_headline(run, folder), soft_wrap=True, highlight=False)
+
+    with RunLog(folder, console, epochs=config.train.epochs, done=run.epoch) as log:
+        while run.epoch < config.train.epochs:
+            started = time.perf_counter()
+            record: dict[str, Any] = {"epoch": run.epoch + 1}
+            record |= train_epoch(run, log)
+            run.seconds["training"] += time.perf_counter() - started
+            run.epoch += 1
+            record |= _measurements(run)
+            run.best = max(run.best, record.get("accuracy", 0.0))
+            record["seconds"] = time.perf_counter() - started
+            run.seconds["total"] += record["seconds"]
+            log.epoch(
+                record
+            )  # before the checkpoint: a record too many is dropped on resuming, one too few is lost
+            run.save(folder)
+        records = log.records
+    return _finish(run, folder, records, console)
+
+
+def _measurements(run: Run) -> dict[str, Any]:
+    """Measure what is due after the epochs done; everything after the last."""
+    config = run.config.train
+    if run.epoch == config.epochs:
+        run.final = run.measure()
+        return run.final[0]
+    measured: dict[str, Any] = {}
+    if run.epoch % config.eval_every == 0:
+        measured |= accuracy(run.model, run.test_set, run.counts, run.config.data, run.device)
+    if config.collapse_every and run.epoch % config.collapse_every == 0:
+        measured |= neural_collapse(run.model, run.train_set, run.config.data, run.device)[0]
+    return measured
+
+
+def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
+    """Run one epoch and return the mean loss, the mean of its parts, and the last learning rate."""
+    config, steps = run.config.train, len(run.loader)
+    run.model.train()
+    sums: dict[str, torch.Tensor] = {}
+    rate = 0.0
+    log.start_epoch(run.epoch + 1, steps)
+    for index, batch in enumerate(run.loader.epoch(run.epoch)):
+        step = run.epoch * steps + index
+        rate = learning_rate(config, step, steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        total, parts = forward(run, batch, progress=step / (config.epochs * steps))
+        run.scaler.scale(total).backward()
+        if config.grad_clip is not None:
+            run.scaler.unscale_(run.optimizer)
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        for name, value in {"loss": total.detach(), **parts}.items():
+            sums[name] = sums.get(name, 0) + value
+        if (index + 1) % CHECK_EVERY == 0 or index + 1 == steps:
+            _check_finite(sums, run.epoch + 1, index + 1)
+        log.step()
+    means = {name: float(value) / steps for name, value in sums.items()}
+    named = {n if n in ("loss", "eta") else f"loss_{n}": v for n, v in means.items()}
+    return named | {"lr": rate}
+
+
+def forward(run: Run, batch: Batch, *, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss of a batch and its parts; the model runs under autocast, the loss in fp32."""
+    images = batch.images.contiguous(memory_format=run.memory)
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        output = run.model(images)
+    result = run.loss(
+        output.features.float(),
+        batch.labels,
+        run.model.classifier_weight,
+        (
+            batch.branch(output.logits_uniform.float(), rebalance=False),
+            batch.branch(batch.labels, rebalance=False),
+        ),
+        (
+            batch.branch(output.logits_rebalance.float(), rebalance=True),
+            batch.branch(batch.labels, rebalance=True),
+        ),
+        progress,
+        z=output.z,
+        h=None if output.h is None else output.h.float(),
+        num_views=run.config.data.views,
+    )
+    return result.total, result.parts
+
+
+def _check_finite(sums: dict[str, torch.Tensor], epoch: int, step: int) -> None:
+    if torch.isfinite(sums["loss"]):
+        return
+    broken = [
+        name for name, value in sums.items() if name != "loss" and not torch.isfinite(torch.as_tensor(value))
+    ]
+    raise DivergenceError(
+        f"the loss must stay finite; got {float(sums['loss'])} by epoch {epoch}, step {step}"
+        f"{' in ' + ', '.join(broken) if broken else ''}: lower train.lr, lengthen train.warmup_epochs, set "
+        "train.grad_clip, or use train.precision fp32"
+    )
+
+
+def _headline(run: Run, folder: Path) -> str:
+    config, counts = run.config, run.counts
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    number = str(run.dtype).removeprefix("torch.")
+    return (
+        f"{config.data.name}: {len(run.train_set)} training images ({int(counts.max())} to "
+        f"{int(counts.min())} a class), "
+        f"{len(run.test_set)} test images; {config.model.name}, {parameters:.2f} M parameters; loss "
+        f"{config.loss.name}; "
+        f"{run.device.type}, {number}; {folder}"
+    )
+
+
+def _finish(run: Run, folder: Path, records: list[dict[str, Any]], console: Console) -> dict[str, Any]:
+    """Write summary and plots of the last epoch."""
+    config = run.config
+    measured, means = run.final or run.measure()  # a finished run that is resumed has not measured yet
+    images = config.train.epochs * len(run.loader) * run.loader.batch_size
+    summary = {
+        **{name: finite(value) for name, value in measured.items()},
+        "best_accuracy": run.best,
+        "seconds": run.seconds["total"],
+        "images_per_second": images / run.seconds["training"],
+        "seed": config.seed,
+        **run.conventions(),
+        "class_counts": run.counts.tolist(),
+        "device": run.device.type,
+        "precision": str(run.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+    plots = folder / PLOTS
+    plots.mkdir(exist_ok=True)
+    plot_angles(means, run.model.classifier_weight.detach(), plots / "angles.png")
+    plot_curves(records, plots / "curves.png")
+    checkpoint.write_json(folder / SUMMARY, summary)
+    console.print(final_table(summary))
+    console.print(
+        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s in training; all of it "
+        f"in {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return summary

@@ -1,0 +1,136 @@
+"""What a run tells: a line an epoch on the console, metrics.jsonl, TensorBoard events, a final table."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+Record = dict[str, Any]
+METRICS = "metrics.jsonl"
+PARTS = (  # short labels on the console; the files have the whole names
+    {"loss_cls": "cls", "loss_uniform": "uniform", "loss_rebalance": "rebalance"},
+    {"loss_hycon": "hycon"},
+    {"loss_p2p_means": "p2p mm", "loss_p2p_weights": "ww", "loss_p2p_duality": "mw"},
+)
+SHOTS = ("many", "medium", "few")
+COLLAPSE = {
+    "nc1": "NC1 within-class variability",
+    "nc2_means": "NC2 class means to simplex",
+    "nc2_weights": "NC2 classifier to simplex",
+    "nc3": "NC3 classifier to means",
+    "nc4": "NC4 disagreement with nearest mean",
+}
+
+
+class RunLog:
+    """Writes the records of a run; use it as a context manager.
+
+    Args:
+        folder: run folder.
+        console: where lines and the progress bar go.
+        epochs: epochs of the whole run.
+        done: epochs that an earlier process finished; later records in metrics.jsonl are dropped.
+    """
+
+    def __init__(self, folder: Path, console: Console, *, epochs: int, done: int = 0) -> None:
+        self.path, self.console, self.epochs = folder / METRICS, console, epochs
+        self.records: list[Record] = [r for r in read_records(self.path) if r["epoch"] <= done]
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self.board = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.task = self.progress.add_task("training", total=None)
+
+    def __enter__(self) -> RunLog:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        self.board.close()
+
+    def start_epoch(self, epoch: int, steps: int) -> None:
+        """Reset the bar for an epoch (1-based)."""
+        self.progress.reset(self.task, total=steps, description=f"epoch {epoch}/{self.epochs}")
+
+    def step(self) -> None:
+        """Move the bar by a step."""
+        self.progress.advance(self.task)
+
+    def epoch(self, record: Record) -> None:
+        """Write the record of an epoch everywhere; what is not finite becomes null, which JSON can hold."""
+        record = {name: finite(value) for name, value in record.items()}
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "epoch" and value is not None:
+                self.board.add_scalar(name.replace("loss_", "loss/"), value, record["epoch"])
+        self.console.print(epoch_line(record, self.epochs), soft_wrap=True, highlight=False)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the whole lines of metrics.jsonl (an interruption may have left half a line)."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def epoch_line(record: Record, epochs: int) -> str:
+    """Format one epoch: loss and its parts, eta, lr, accuracy by shot."""
+    parts = "; ".join(
+        " ".join(
+            f"{label} {record[name]:.3f}" for name, label in group.items() if record.get(name) is not None
+        )
+        for group in PARTS
+        if any(name in record for name in group)
+    )
+    line = f"{record['epoch']:>3}/{epochs} loss {record['loss']:.3f} ({parts})"
+    if record.get("eta") is not None:
+        line += f" η {record['eta']:.2f}"
+    line += f" lr {record['lr']:.4f}"
+    if "accuracy" in record:
+        shots = " ".join(f"{name} {_percent(record[name])}" for name in SHOTS)
+        line += f" acc {_percent(record['accuracy'])} ({shots})"
+    return f"{line} {record['seconds']:.1f} s"
+
+
+def final_table(summary: Record) -> Table:
+    """Return accuracy by shot and the collapse metrics as a table."""
+    table = Table(title=f"epoch {summary['epochs']}, the last one", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("accuracy (test)", _percent(summary["accuracy"]))
+    limits = {"many": f"> {summary['many_above']}", "few": f"< {summary['few_below']}"}
+    for name in SHOTS:
+        limit = limits.get(name, f"{summary['few_below']}-{summary['many_above']}")
+        table.add_row(f"  {name} ({limit} training images)", _percent(summary[name]))
+    for name, meaning in COLLAPSE.items():
+        table.add_row(meaning, "-" if summary[name] is None else f"{summary[name]:.4f}")
+    return table
+
+
+def finite(value: Any) -> Any:
+    """Return None for a number that is not finite (a ratio whose denominator vanished), else the value."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

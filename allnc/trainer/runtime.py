@@ -1,0 +1,103 @@
+"""Device, number format, seeds, and what a run notes about its surroundings."""
+
+from __future__ import annotations
+
+import platform
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from allnc._version import __version__
+from allnc.config import TrainConfig
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """Return the device of a run.
+
+    Raises:
+        ValueError: a GPU was asked for and none can be used.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device must be cpu or auto here; got cuda, and torch sees no usable GPU")
+    use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the autocast type; float32 means no autocast.
+
+    `auto` takes bf16 where the hardware multiplies it natively, because convolutions are then two to four
+    times as fast; emulated bf16 is slower than fp32. A GPU without it takes fp16 with a scaled loss, a CPU
+    fp32.
+    """
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if config.precision != "auto":
+        return named[config.precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # Private names: when another torch lacks them, fp32 is the safe answer.
+    native = any(
+        getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return torch.bfloat16 if native else torch.float32
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (weights, dropout); loaders have their own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of the global generators in types that torch.load(weights_only=True) accepts."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the global generators to a state from `random_state`."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, numpy_keys, *rest = state["numpy"]
+    np.random.set_state((kind, numpy_keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a run's numbers."""
+    return {
+        "allnc": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of the source tree, with `-dirty` when it has changes; None outside a checkout."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,107 @@
+"""Time and memory of one step, measured so that figures of different providers can be compared.
+
+Providers are interleaved (A B C, A B C, ...), because the speed of shared machines drifts; the figure is the median
+with the 20th and 80th percentile. On CUDA, time is taken with events and the inputs rotate through more memory than
+the L2 cache holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds over the counted runs."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+
+def time_interleaved(
+    steps: dict[str, list[Step]], device: torch.device, *, seconds: float, min_runs: int
+) -> dict[str, Timing]:
+    """Time every provider's step, one run of each in turn.
+
+    Args:
+        steps: provider -> its step on each of several input sets, used in rotation.
+        device: where the steps run.
+        seconds: time to spend on the counted rounds, beyond which no new round starts once `min_runs` are done.
+        min_runs: rounds to do in any case.
+
+    Returns:
+        Provider -> Timing.
+    """
+    for variants in steps.values():
+        for step in variants[:2]:  # compile, allocate, warm up
+            step()
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
+    while len(next(iter(samples.values()))) < min_runs or time.perf_counter() - started < seconds:
+        for name, variants in steps.items():
+            step = variants[len(samples[name]) % len(variants)]
+            samples[name].append(_time_once(step, device))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _time_once(step: Step, device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    begin_s = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin_s) * 1e3
+
+
+def _summary(values: list[float]) -> Timing:
+    p20, median, p80 = np.percentile(values, [20, 50, 80])
+    return Timing(median=float(median), p20=float(p20), p80=float(p80), runs=len(values))
+
+
+def peak_memory(step: Step, device: torch.device) -> float | None:
+    """MiB that one step holds beyond what was allocated before it, at its peak; None where it cannot be told.
+
+    On CUDA: the caching allocator's peak. On Linux CPUs: the process's peak resident set, reset before the step;
+    pages the allocator kept from before are returned first, so that they do not hide what the step needs.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        step()
+        return (_status("VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")

@@ -1,0 +1,55 @@
+// Work on one pair of row blocks of the HyCon primitive, compiled once for each vector instruction set.
+// hycon.cpp owns the schedule and the memory; hycon_tiles_isa.h has the code.
+//
+// All rows of the problem (z, then mu) lie in one sequence, each part padded with zero rows to whole panels:
+// R padded rows, D columns, panel = 48 rows, block = up to 4 panels.
+#pragma once
+
+#include <cstdint>
+
+namespace allnc {
+namespace cpu {
+
+// 48 rows are whole register tiles in every instruction set; 4 panels of K (192 x 192 fp32) fit the L2 cache.
+constexpr int64_t kPanel = 48;
+constexpr int64_t kMaxBlock = 4 * kPanel;
+constexpr int64_t kAlignment = 64;  // bytes, of every pointer below
+
+// With u, w and e as in hycon.cpp; level and max are base-2 logarithms. Padding rows have weight 0 and u = 0.
+template <class T>
+struct Problem {
+  int64_t dim;      // D
+  int64_t stride;   // elements from row to row of `rows` and `grad`
+  T scale;          // log2(e) / temperature
+  bool shifted;
+  const T* panels;  // [R / 48, D, 48]: the rows, transposed panel by panel
+  const T* rows;    // [R, stride]: the rows; backward only
+  const T* weight;  // [R]: w if shifted, else log2 w
+  const T* u;       // [R]: g exp(1/temperature - lse) if shifted, else g; backward only
+  const T* level;   // [R]: lse log2(e), +inf where the row takes no part; backward, unshifted only
+  T* sum;           // [R]: sums of exponentials; forward only
+  T* max;           // [R]: the largest exponent so far, -inf for none; forward, unshifted only
+  T* grad;          // [R, stride]: temperature times the gradient; backward only
+};
+
+struct Block {
+  int64_t first, rows;  // multiples of 48
+};
+
+// Elements of the scratch memory one call needs.
+constexpr int64_t kScratch = kMaxBlock * kMaxBlock;
+
+template <class T>
+struct Tiles {
+  const char* name;
+  // Both add what the pair (i, j) contributes to the rows of i and, unless i is j, to those of j.
+  void (*forward)(const Problem<T>& problem, Block i, Block j, T* scratch);
+  void (*backward)(const Problem<T>& problem, Block i, Block j, T* scratch);
+};
+
+// The fastest version this processor can run.
+template <class T>
+const Tiles<T>& tiles();
+
+}  // namespace cpu
+}  // namespace allnc

@@ -1,0 +1,317 @@
+// The tile code of hycon_tiles.h for one instruction set. Included several times by hycon_tiles.cpp, each time with
+// ALLNC_ISA (a namespace), ALLNC_VECTOR_BYTES and ALLNC_TILE_ROWS defined and, around it, the compiler's target set:
+// no include guard, and nothing from the standard library, whose inlined functions would be shared between targets.
+//
+// Register tiles: ALLNC_TILE_ROWS x 3 vectors of dot products stay in registers over all D columns and go through
+// the exponential there, so in the forward pass S is never stored. In the backward pass the block of K is stored once
+// (scratch, in the L2 cache) and multiplied with both sides' rows: dz_I += K z_J, dz_J += K^T z_I.
+
+#define ALLNC_INLINE_TILE inline __attribute__((always_inline))
+#define ALLNC_UNROLL _Pragma("GCC unroll 16")
+
+namespace allnc {
+namespace cpu {
+namespace ALLNC_ISA {
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  static constexpr int kLanes = ALLNC_VECTOR_BYTES / 4;
+  static constexpr int kMantissa = 23;
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+  static constexpr float kLowest = -126;      // below, 2^x is subnormal: taken as 0
+  // 2^f = 1 + f q(f) on [-1/2, 1/2]; minimax, relative error 2.6e-9.
+  static constexpr int kDegree = 6;
+  static constexpr float kExp2[kDegree] = {0.6931472149680279f, 0.24022652782887738f,   0.055503105510137971f,
+                                           0.0096176929729930f, 0.0013406643902351759f, 0.00015594678161326619f};
+};
+
+template <>
+struct Simd<double> {
+  typedef double Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  static constexpr int kLanes = ALLNC_VECTOR_BYTES / 8;
+  static constexpr int kMantissa = 52;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLowest = -1022;
+  // As above; relative error 1.8e-17.
+  static constexpr int kDegree = 11;
+  static constexpr double kExp2[kDegree] = {
+      0.6931471805599456968,    0.2402265069591009801,    0.05550410866479039455,  0.00961812910760700238,
+      0.001333355815343996475,  0.0001540353044157213033, 0.0000152527273851938682, 1.321544267532982214e-6,
+      1.018064765923413889e-7,  7.07257041281442351e-9,   4.078071929588336665e-10};
+};
+
+template <class T>
+using Vector = typename Simd<T>::Vector;
+
+constexpr int kTileRows = ALLNC_TILE_ROWS;
+constexpr int kTileVectors = 3;
+template <class T>
+constexpr int kTileColumns = kTileVectors * Simd<T>::kLanes;
+
+template <class T>
+ALLNC_INLINE_TILE Vector<T>& at(T* p) {
+  return *reinterpret_cast<Vector<T>*>(p);
+}
+
+template <class T>
+ALLNC_INLINE_TILE const Vector<T>& at(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+
+template <class T>
+ALLNC_INLINE_TILE Vector<T> broadcast(T x) {
+  return x - Vector<T>{};  // minus zero: the only such operation that is the identity for every x, and so no operation
+}
+
+template <class T>
+ALLNC_INLINE_TILE T horizontal_sum(Vector<T> x) {
+  T sum = 0;
+  for (int lane = 0; lane < Simd<T>::kLanes; ++lane) sum += x[lane];
+  return sum;
+}
+
+// 2^x for x <= 127 (1023); 0 below 2^-126 (2^-1022) and for -inf. x must not be NaN.
+template <class T>
+ALLNC_INLINE_TILE Vector<T> exp2(Vector<T> x) {
+  using S = Simd<T>;
+  const Vector<T> rounded = x + S::kRound;
+  const Vector<T> f = x - (rounded - S::kRound);
+  Vector<T> q = broadcast<T>(S::kExp2[S::kDegree - 1]);
+  ALLNC_UNROLL for (int k = S::kDegree - 2; k >= 0; --k) q = q * f + S::kExp2[k];
+  q = q * f + T(1);
+  using Bits = typename S::Bits;
+  const Vector<T> scaled = reinterpret_cast<Vector<T>>(
+      reinterpret_cast<Bits>(q) + (reinterpret_cast<Bits>(rounded) << S::kMantissa));
+  return x < S::kLowest ? Vector<T>{} : scaled;
+}
+
+template <class T>
+ALLNC_INLINE_TILE Vector<T> maximum(Vector<T> a, Vector<T> b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+ALLNC_INLINE_TILE const T* packed(const Problem<T>& p, int64_t row) {
+  return p.panels + row / kPanel * kPanel * p.dim + row % kPanel;
+}
+
+// dot[r][v] = z_{row + r} . z_{column + v}
+template <class T>
+ALLNC_INLINE_TILE void dot_products(
+    const Problem<T>& p, int64_t row, int64_t column, Vector<T> (&dot)[kTileRows][kTileVectors]) {
+  const T* a = packed(p, row);
+  const T* b = packed(p, column);
+  ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+    ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) dot[r][v] = Vector<T>{};
+  }
+  for (int64_t k = 0; k < p.dim; ++k, a += kPanel, b += kPanel) {
+    Vector<T> column_part[kTileVectors];
+    ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) column_part[v] = at(b + v * Simd<T>::kLanes);
+    ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      const Vector<T> row_part = broadcast(a[r]);
+      ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) dot[r][v] += row_part * column_part[v];
+    }
+  }
+}
+
+// x where column != row, else `otherwise`; `distance` is the row minus the first lane's column.
+template <class T>
+ALLNC_INLINE_TILE Vector<T> replace_self(Vector<T> x, int64_t distance, T otherwise) {
+  if (distance >= 0 && distance < Simd<T>::kLanes) x[distance] = otherwise;
+  return x;
+}
+
+// Forward, shifted: sum_i += e_ij w_j, and sum_j += e_ij w_i off the diagonal, with e = exp(S - 1/temperature).
+template <class T, bool kDiagonal>
+void sum_shifted(const Problem<T>& p, Block i, Block j, T* scratch) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  T* row_sums = scratch;  // [i.rows, lanes]: added up over the lanes at the end
+  for (int64_t k = 0; k < i.rows; ++k) at(row_sums + k * kLanes) = Vector<T>{};
+  for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
+    Vector<T> column_sums[kTileVectors] = {};
+    for (int64_t row = i.first; row < i.first + i.rows; row += kTileRows) {
+      Vector<T> e[kTileRows][kTileVectors];
+      dot_products(p, row, column, e);
+      ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+        Vector<T>& row_sum = at(row_sums + (row - i.first + r) * kLanes);
+        const Vector<T> row_weight = broadcast(p.weight[row + r]);
+        ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+          Vector<T> x = exp2<T>(e[r][v] * p.scale - p.scale);
+          if (kDiagonal) x = replace_self<T>(x, row + r - column - v * kLanes, 0);
+          row_sum += x * at(p.weight + column + v * kLanes);
+          column_sums[v] += x * row_weight;
+        }
+      }
+    }
+    if (kDiagonal) continue;
+    for (int v = 0; v < kTileVectors; ++v) at(p.sum + column + v * kLanes) += column_sums[v];
+  }
+  for (int64_t k = 0; k < i.rows; ++k) p.sum[i.first + k] += horizontal_sum<T>(at(row_sums + k * kLanes));
+}
+
+// Merges the exponents s [rows] (base 2, weights included) of one row into its running maximum and sum.
+template <class T>
+ALLNC_INLINE_TILE void merge_row(const T* s, const T* log_weight, int64_t columns, T& max, T& sum) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  Vector<T> largest = at(s) + at(log_weight);
+  for (int64_t k = kLanes; k < columns; k += kLanes) largest = maximum<T>(largest, at(s + k) + at(log_weight + k));
+  T top = max;
+  for (int lane = 0; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
+  if (top == -__builtin_inf()) return;  // only weights of zero
+  Vector<T> part = {};
+  for (int64_t k = 0; k < columns; k += kLanes) part += exp2<T>(at(s + k) + at(log_weight + k) - top);
+  sum = sum * exp2<T>(broadcast(max - top))[0] + horizontal_sum<T>(part);
+  max = top;
+}
+
+// The same for a vector of columns; s has kMaxBlock elements from row to row.
+template <class T>
+ALLNC_INLINE_TILE void merge_columns(const T* s, const T* log_weight, int64_t rows, T* max, T* sum) {
+  const Vector<T> before = at(max);
+  Vector<T> top = before;
+  for (int64_t k = 0; k < rows; ++k) top = maximum<T>(top, at(s + k * kMaxBlock) + log_weight[k]);
+  at(max) = top;
+  top = top == -__builtin_inf() ? Vector<T>{} : top;  // only weights of zero: subtract a finite number
+  Vector<T> part = at(sum) * exp2<T>(before - top);
+  for (int64_t k = 0; k < rows; ++k) part += exp2<T>(at(s + k * kMaxBlock) + log_weight[k] - top);
+  at(sum) = part;
+}
+
+// Forward, unshifted: as sum_shifted, relative to each row's running maximum.
+template <class T, bool kDiagonal>
+void sum_unshifted(const Problem<T>& p, Block i, Block j, T* scratch) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  for (int64_t column = 0; column < j.rows; column += kTileColumns<T>) {
+    for (int64_t row = 0; row < i.rows; row += kTileRows) {
+      Vector<T> s[kTileRows][kTileVectors];
+      dot_products(p, i.first + row, j.first + column, s);
+      ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+        ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+          Vector<T> x = s[r][v] * p.scale;
+          if (kDiagonal) x = replace_self<T>(x, row + r - column - v * kLanes, -__builtin_inf());
+          at(scratch + (row + r) * kMaxBlock + column + v * kLanes) = x;
+        }
+      }
+    }
+  }
+  for (int64_t row = 0; row < i.rows; ++row) {
+    merge_row(
+        scratch + row * kMaxBlock, p.weight + j.first, j.rows, p.max[i.first + row], p.sum[i.first + row]);
+  }
+  if (kDiagonal) return;
+  for (int64_t column = 0; column < j.rows; column += kLanes) {
+    merge_columns(
+        scratch + column, p.weight + i.first, i.rows, p.max + j.first + column, p.sum + j.first + column);
+  }
+}
+
+// Backward: K_ij = e_ij (u_i w_j + u_j w_i) to scratch [i.rows, kMaxBlock], the diagonal of z with itself 0.
+template <class T, bool kShifted, bool kDiagonal>
+void coefficients(const Problem<T>& p, Block i, Block j, T* scratch) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
+    for (int64_t row = i.first; row < i.first + i.rows; row += kTileRows) {
+      Vector<T> k[kTileRows][kTileVectors];
+      dot_products(p, row, column, k);
+      T* out = scratch + (row - i.first) * kMaxBlock + column - j.first;
+      ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+        const T u = p.u[row + r], weight = p.weight[row + r];
+        ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+          const int64_t first = column + v * kLanes;
+          const Vector<T> column_u = at(p.u + first), column_weight = at(p.weight + first);
+          Vector<T> x;
+          if (kShifted) {
+            x = exp2<T>(k[r][v] * p.scale - p.scale) * (u * column_weight + weight * column_u);
+          } else {
+            // Each exponential is a softmax weight, at most 1: weights and levels are in the exponent.
+            x = u * exp2<T>(k[r][v] * p.scale + (column_weight - p.level[row + r])) +
+                column_u * exp2<T>(k[r][v] * p.scale + (weight - at(p.level + first)));
+          }
+          if (kDiagonal) x = replace_self<T>(x, row + r - first, 0);
+          at(out + r * kMaxBlock + v * kLanes) = x;
+        }
+      }
+    }
+  }
+}
+
+// out[r][v] += sum_k K_rk z_k for one register tile; K_rk = coefficient[r * kRowStep + k * kDepthStep].
+template <class T, int kVectors, int64_t kRowStep, int64_t kDepthStep>
+ALLNC_INLINE_TILE void product_tile(const T* coefficient, const T* z, int64_t depth, int64_t stride, T* out) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  Vector<T> sum[kTileRows][kVectors];
+  ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = at(out + r * stride + v * kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k, coefficient += kDepthStep, z += stride) {
+    Vector<T> part[kVectors];
+    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) part[v] = at(z + v * kLanes);
+    ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      const Vector<T> factor = broadcast(coefficient[r * kRowStep]);
+      ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * part[v];
+    }
+  }
+  ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) at(out + r * stride + v * kLanes) = sum[r][v];
+  }
+}
+
+// grad of the rows `out` += K times the rows `in`, `kVectors` vectors of columns from `column` on.
+template <class T, int kVectors, int64_t kRowStep, int64_t kDepthStep>
+void product_columns(const Problem<T>& p, Block out, Block in, const T* coefficient, int64_t column) {
+  for (int64_t row = 0; row < out.rows; row += kTileRows) {
+    product_tile<T, kVectors, kRowStep, kDepthStep>(
+        coefficient + row * kRowStep, p.rows + in.first * p.stride + column, in.rows, p.stride,
+        p.grad + (out.first + row) * p.stride + column);
+  }
+}
+
+template <class T, int64_t kRowStep, int64_t kDepthStep>
+void product(const Problem<T>& p, Block out, Block in, const T* coefficient) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t column = 0;
+  for (; column + 2 * kLanes < p.dim; column += 3 * kLanes) {
+    product_columns<T, 3, kRowStep, kDepthStep>(p, out, in, coefficient, column);
+  }
+  if (column + kLanes < p.dim) {
+    product_columns<T, 2, kRowStep, kDepthStep>(p, out, in, coefficient, column);
+  } else if (column < p.dim) {
+    product_columns<T, 1, kRowStep, kDepthStep>(p, out, in, coefficient, column);
+  }
+}
+
+template <class T>
+void forward(const Problem<T>& p, Block i, Block j, T* scratch) {
+  const bool diagonal = i.first == j.first;
+  const auto run = p.shifted ? (diagonal ? sum_shifted<T, true> : sum_shifted<T, false>)
+                             : (diagonal ? sum_unshifted<T, true> : sum_unshifted<T, false>);
+  run(p, i, j, scratch);
+}
+
+template <class T>
+void backward(const Problem<T>& p, Block i, Block j, T* scratch) {
+  const bool diagonal = i.first == j.first;
+  const auto run = p.shifted ? (diagonal ? coefficients<T, true, true> : coefficients<T, true, false>)
+                             : (diagonal ? coefficients<T, false, true> : coefficients<T, false, false>);
+  run(p, i, j, scratch);
+  product<T, kMaxBlock, 1>(p, i, j, scratch);
+  if (!diagonal) product<T, 1, kMaxBlock>(p, j, i, scratch);
+}
+
+template <class T>
+Tiles<T> make_tiles(const char* name) {
+  return {name, &forward<T>, &backward<T>};
+}
+
+}  // namespace ALLNC_ISA
+}  // namespace cpu
+}  // namespace allnc
+
+#undef ALLNC_INLINE_TILE
+#undef ALLNC_UNROLL

@@ -1,0 +1,21 @@
+// Schemas of all ops of the extension, once for every device; allnc/ops/ wraps them for autograd and torch.compile.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(allnc_C, m) {
+  // features [N, F], labels [N] int64, means [C, F], seen [C] bool -> value [C, F], seen_after [C], counts [C] int64
+  m.def(
+      "class_mean_ema_forward(Tensor features, Tensor labels, Tensor means, Tensor seen, float momentum, "
+      "int ignore_index, bool deterministic) -> (Tensor value, Tensor seen_after, Tensor counts)");
+  // grad_value [C, F] -> gradient of the features [N, F]
+  m.def(
+      "class_mean_ema_backward(Tensor grad_value, Tensor labels, Tensor counts, Tensor seen_before, float momentum, "
+      "bool straight_through, int ignore_index, ScalarType features_dtype) -> Tensor");
+  // z [N, D], mu [C, D], a [N], b [C] -> lse [N]
+  m.def(
+      "hycon_lse_forward(Tensor z, Tensor? mu, Tensor a, Tensor? b, Tensor temperature, bool shifted) -> Tensor");
+  // -> gradients of z [N, D] and mu [C, D] ([0, D] without mu)
+  m.def(
+      "hycon_lse_backward(Tensor grad_lse, Tensor lse, Tensor z, Tensor? mu, Tensor a, Tensor? b, "
+      "Tensor temperature, bool shifted) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,483 @@
+"""HyCon's log-sum-exp and its gradient, without the N x N matrix.
+
+    lse_i = log( Σ_{j≠i} a_j exp(z_i·z_j / τ) + Σ_c b_c exp(z_i·μ_c / τ) )
+
+and, for g = dL/dlse and u_i = g_i exp(-lse_i) (0 where g_i = 0),
+
+    dz_i  = (1/τ) [ Σ_{j≠i} exp(z_i·z_j / τ) (u_i a_j + u_j a_i) z_j + u_i Σ_c b_c exp(z_i·μ_c / τ) μ_c ]
+    dμ_c  = (1/τ) b_c Σ_i u_i exp(z_i·μ_c / τ) z_i
+
+Legend: z [N, D] activations and μ [C, D] class means with unit rows; a [N], b [C] column weights >= 0; τ temperature.
+Shifted mode: rows are unit, so z_i·z_j / τ <= 1/τ and exp(S - 1/τ) cannot overflow; no running maximum. The caller
+promises 2/τ <= 64, so that it cannot underflow either. Unshifted mode: a running maximum in the forward, and in the
+backward every exponent is relative to the lse of its own anchor, right for any τ.
+
+Tiling. The rows are cut into T panels of BLOCK_M. A panel visits the panels at distance 0, 1, 2, ... to its right, round
+the end (panel + distance mod T), in tiles of BLOCK_N columns. Distance 0, where i = j must be left out, is a loop of its
+own, so that the loop over all other tiles carries no comparison. Rows past N are loaded as zeros with weight zero, which
+makes their terms vanish without a mask on the tile.
+
+Forward grid, shifted: (T · splits). S is symmetric: distances up to T/2 meet every pair of panels once, and every panel
+has the same number of tiles. A tile's exponentials are summed along rows, weighted with a_j, into registers, and along
+columns, weighted with a_i, into memory by atomics. `splits` programs share a panel while there are too few panels for
+the device. Forward grid, deterministic or unshifted: (T), all distances, row sums only, no atomics.
+
+Backward grid: (T + panels of μ, chunks of D). K_ij = exp(S_ij)(u_i a_j + u_j a_i) is symmetric and holds the gradient of
+row *and* column, so that one exponential and one product K z_j a tile give dz without atomics. A mean is a row with u = 0 and
+a = b_c: the same formula gives z against μ, and dμ. Up to 256 columns the panel and its gradient stay on chip. Beyond,
+S is summed over chunks of columns and every program forms the gradient of one chunk of 256 columns (128 for float32),
+computing S again: 2 N² D (D / 256 + 1) operations in place of 4 N² D.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from allnc.kernels._common import (
+    LN_2,
+    LOG2_E,
+    MAX_RESIDENT_DIM,
+    Blocks,
+    load_tile,
+    matmul,
+    matmul_precision,
+    padded_dim,
+    similarity,
+)
+
+# float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g| is 2^14:
+# |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
+_HALF_SCALE = tl.constexpr(16384.0)
+
+
+@triton.jit
+def add_tile(maximum, total, s, weight, scale, SHIFTED: tl.constexpr):
+    """Adds a tile to the row sums; returns them and the tile's unweighted exponentials (of use in shifted mode)."""
+    if SHIFTED:
+        e = tl.exp2(s * scale - scale)
+        total += tl.sum(e * weight[None, :], 1)
+    else:
+        e = s * scale + tl.log2(weight)[None, :]
+        new_maximum = tl.maximum(maximum, tl.max(e, 1))
+        # A row that has met no positive weight yet has maximum -inf: subtract 0 and not -inf - -inf = NaN.
+        origin = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp2(maximum - origin) + tl.sum(tl.exp2(e - origin[:, None]), 1)
+        maximum = new_maximum
+    return maximum, total, e
+
+
+@triton.jit
+def forward_panel(
+    program,
+    z_ptr,
+    mu_ptr,
+    a_ptr,
+    b_ptr,
+    temperature_ptr,
+    out_ptr,
+    N,
+    C,
+    num_splits,
+    D: tl.constexpr,
+    HAS_MU: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    TRIANGLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """One split of one panel: adds to the sums of exponentials (TRIANGLE), or writes the panel's lse."""
+    panel = program // num_splits
+    split = program % num_splits
+    num_panels = tl.cdiv(N, BLOCK_M)
+    TILES: tl.constexpr = BLOCK_M // BLOCK_N  # a panel is this many tiles wide
+    scale = LOG2_E / tl.load(temperature_ptr)
+    start = panel * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
+    a_rows = tl.load(a_ptr + rows, mask=rows < N, other=0.0)
+    x = 0.0
+    if RESIDENT:
+        x = load_tile(z_ptr, start, N, 0, D, BLOCK_M, BLOCK_D)
+    maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    if split == 0:
+        for tile in range(TILES):
+            first = start + tile * BLOCK_N
+            columns = first + tl.arange(0, BLOCK_N)
+            y = 0.0
+            if RESIDENT:
+                y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
+            s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+            s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
+            a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
+            maximum, total, _ = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
+
+    if TRIANGLE:
+        # With T even, the pairs at distance T/2 would be met from both ends: only the lower half visits them.
+        num_others = (num_panels - 1) // 2 + tl.where((num_panels % 2 == 0) & (panel < num_panels // 2), 1, 0)
+    else:
+        num_others = num_panels - 1
+    for item in range(split, num_others * TILES, num_splits):
+        other = panel + 1 + item // TILES
+        other = tl.where(other >= num_panels, other - num_panels, other)
+        first = other * BLOCK_M + item % TILES * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        y = 0.0
+        if RESIDENT:
+            y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
+        s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
+        maximum, total, e = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
+        if TRIANGLE:
+            tl.atomic_add(out_ptr + columns, tl.sum(e * a_rows[:, None], 0), mask=columns < N, sem="relaxed")
+
+    if HAS_MU:
+        # From the last split on, because the first has the diagonal to do.
+        for tile in range(num_splits - 1 - split, tl.cdiv(C, BLOCK_N), num_splits):
+            first = tile * BLOCK_N
+            columns = first + tl.arange(0, BLOCK_N)
+            y = 0.0
+            if RESIDENT:
+                y = load_tile(mu_ptr, first, C, 0, D, BLOCK_N, BLOCK_D)
+            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+            b_columns = tl.load(b_ptr + columns, mask=columns < C, other=0.0)
+            maximum, total, _ = add_tile(maximum, total, s, b_columns, scale, SHIFTED)
+
+    if TRIANGLE:
+        tl.atomic_add(out_ptr + rows, total, mask=rows < N, sem="relaxed")
+    else:
+        if SHIFTED:
+            lse = (tl.log2(total) + scale) * LN_2
+        else:
+            lse = (tl.log2(total) + maximum) * LN_2
+        tl.store(out_ptr + rows, lse, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N", "C", "num_splits"])
+def hycon_fwd_kernel(
+    z_ptr,
+    mu_ptr,
+    a_ptr,
+    b_ptr,
+    temperature_ptr,
+    out_ptr,
+    N,
+    C,
+    num_splits,
+    D: tl.constexpr,
+    HAS_MU: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    TRIANGLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    forward_panel(
+        tl.program_id(0), z_ptr, mu_ptr, a_ptr, b_ptr, temperature_ptr, out_ptr, N, C, num_splits,
+        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def hycon_finish_kernel(sum_ptr, temperature_ptr, N, BLOCK: tl.constexpr):
+    """lse_i = log(sum_i) + 1/τ, in place, once every program of the triangle has added its part."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(sum_ptr + rows, mask=rows < N, other=1.0)
+    lse = tl.log2(total) * LN_2 + 1.0 / tl.load(temperature_ptr)
+    tl.store(sum_ptr + rows, lse, mask=rows < N)
+
+
+@triton.jit
+def pair_terms(grad_ptr, lse_ptr, weight_ptr, index, num_weights, num_grads, scale, factor, SHIFTED: tl.constexpr):
+    """What a row or column brings to K: (u, a) in shifted mode, (g, log2 a, lse / ln 2) otherwise."""
+    weight = tl.load(weight_ptr + index, mask=index < num_weights, other=0.0)
+    grad = tl.load(grad_ptr + index, mask=index < num_grads, other=0.0)
+    lse = tl.load(lse_ptr + index, mask=index < num_grads, other=float("-inf"))
+    # An empty contrast set (lse = -inf) has no gradient, whatever g; comparing with != lets NaN through.
+    used = (grad != 0) & (lse != float("-inf"))
+    lse = tl.where(used, lse * LOG2_E, float("inf"))
+    grad = grad * factor
+    if SHIFTED:
+        return grad * tl.exp2(scale - lse), weight, lse
+    return grad, tl.log2(weight), lse
+
+
+@triton.jit
+def pair_coefficient(
+    s, scale, row_u, row_a, row_lse, column_u, column_a, column_lse, SHIFTED: tl.constexpr
+):
+    """K [BLOCK_M, BLOCK_N] = exp(S)(u_i a_j + u_j a_i)."""
+    if SHIFTED:
+        pair = row_u[:, None] * column_a[None, :] + column_u[None, :] * row_a[:, None]
+        return tl.exp2(s * scale - scale) * pair
+    # Weights inside the exponent: exp(S - lse) alone may overflow where the weight is 0.
+    of_row = tl.exp2(s * scale + (column_a[None, :] - row_lse[:, None])) * row_u[:, None]
+    return of_row + tl.exp2(s * scale + (row_a[:, None] - column_lse[None, :])) * column_u[None, :]
+
+
+@triton.jit(do_not_specialize=["N", "C"])
+def hycon_bwd_kernel(
+    grad_ptr,
+    grad_max_ptr,
+    lse_ptr,
+    z_ptr,
+    mu_ptr,
+    a_ptr,
+    b_ptr,
+    temperature_ptr,
+    dz_ptr,
+    dmu_ptr,
+    N,
+    C,
+    D: tl.constexpr,
+    HAS_MU: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    num_panels = tl.cdiv(N, BLOCK_M)
+    TILES: tl.constexpr = BLOCK_M // BLOCK_N
+    panel = tl.program_id(0)
+    of_mean = panel >= num_panels
+    x_ptr = z_ptr
+    weight_ptr = a_ptr
+    dx_ptr = dz_ptr
+    num_x = N
+    num_means = C
+    num_diagonal = TILES
+    if HAS_MU:
+        if of_mean:  # a panel of μ: against all of z, no diagonal, no other means
+            x_ptr = mu_ptr
+            weight_ptr = b_ptr
+            dx_ptr = dmu_ptr
+            num_x = C
+            num_means = 0
+            panel -= num_panels
+            num_diagonal = 0
+
+    temperature = tl.load(temperature_ptr)
+    scale = LOG2_E / temperature
+    factor = 1.0
+    if SCALED:
+        factor = _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), 1e-30)
+    start = panel * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
+    column = 0 if RESIDENT else tl.program_id(1) * BLOCK_G
+    row_u, row_a, row_lse = pair_terms(
+        grad_ptr, lse_ptr, weight_ptr, rows, num_x, tl.where(of_mean, 0, N), scale, factor, SHIFTED
+    )
+    x = 0.0
+    if RESIDENT:
+        x = load_tile(x_ptr, start, num_x, 0, D, BLOCK_M, BLOCK_D)
+    dx = tl.zeros([BLOCK_M, BLOCK_G], dtype=tl.float32)
+
+    for tile in range(num_diagonal):
+        first = start + tile * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
+        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
+        u, a, lse = pair_terms(grad_ptr, lse_ptr, a_ptr, columns, N, N, scale, factor, SHIFTED)
+        k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+        dx = matmul(k.to(y.dtype), y, dx, PRECISION)
+
+    # A panel of z starts at its right neighbour; a panel of μ visits all of z from the first.
+    first_panel = tl.where(of_mean, 0, panel + 1)
+    num_others = num_panels - tl.where(of_mean, 0, 1)
+    for item in range(num_others * TILES):
+        other = first_panel + item // TILES
+        other = tl.where(other >= num_panels, other - num_panels, other)
+        first = other * BLOCK_M + item % TILES * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
+        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        u, a, lse = pair_terms(grad_ptr, lse_ptr, a_ptr, columns, N, N, scale, factor, SHIFTED)
+        k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+        dx = matmul(k.to(y.dtype), y, dx, PRECISION)
+
+    if HAS_MU:
+        for first in range(0, num_means, BLOCK_N):
+            columns = first + tl.arange(0, BLOCK_N)
+            y = load_tile(mu_ptr, first, C, column, D, BLOCK_N, BLOCK_G)
+            s = similarity(
+                x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
+            )
+            u, b, lse = pair_terms(grad_ptr, lse_ptr, b_ptr, columns, C, 0, scale, factor, SHIFTED)
+            k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, b, lse, SHIFTED)
+            dx = matmul(k.to(y.dtype), y, dx, PRECISION)
+
+    dx *= 1.0 / (temperature * factor)
+    out_columns = column + tl.arange(0, BLOCK_G)
+    mask = (rows < num_x)[:, None] & (out_columns < D)[None, :]
+    offsets = tl.arange(0, BLOCK_M)[:, None] * D + out_columns[None, :]
+    tl.store(dx_ptr + tl.cast(start, tl.int64) * D + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+_PROGRAMS = 264
+
+
+def forward_blocks(dim: int, dtype: torch.dtype, precision: str) -> Blocks:
+    """Block sizes of the forward."""
+    if precision == "ieee" and dtype == torch.float32:
+        return Blocks(64, 64, 32, 0, 4, 2)
+    return Blocks(128, 64, 64, 0, 4, 2)
+
+
+def backward_blocks(dim: int, dtype: torch.dtype, precision: str) -> Blocks:
+    """Block sizes of the backward."""
+    if precision == "ieee" and dtype == torch.float32:
+        return Blocks(64, 32, 32, 128, 8, 1)
+    return Blocks(128, 64, 64, 256 if dtype != torch.float32 else 128, 8, 2)
+
+
+def forward_constants(
+    dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, triangle: bool
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Compile-time arguments and launch options of `hycon_fwd_kernel`."""
+    precision = matmul_precision(dtype)
+    resident = dim <= MAX_RESIDENT_DIM
+    blocks = forward_blocks(dim, dtype, precision)
+    constants = {
+        "D": dim,
+        "HAS_MU": has_mu,
+        "SHIFTED": shifted,
+        "TRIANGLE": triangle,
+        "PRECISION": precision,
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_D": padded_dim(dim) if resident else blocks.block_d,
+        "RESIDENT": resident,
+    }
+    return constants, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+
+
+def backward_constants(
+    dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Compile-time arguments and launch options of `hycon_bwd_kernel`."""
+    precision = matmul_precision(dtype)
+    resident = dim <= MAX_RESIDENT_DIM
+    blocks = backward_blocks(dim, dtype, precision)
+    constants = {
+        "D": dim,
+        "HAS_MU": has_mu,
+        "SHIFTED": shifted,
+        "SCALED": dtype == torch.float16,
+        "PRECISION": precision,
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_D": padded_dim(dim) if resident else blocks.block_d,
+        "BLOCK_G": padded_dim(dim) if resident else blocks.block_g,
+        "RESIDENT": resident,
+    }
+    return constants, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+
+
+def num_splits(num_panels: int, tiles_per_panel: int) -> int:
+    """Programs that share a panel of the triangle: enough for the device, at most one a tile."""
+    return max(1, min(_PROGRAMS // num_panels, num_panels // 2 * tiles_per_panel + 1))
+
+
+def hycon_lse_forward(
+    z: Tensor,
+    mu: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    temperature: Tensor,
+    *,
+    shifted: bool,
+    deterministic: bool,
+) -> Tensor:
+    """lse [N], the log-sum-exp of every activation's weighted similarities; the formula is at the head of this file.
+
+    Args:
+        z: [N, D] float16, bfloat16 or float32 unit rows.
+        mu: [C, D] unit rows of z's type, or None.
+        a: [N] float32 column weights >= 0.
+        b: [C] float32 column weights >= 0; None if and only if mu is None.
+        temperature: 0-dim float32 tensor on z's device; read by the kernel, never by the host.
+        shifted: the caller guarantees 2/τ <= 64. One triangle of S is computed, unless `deterministic`.
+        deterministic: no atomics: repeated calls are equal bit for bit.
+
+    Returns:
+        [N] float32; -inf for an anchor whose contrast set is empty.
+    """
+    z, a, mu, b = z.contiguous(), a.contiguous(), _contiguous(mu), _contiguous(b)
+    num_rows, dim = z.shape
+    triangle = shifted and not deterministic
+    constants, options = forward_constants(dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle)
+    num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
+    splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"]) if triangle else 1
+    out = torch.zeros_like(a) if triangle else torch.empty_like(a)  # [N]
+    with torch.cuda.device_of(z):
+        hycon_fwd_kernel[(num_panels * splits,)](
+            z, _or(mu, z), a, _or(b, a), temperature, out, num_rows, 0 if mu is None else len(mu), splits,
+            **constants, **options,
+        )  # fmt: skip
+        if triangle:
+            hycon_finish_kernel[(triton.cdiv(num_rows, 1024),)](out, temperature, num_rows, BLOCK=1024)
+    return out
+
+
+def hycon_lse_backward(
+    grad_lse: Tensor,
+    lse: Tensor,
+    z: Tensor,
+    mu: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    temperature: Tensor,
+    *,
+    shifted: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `hycon_lse_forward` with respect to z and mu.
+
+    Args:
+        grad_lse: [N] float32, dL/dlse.
+        lse: [N] float32, the forward's result.
+        z, mu, a, b, temperature, shifted: as in the forward.
+        deterministic: accepted for symmetry with the forward; this kernel has no atomics and is always deterministic.
+
+    Returns:
+        dz [N, D] in z's type and dmu [C, D] in mu's, or None without mu.
+    """
+    del deterministic
+    z, a, mu, b = z.contiguous(), a.contiguous(), _contiguous(mu), _contiguous(b)
+    grad_lse, lse = grad_lse.contiguous(), lse.contiguous()
+    num_rows, dim = z.shape
+    constants, options = backward_constants(dim, z.dtype, has_mu=mu is not None, shifted=shifted)
+    grad_max = torch.linalg.vector_norm(grad_lse, torch.inf) if constants["SCALED"] else temperature
+    dz, dmu = torch.empty_like(z), None if mu is None else torch.empty_like(mu)
+    num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
+    num_panels += 0 if mu is None else triton.cdiv(len(mu), constants["BLOCK_M"])
+    grid = (num_panels, triton.cdiv(dim, constants["BLOCK_G"]))
+    with torch.cuda.device_of(z):
+        hycon_bwd_kernel[grid](
+            grad_lse, grad_max, lse, z, _or(mu, z), a, _or(b, a), temperature, dz, _or(dmu, dz),
+            num_rows, 0 if mu is None else len(mu), **constants, **options,
+        )  # fmt: skip
+    return dz, dmu
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel's pointer argument that is not read (HAS_MU false) still has to be some tensor."""
+    return other if tensor is None else tensor

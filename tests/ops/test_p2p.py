@@ -1,0 +1,241 @@
+"""P2P: the op against its pairwise reference in float64, its closed form, its masks and its limits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from allnc.ops import p2p as public_p2p
+from allnc.ops.p2p import centred_unit, p2p, p2p_pair, p2p_reference, pair_form
+from tests.tolerances import assert_as_exact, error
+
+FORMS = ("pairwise", "closed", "softmax")
+
+
+def _leaves(num_classes: int, dim: int, *, with_y: bool, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_classes, dim)
+    rows = [torch.randn(shape, generator=generator, dtype=torch.float64) + 1 for _ in range(1 + with_y)]
+    return [r.requires_grad_() for r in rows]
+
+
+def _grads(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(value, leaves))
+
+
+def simplex(num_classes: int, dim: int) -> Tensor:
+    """A simplex ETF of unit rows in dim >= num_classes - 1 columns.  [C, F] float64"""
+    basis = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))[0]
+    factor = torch.linalg.svd(torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes)[0][:, :-1]
+    return math.sqrt(num_classes / (num_classes - 1)) * factor @ basis[: num_classes - 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), num_classes=st.integers(1, 12), dim=st.integers(1, 10), with_y=st.booleans())
+def test_matches_reference(data: st.DataObject, num_classes: int, dim: int, with_y: bool) -> None:
+    """Value and gradients for any shape and any mask, among them none, one, two and all classes seen."""
+    seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes)))
+    target = data.draw(st.sampled_from(("auto", "etf", "softmax")))
+    leaves = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
+    got = p2p(*leaves, target=target, temperature=0.3, seen=seen)
+    want = p2p_reference(*leaves, target=target, temperature=0.3, seen=seen)
+    assert error(got, want) < 1e-12
+    # In one or two columns a row can lie arbitrarily near the centre, where its direction's slope is unbounded.
+    for g, w in zip(_grads(got, leaves), _grads(want, leaves), strict=True):
+        assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
+
+
+@pytest.mark.parametrize("num_seen", [0, 1, 2, 6])
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+@pytest.mark.parametrize("with_y", [False, True])
+def test_few_seen_classes(num_seen: int, target: str, with_y: bool) -> None:
+    """0 with a zero gradient below two classes; the reference's value otherwise; never NaN."""
+    leaves = _leaves(6, 4, with_y=with_y)
+    seen = torch.arange(6) >= 6 - num_seen
+    value = p2p(*leaves, target=target, seen=seen)  # pyright: ignore[reportArgumentType]
+    grads = _grads(value, leaves)
+    if num_seen < 2:
+        assert value == 0
+        assert all(bool((g == 0).all()) for g in grads)
+    else:
+        assert error(value, p2p_reference(*leaves, target=target, seen=seen)) < 1e-12  # pyright: ignore[reportArgumentType]
+        assert all(bool((g[~seen] == 0).all()) for g in grads)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7, 6), (5, 9), (40, 12)])
+@pytest.mark.parametrize("with_y", [False, True])
+def test_closed_form_equals_pairwise(shape: tuple[int, int], with_y: bool) -> None:
+    leaves = _leaves(*shape, with_y=with_y)
+    seen = torch.arange(shape[0]) != 2
+    values = []
+    for form in ("closed", "pairwise"):
+        rows = [centred_unit(leaf, seen) for leaf in leaves]
+        values.append(p2p_pair(rows[0], rows[1] if with_y else None, seen, form, 0.1))
+    assert error(values[0], values[1]) < 1e-12
+    for closed, pairwise in zip(_grads(values[0], leaves), _grads(values[1], leaves), strict=True):
+        assert error(closed, pairwise) < 1e-12
+
+
+def test_hand_computed() -> None:
+    """Three points 0, 0, 3 on a line: centred -1, -1, 2, so unit -1, -1, 1."""
+    x = torch.tensor([[0.0], [0.0], [3.0]], dtype=torch.float64)
+    e = math.e
+    squared = (2 * (1 + 0.5) ** 2 + 4 * (-1 + 0.5) ** 2) / 9  # pairs (1,2); (1,3) and (2,3); each twice
+    assert math.isclose(float(p2p(x, target="etf")), squared, rel_tol=1e-14)
+    with_itself = (2 * math.log(e + 1 / e) + math.log(2 / e)) / 3
+    assert math.isclose(float(p2p(x, target="softmax", temperature=1.0)), with_itself, rel_tol=1e-14)
+    opposed = (2 * math.log(1 + e**2) + math.log(2 * e**2)) / 3  # own cosine -1 is taken off every exponent
+    assert math.isclose(float(p2p(x, -x, target="softmax", temperature=1.0)), opposed, rel_tol=1e-14)
+    diagonal = (3 * (-1 - 1) ** 2 + 2 * (-1 + 0.5) ** 2 + 4 * (1 + 0.5) ** 2) / 9
+    assert math.isclose(float(p2p(x, -x, target="etf")), diagonal, rel_tol=1e-14)
+
+
+@pytest.mark.parametrize(("num_classes", "dim"), [(2, 1), (4, 3), (10, 9), (10, 64)])
+def test_simplex_is_the_minimum(num_classes: int, dim: int) -> None:
+    """An ETF of any scale and offset costs nothing and has no slope."""
+    x = (7 * simplex(num_classes, dim) + 30).requires_grad_()
+    value = p2p(x, x.detach() * 2 - 5, target="etf") + p2p(x)
+    assert abs(float(value)) < 1e-12
+    assert float(_grads(value, [x])[0].abs().max()) < 1e-9
+
+
+def test_auto_target_follows_the_room() -> None:
+    assert pair_form("auto", (10, 10)) == "pairwise"
+    assert pair_form("auto", (10, 9)) == "closed"
+    assert pair_form("auto", (10, 8)) == "softmax"
+    assert pair_form("etf", (10, 8)) == "closed"
+    assert pair_form("softmax", (10, 64)) == "softmax"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("with_y", [False, True])
+def test_gradcheck_and_opcheck(form: str, with_y: bool) -> None:
+    leaves = _leaves(5, 3, with_y=with_y)
+    seen = torch.tensor([True, True, False, True, True])
+
+    def value(*rows: Tensor) -> Tensor:
+        units = [centred_unit(r, seen) for r in rows]
+        return p2p_pair(units[0], units[1] if with_y else None, seen, form, 0.2)
+
+    assert torch.autograd.gradcheck(value, leaves)
+    units = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
+    y = units[1] if with_y else None
+    torch.library.opcheck(torch.ops.allnc.p2p_pair.default, (units[0], y, seen, form, 0.2))
+    lse = torch.zeros(5 if form == "softmax" else 0, dtype=torch.float64)
+    rows = [u.detach() for u in units]
+    torch.library.opcheck(
+        torch.ops.allnc.p2p_pair_backward.default,
+        (torch.ones((), dtype=torch.float64), lse, rows[0], rows[1] if with_y else None, seen, form, 0.2),
+    )
+
+
+def test_rows_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The softmax form gives the same whatever number of rows it holds at a time."""
+    leaves = _leaves(11, 4, with_y=True)
+    whole = p2p(*leaves, target="softmax")
+    grads = _grads(whole, leaves)
+    monkeypatch.setattr("allnc.ops.p2p._CHUNK_ENTRIES", 3 * 11)
+    chunked = p2p(*leaves, target="softmax")
+    assert error(chunked, whole) < 1e-14
+    for g, w in zip(_grads(chunked, leaves), grads, strict=True):
+        assert error(g, w) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+def test_types_are_as_good_as_eager(dtype: torch.dtype, target: str) -> None:
+    x, y = torch.randn(2, 12, 20).to(dtype)
+    results = []
+    for cast, function in ((dtype, p2p), (dtype, p2p_reference), (torch.float64, p2p_reference)):
+        leaves = [x.to(cast).requires_grad_(), y.to(cast).requires_grad_()]
+        value = function(*leaves, target=target)  # pyright: ignore[reportArgumentType]
+        results.append([value, *_grads(value, leaves)])
+    assert results[0][0].dtype == torch.float32
+    assert results[0][1].dtype == dtype
+    for got, eager, reference in zip(*results, strict=True):
+        assert_as_exact(got, eager, reference)
+
+
+def test_mixed_types_strides_and_autocast() -> None:
+    x, y = torch.randn(20, 12), torch.randn(12, 20, dtype=torch.float64)
+    want = p2p_reference(x.T.contiguous(), y)
+    got = p2p(x.T, y)  # columns of a transposed matrix, float32 with float64
+    assert got.dtype == torch.float64
+    assert error(got, want) < 1e-12
+    leaf = x.T.contiguous().requires_grad_()
+    plain = p2p(leaf, target="softmax")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = p2p(leaf, target="softmax")
+        cast_grad = _grads(cast, [leaf])[0]
+    assert torch.equal(plain, cast)
+    assert torch.equal(_grads(plain, [leaf])[0], cast_grad)
+
+
+def test_unseen_rows_are_never_read() -> None:
+    x = torch.randn(6, 4, dtype=torch.float64)
+    seen = torch.arange(6) != 3
+    x[3] = torch.nan
+    for target in ("etf", "softmax"):
+        leaf = x.clone().requires_grad_()
+        value = p2p(leaf, target=target, seen=seen)
+        assert error(value, p2p_reference(x[seen], target=target)) < 1e-12
+        assert bool(_grads(value, [leaf])[0].isfinite().all())
+
+
+def test_row_at_the_centre_has_no_direction() -> None:
+    """A row equal to the mean up to rounding must not become a unit row of noise with a huge gradient."""
+    x = torch.randn(4, 8) + 1000
+    x = torch.cat((x, x.mean(0, keepdim=True))).requires_grad_()
+    seen = torch.ones(5, dtype=torch.bool)
+    assert bool((centred_unit(x, seen)[4] == 0).all())
+    assert float(_grads(p2p(x, target="etf"), [x])[0].abs().max()) < 10
+    same = torch.ones(5, 8, requires_grad=True)
+    value = p2p(same, target="softmax")
+    assert math.isfinite(float(value)) and bool((_grads(value, [same])[0] == 0).all())
+
+
+def test_nan_is_not_hidden() -> None:
+    x = torch.randn(4, 8)
+    x[1, 2] = torch.nan
+    assert math.isnan(float(p2p(x, target="etf"))) and math.isnan(float(p2p(x, target="softmax")))
+
+
+@pytest.mark.parametrize(("shape", "with_y"), [((10, 16), True), ((10, 9), False), ((20, 9), True)])
+def test_compiles_without_a_break(shape: tuple[int, int], with_y: bool) -> None:
+    seen = torch.arange(shape[0]) != 1
+    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(*shape, with_y=with_y)]
+    compiled = torch.compile(lambda *rows: p2p(*rows, seen=seen), fullgraph=True, backend="aot_eager")
+    value, want = compiled(*leaves), p2p(*leaves, seen=seen)
+    assert error(value, want) < 1e-6
+    for g, w in zip(_grads(value, leaves), _grads(want, leaves), strict=True):
+        assert error(g, w) < 1e-6
+
+
+X = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X.int(),), {}, "x must be float16"),
+        (([1.0],), {}, "x must be a torch.Tensor"),
+        ((X[0],), {}, r"x must have shape \[C, F\]; got \[3\]"),
+        ((X[:0],), {}, "x must have at least one row"),
+        ((X, X[:, :2]), {}, r"y must have shape \[4, 3\]; got \[4, 2\]"),
+        ((X,), {"seen": torch.ones(3, dtype=torch.bool)}, r"seen must have shape \[4\]"),
+        ((X,), {"seen": torch.ones(4)}, "seen must be a bool tensor"),
+        ((X,), {"target": "simplex"}, "target must be one of 'auto', 'etf', 'softmax'; got 'simplex'"),
+        ((X,), {"temperature": 0.0}, "temperature must be > 0; got 0.0"),
+        ((X,), {"temperature": torch.tensor(0.1)}, "temperature must be a float"),
+        ((X,), {"backend": "triton"}, "p2p has no backend 'triton'"),
+        ((X, X.to("meta")), {}, "all tensors must be on one device"),
+    ],
+)
+def test_errors_say_what_to_do(arguments: tuple, options: dict, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        public_p2p(*arguments, **options)
