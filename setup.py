@@ -1,13 +1,13 @@
 """Builds the compiled extension `allnc._C`; metadata is in pyproject.toml.
 
 Environment:
-    ALLNC_BUILD_EXT: auto (default) builds what the machine has tools for: CUDA and C++, C++ alone, or nothing;
-        cpu and cuda build exactly that or fail; 0 builds nothing (Python and Triton work without it).
+    ALLNC_BUILD_EXT: auto (default) builds what the machine has tools for: C++ and CUDA, C++ alone, or
+        nothing; cpu and cuda build exactly that or fail; 0 builds nothing (Python and Triton still work).
     TORCH_CUDA_ARCH_LIST: GPU architectures to compile for, in torch's notation; by default 8.0, 9.0 and 10.0.
     CXX, CUDA_HOME, MAX_JOBS: as in torch.utils.cpp_extension.
 
-The ops use torch's stable ABI and the CUDA runtime is linked statically, so the torch that pip installs into its
-build environment and the torch the extension later runs with may differ.
+The ops use torch's stable ABI and the CUDA runtime is linked statically, so the torch that pip installs into
+its build environment and the torch the extension later runs with may differ.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Plan:
 
 
 def decide(requested: str, tools: Tools) -> Plan:
-    """Choose what to build from the value of ALLNC_BUILD_EXT and the tools at hand; BuildError if it cannot be.
+    """Choose what to build from ALLNC_BUILD_EXT and the tools at hand; BuildError if it cannot be built.
 
     GPUs are not asked for: a build machine often has none, and a machine's GPU says nothing about the user's.
     """
@@ -81,7 +81,7 @@ def decide(requested: str, tools: Tools) -> Plan:
     def fall_back(kind: Literal["none", "cpu"], reason: str, remedy: str) -> Plan:
         if requested != "auto":
             raise BuildError(f"ALLNC_BUILD_EXT={requested} cannot be built: {reason}; {remedy}")
-        built = {"none": "no extension is built (Python and Triton only)", "cpu": "building for CPU only"}[kind]
+        built = {"none": "no extension (Python and Triton only)", "cpu": "building for CPU only"}[kind]
         return Plan(kind, f"{built}: {reason}; {remedy}")
 
     if tools.torch is None or _numbers(tools.torch) < MIN_TORCH:
@@ -169,8 +169,8 @@ def compile_flags() -> list[str]:
         "-std=c++17",
         f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
         *("-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"),
-        # No floating-point exceptions and no errno are looked at; without these flags selects and libm calls in
-        # a loop are not vectorised. They change no result.
+        # Floating-point exceptions and errno are not looked at; without these flags selects and libm calls
+        # in a loop are not vectorised. They change no result.
         *("-fno-math-errno", "-fno-trapping-math"),
     ]
     if platform.machine() == "x86_64":
@@ -229,7 +229,7 @@ def write_build_info(plan: Plan, tools: Tools) -> None:
     }
     if plan.kind == "cuda":
         values |= {"CUDA": tools.nvcc, "CUDA_ARCH_LIST": os.environ["TORCH_CUDA_ARCH_LIST"]}
-    lines = ['#define ALLNC_BUILD_{} "{}"'.format(key, value) for key, value in values.items()]
+    lines = [f'#define ALLNC_BUILD_{key} "{value}"' for key, value in values.items()]
     text = "\n".join(["// Written by setup.py.", "#pragma once", *lines, ""])
     BUILD_INFO.parent.mkdir(parents=True, exist_ok=True)
     if not BUILD_INFO.exists() or BUILD_INFO.read_text() != text:
@@ -241,7 +241,8 @@ def extension_arguments() -> dict[str, object]:
     if {"egg_info", "dist_info", "sdist"} & set(sys.argv):
         return {}  # metadata alone: importing torch would cost seconds and its decision would not be used
     requested = os.environ.get("ALLNC_BUILD_EXT", "auto")
-    tools = probe_tools()
+    looks = requested in ("auto", "cpu", "cuda")
+    tools = probe_tools() if looks else Tools(torch=None, torch_cuda=None, compiler_error=None, nvcc=None)
     plan = decide(requested, tools)
     print(f"allnc: {plan.message}", file=sys.stderr)
     if plan.kind == "none":

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import torch
 
-# Equal to ALLNC_INTERFACE in csrc/module.cpp; both change when an op's schema does, so that an extension built
-# from older sources is refused with a clear message instead of failing inside an op.
+# Equal to kInterface in csrc/module.cpp; both change when the schema of an op does, so that an extension
+# built from older sources is refused with a clear message instead of failing inside an op.
 INTERFACE = 1
 
 # Registered by csrc/ under the namespace `allnc_C`.
@@ -24,8 +24,6 @@ OPS = (
     "hycon_lse_backward",
 )
 
-_REMEDY = "rebuild it with `pip install -e .`"
-
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -33,19 +31,19 @@ def _load() -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module("allnc._C")
     except ModuleNotFoundError as error:
         if error.name != "allnc._C":
-            return None, f"allnc._C was found but cannot be loaded ({error}); {_REMEDY}"
-        return None, "allnc._C is not built; `pip install -e .` builds it where a C++17 compiler is found"
+            return None, f"allnc._C was found but cannot be loaded ({error})"
+        return None, "allnc._C is not built (the install found no C++17 compiler, or ALLNC_BUILD_EXT was 0)"
     except Exception as error:  # whatever a broken shared library raises, allnc must stay importable
-        return None, f"allnc._C was found but cannot be loaded with torch {torch.__version__} ({error}); {_REMEDY}"
+        return None, f"allnc._C was found but cannot be loaded with torch {torch.__version__} ({error})"
     try:
         interface = module.build_info()["interface"]
     except (AttributeError, KeyError):
-        return None, f"{module.__name__} carries no build information; {_REMEDY}"
+        return None, f"{module.__name__} carries no build information"
     if interface != INTERFACE:
-        return None, f"allnc._C is out of date (interface {interface}, expected {INTERFACE}); {_REMEDY}"
+        return None, f"allnc._C is out of date (interface {interface}, expected {INTERFACE})"
     missing = [name for name in OPS if not hasattr(torch.ops.allnc_C, name)]
     if missing:
-        return None, f"allnc._C is incomplete (no {', '.join(missing)}); {_REMEDY}"
+        return None, f"allnc._C is incomplete (no {', '.join(missing)})"
     return module, None
 
 
@@ -55,7 +53,7 @@ def extension() -> ModuleType | None:
 
 
 def extension_error() -> str | None:
-    """Why `extension()` is None, with a remedy; None when the extension is there."""
+    """Why `extension()` is None; None when the extension is there."""
     return _load()[1]
 
 

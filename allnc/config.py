@@ -1,7 +1,7 @@
 """What a run is made of: frozen dataclasses, one per owner, checked when they are built.
 
-Only the standard library is imported. allnc/options.py turns configurations into dictionaries and back; the
-command line (allnc/train.py) builds the same classes from a YAML recipe and dotted overrides.
+Only the standard library is imported. allnc/trainer/options.py turns configurations into dictionaries and
+back; the command line (allnc/train.py) builds the same classes from a YAML recipe and dotted overrides.
 """
 
 from __future__ import annotations

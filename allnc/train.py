@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from allnc.config import SECTIONS, Config
-from allnc.options import from_dict, ignored_options, option_names, to_dict
+from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits_lt"
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         config, folder, resume = plan(words)
         # torch takes seconds to import: mistakes in the arguments are answered before.
-        from allnc.trainer import train
+        from allnc.trainer.loop import train
 
         train(config, folder, Console(), resume=resume)
     except (ValueError, ArgumentError) as error:
@@ -92,11 +92,9 @@ def parse(words: list[str]) -> tuple[Config, str]:
     """
     given = _given(words)
     recipes, rest = _split_config(words)
-    parser = _parser()
+    parser = _parser([_recipe_path(name) for name in recipes or [DEFAULT_RECIPE]])
     try:
-        values = parser.parse_args(
-            [f"--config={_recipe_path(r)}" for r in recipes or [DEFAULT_RECIPE]] + rest
-        ).as_dict()
+        values = parser.parse_args(rest).as_dict()
     except ArgumentError as error:
         raise ValueError(_readable(error)) from None
     config = from_dict({name: value for name, value in values.items() if name in (*SECTIONS, "seed", "out")})
@@ -107,14 +105,18 @@ def parse(words: list[str]) -> tuple[Config, str]:
     return config, Path((recipes or [DEFAULT_RECIPE])[-1]).stem
 
 
-def _parser() -> ArgumentParser:
+def _parser(recipes: list[Path]) -> ArgumentParser:
+    """Return a parser whose defaults are those of the recipes, the last one first."""
     parser = ArgumentParser(
-        prog="python -m allnc.train", description=__doc__, exit_on_error=False, allow_abbrev=False
+        prog="python -m allnc.train",
+        description=__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_config_files=[str(path) for path in recipes],
     )
-    recipes = ", ".join(recipe_names())
-    parser.add_argument(
-        "--config", action="config", help=f"recipe ({recipes}) or YAML file; default {DEFAULT_RECIPE}"
-    )
+    known = ", ".join(recipe_names())
+    parser.add_argument("--config", help=f"recipe ({known}) or YAML file; default {DEFAULT_RECIPE}")
+    parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
     parser.add_argument(
         "--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED"
     )
@@ -178,12 +180,21 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
 def _readable(error: ArgumentError) -> str:
     """Put the parser's message on one line in a reader's words; name the nearest option to an unknown key."""
     message = " ".join(str(error).split())
-    message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
-    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace('Parser key "', '"')
-    unknown = re.search(r"Group '(\w+)' does not accept option '(\w+)'", message)
+    unknown = re.search(
+        r"Group '(\w+)' does not accept option '(\w+)'|Option '([\w.]+)' is not accepted", message
+    )
     if unknown:
-        name = ".".join(unknown.groups())
+        name = unknown[3] or f"{unknown[1]}.{unknown[2]}"
         return f"{name} is not an option{_nearest(name, option_names())}"
+    wrong = re.search(r'key "([\w.]+)": Expected an? (.+)\. Got value: (.*)', message)
+    union = re.search(r'key "([\w.]+)": .*Subtypes: (\[.*?\]) Errors:.*Given value: (.*)', message)
+    if union:
+        types = " or ".join(re.findall(r"'(\w+)'", union[2])).replace("NoneType", "null")
+        return f"{union[1]} must be of type {types}; got {union[3]}"
+    if wrong:
+        wanted = re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2])
+        wanted = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted)
+        return f"{wrong[1]} must be {wanted}; got {wrong[3]}"
     return message
 
 

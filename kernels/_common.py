@@ -6,25 +6,26 @@ a panel's product with BLOCK_N rows of the other side.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Up to this many columns a panel stays on chip for the whole loop; 256 columns of a 16-bit type are 64 KiB for 128 rows.
-MAX_RESIDENT_DIM = 256
-
-TRITON_TYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
 class Blocks(NamedTuple):
-    """Sizes of one kernel's tiles and its launch options."""
+    """Sizes of one kernel's tiles and its launch options.
+
+    block_m rows of a panel, block_n rows of a tile, block_d columns loaded at once (all of them: the panel stays on
+    chip), block_g columns of the gradient one program forms.
+    """
 
     block_m: int
     block_n: int
@@ -32,6 +33,30 @@ class Blocks(NamedTuple):
     block_g: int
     num_warps: int
     num_stages: int
+
+
+def launch_options(blocks: Blocks) -> dict[str, Any]:
+    """Options of a launch; fused multiply-adds are asked for because Triton's default for them is changing."""
+    return {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "enable_fp_fusion": True}
+
+
+@functools.lru_cache(maxsize=None)
+def architecture(device: torch.device) -> int:
+    """Compute capability as 80, 90, 100, ...; 90 where Triton interprets."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one, on which Triton launches; nothing on the CPU."""
+    return torch.cuda.device_of(tensor)
+
+
+def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An absent tensor's argument: a kernel that does not read it still has to be given some tensor."""
+    return other if tensor is None else tensor
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

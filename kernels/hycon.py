@@ -41,18 +41,22 @@ from torch import Tensor
 from allnc.kernels._common import (
     LN_2,
     LOG2_E,
-    MAX_RESIDENT_DIM,
     Blocks,
+    architecture,
+    device_guard,
+    launch_options,
     load_tile,
     matmul,
     matmul_precision,
     padded_dim,
+    pointer,
     similarity,
 )
 
 # float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g| is 2^14:
 # |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
 _HALF_SCALE = tl.constexpr(16384.0)
+_LEAST_GRAD = tl.constexpr(1e-30)  # keeps the scale finite where all of g is 0
 
 
 @triton.jit
@@ -62,11 +66,13 @@ def add_tile(maximum, total, s, weight, scale, SHIFTED: tl.constexpr):
         e = tl.exp2(s * scale - scale)
         total += tl.sum(e * weight[None, :], 1)
     else:
-        e = s * scale + tl.log2(weight)[None, :]
+        # Columns of weight 0 must not set the maximum: they could hide all others.
+        e = s * scale + tl.where(weight > 0, 0.0, float("-inf"))[None, :]
         new_maximum = tl.maximum(maximum, tl.max(e, 1))
         # A row that has met no positive weight yet has maximum -inf: subtract 0 and not -inf - -inf = NaN.
         origin = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        total = total * tl.exp2(maximum - origin) + tl.sum(tl.exp2(e - origin[:, None]), 1)
+        e = tl.exp2(e - origin[:, None])
+        total = total * tl.exp2(maximum - origin) + tl.sum(e * weight[None, :], 1)
         maximum = new_maximum
     return maximum, total, e
 
@@ -98,7 +104,7 @@ def forward_panel(
     split = program % num_splits
     num_panels = tl.cdiv(N, BLOCK_M)
     TILES: tl.constexpr = BLOCK_M // BLOCK_N  # a panel is this many tiles wide
-    scale = LOG2_E / tl.load(temperature_ptr)
+    scale = 1.0 / tl.load(temperature_ptr) * LOG2_E
     start = panel * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
     a_rows = tl.load(a_ptr + rows, mask=rows < N, other=0.0)
@@ -197,25 +203,60 @@ def hycon_finish_kernel(sum_ptr, temperature_ptr, N, BLOCK: tl.constexpr):
     tl.store(sum_ptr + rows, lse, mask=rows < N)
 
 
-@triton.jit
-def pair_terms(grad_ptr, lse_ptr, weight_ptr, index, num_weights, num_grads, scale, factor, SHIFTED: tl.constexpr):
-    """What a row or column brings to K: (u, a) in shifted mode, (g, log2 a, lse / ln 2) otherwise."""
-    weight = tl.load(weight_ptr + index, mask=index < num_weights, other=0.0)
-    grad = tl.load(grad_ptr + index, mask=index < num_grads, other=0.0)
-    lse = tl.load(lse_ptr + index, mask=index < num_grads, other=float("-inf"))
+@triton.jit(do_not_specialize=["N", "C"])
+def hycon_bwd_terms_kernel(
+    grad_ptr,
+    grad_max_ptr,
+    lse_ptr,
+    a_ptr,
+    b_ptr,
+    temperature_ptr,
+    term_ptr,
+    N,
+    C,
+    HAS_MU: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the rows of [z; μ] bring to K, [3, N + C]: (u, a, -) in shifted mode, (g, log2 a, lse / ln 2) otherwise."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.load(a_ptr + index, mask=index < N, other=0.0)
+    grad = tl.load(grad_ptr + index, mask=index < N, other=0.0)
+    lse = tl.load(lse_ptr + index, mask=index < N, other=float("-inf"))
+    if HAS_MU:
+        weight += tl.load(b_ptr + (index - N), mask=(index >= N) & (index < N + C), other=0.0)
     # An empty contrast set (lse = -inf) has no gradient, whatever g; comparing with != lets NaN through.
     used = (grad != 0) & (lse != float("-inf"))
     lse = tl.where(used, lse * LOG2_E, float("inf"))
-    grad = grad * factor
+    if SCALED:
+        grad *= _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
+    stored = index < N + C
     if SHIFTED:
-        return grad * tl.exp2(scale - lse), weight, lse
-    return grad, tl.log2(weight), lse
+        scale = 1.0 / tl.load(temperature_ptr) * LOG2_E
+        tl.store(term_ptr + index, grad * tl.exp2(scale - lse), mask=stored)
+        tl.store(term_ptr + (N + C) + index, weight, mask=stored)
+    else:
+        tl.store(term_ptr + index, grad, mask=stored)
+        tl.store(term_ptr + (N + C) + index, tl.log2(weight), mask=stored)
+        tl.store(term_ptr + 2 * (N + C) + index, lse, mask=stored)
 
 
 @triton.jit
-def pair_coefficient(
-    s, scale, row_u, row_a, row_lse, column_u, column_a, column_lse, SHIFTED: tl.constexpr
-):
+def pair_terms(term_ptr, index, valid, num_terms, SHIFTED: tl.constexpr):
+    """The terms of rows or columns; those past the end bring nothing."""
+    u = tl.load(term_ptr + index, mask=valid, other=0.0)
+    if SHIFTED:
+        a = tl.load(term_ptr + num_terms + index, mask=valid, other=0.0)
+        lse = u
+    else:
+        a = tl.load(term_ptr + num_terms + index, mask=valid, other=float("-inf"))
+        lse = tl.load(term_ptr + 2 * num_terms + index, mask=valid, other=float("inf"))
+    return u, a, lse
+
+
+@triton.jit
+def pair_coefficient(s, scale, row_u, row_a, row_lse, column_u, column_a, column_lse, SHIFTED: tl.constexpr):
     """K [BLOCK_M, BLOCK_N] = exp(S)(u_i a_j + u_j a_i)."""
     if SHIFTED:
         pair = row_u[:, None] * column_a[None, :] + column_u[None, :] * row_a[:, None]
@@ -227,13 +268,10 @@ def pair_coefficient(
 
 @triton.jit(do_not_specialize=["N", "C"])
 def hycon_bwd_kernel(
-    grad_ptr,
+    term_ptr,
     grad_max_ptr,
-    lse_ptr,
     z_ptr,
     mu_ptr,
-    a_ptr,
-    b_ptr,
     temperature_ptr,
     dz_ptr,
     dmu_ptr,
@@ -255,32 +293,32 @@ def hycon_bwd_kernel(
     panel = tl.program_id(0)
     of_mean = panel >= num_panels
     x_ptr = z_ptr
-    weight_ptr = a_ptr
     dx_ptr = dz_ptr
     num_x = N
     num_means = C
     num_diagonal = TILES
+    num_terms = N
+    x_terms = term_ptr
     if HAS_MU:
+        num_terms = N + C
         if of_mean:  # a panel of μ: against all of z, no diagonal, no other means
             x_ptr = mu_ptr
-            weight_ptr = b_ptr
             dx_ptr = dmu_ptr
             num_x = C
             num_means = 0
             panel -= num_panels
             num_diagonal = 0
+            x_terms = term_ptr + N
 
     temperature = tl.load(temperature_ptr)
-    scale = LOG2_E / temperature
+    scale = 1.0 / temperature * LOG2_E
     factor = 1.0
     if SCALED:
-        factor = _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), 1e-30)
+        factor = _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
     start = panel * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
     column = 0 if RESIDENT else tl.program_id(1) * BLOCK_G
-    row_u, row_a, row_lse = pair_terms(
-        grad_ptr, lse_ptr, weight_ptr, rows, num_x, tl.where(of_mean, 0, N), scale, factor, SHIFTED
-    )
+    row_u, row_a, row_lse = pair_terms(x_terms, rows, rows < num_x, num_terms, SHIFTED)
     x = 0.0
     if RESIDENT:
         x = load_tile(x_ptr, start, num_x, 0, D, BLOCK_M, BLOCK_D)
@@ -292,7 +330,7 @@ def hycon_bwd_kernel(
         y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
         s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
         s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
-        u, a, lse = pair_terms(grad_ptr, lse_ptr, a_ptr, columns, N, N, scale, factor, SHIFTED)
+        u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
         k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, a, lse, SHIFTED)
         dx = matmul(k.to(y.dtype), y, dx, PRECISION)
 
@@ -306,7 +344,7 @@ def hycon_bwd_kernel(
         columns = first + tl.arange(0, BLOCK_N)
         y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
         s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-        u, a, lse = pair_terms(grad_ptr, lse_ptr, a_ptr, columns, N, N, scale, factor, SHIFTED)
+        u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
         k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, a, lse, SHIFTED)
         dx = matmul(k.to(y.dtype), y, dx, PRECISION)
 
@@ -317,7 +355,7 @@ def hycon_bwd_kernel(
             s = similarity(
                 x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
             )
-            u, b, lse = pair_terms(grad_ptr, lse_ptr, b_ptr, columns, C, 0, scale, factor, SHIFTED)
+            u, b, lse = pair_terms(term_ptr + N, columns, columns < C, num_terms, SHIFTED)
             k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, b, lse, SHIFTED)
             dx = matmul(k.to(y.dtype), y, dx, PRECISION)
 
@@ -327,29 +365,50 @@ def hycon_bwd_kernel(
     offsets = tl.arange(0, BLOCK_M)[:, None] * D + out_columns[None, :]
     tl.store(dx_ptr + tl.cast(start, tl.int64) * D + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
+# Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.
 _PROGRAMS = 264
+VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vectors
 
 
 def forward_blocks(dim: int, dtype: torch.dtype, precision: str) -> Blocks:
-    """Block sizes of the forward."""
+    """Sizes of the forward's tiles.
+
+    128 x 128 is the largest product whose accumulator (64 registers a thread in 8 warps) leaves room for the two sums. A
+    resident panel of 128 rows and two tiles in flight must fit the 163 KiB of sm_80, which halves BLOCK_N at 256
+    columns. float32 products without tensor cores unroll into one FMA each: short chunks keep them in registers.
+    """
     if precision == "ieee" and dtype == torch.float32:
-        return Blocks(64, 64, 32, 0, 4, 2)
-    return Blocks(128, 64, 64, 0, 4, 2)
+        return Blocks(block_m=64, block_n=64, block_d=min(32, padded_dim(dim)), block_g=0, num_warps=8, num_stages=2)
+    bytes_per_row = padded_dim(dim) * dtype.itemsize
+    if bytes_per_row > 512:
+        return Blocks(block_m=128, block_n=128, block_d=128 // dtype.itemsize, block_g=0, num_warps=8, num_stages=2)
+    block_n = 128 if bytes_per_row <= 256 else 64
+    return Blocks(block_m=128, block_n=block_n, block_d=padded_dim(dim), block_g=0, num_warps=8, num_stages=2)
 
 
-def backward_blocks(dim: int, dtype: torch.dtype, precision: str) -> Blocks:
-    """Block sizes of the backward."""
+def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
+    """Sizes of the backward's tiles.
+
+    The gradient's accumulator BLOCK_M x BLOCK_G decides: 128 x 256 takes 128 of the 255 registers of a thread. sm_80
+    keeps the panel itself in registers too, so that there 512-byte rows leave room for 64 of them only.
+    """
+    width = padded_dim(dim)
+    group = min(width, 256)
     if precision == "ieee" and dtype == torch.float32:
-        return Blocks(64, 32, 32, 128, 8, 1)
-    return Blocks(128, 64, 64, 256 if dtype != torch.float32 else 128, 8, 2)
+        return Blocks(block_m=64, block_n=32, block_d=min(32, width), block_g=group, num_warps=8, num_stages=1)
+    bytes_per_row = width * dtype.itemsize
+    if bytes_per_row > 512:
+        chunk = 128 // dtype.itemsize
+        return Blocks(block_m=64, block_n=chunk, block_d=chunk, block_g=group, num_warps=8, num_stages=2)
+    block_m = 64 if bytes_per_row > 256 and arch < 90 else 128
+    return Blocks(block_m=block_m, block_n=64, block_d=width, block_g=group, num_warps=8, num_stages=2)
 
 
 def forward_constants(
     dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, triangle: bool
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `hycon_fwd_kernel`."""
     precision = matmul_precision(dtype)
-    resident = dim <= MAX_RESIDENT_DIM
     blocks = forward_blocks(dim, dtype, precision)
     constants = {
         "D": dim,
@@ -359,19 +418,18 @@ def forward_constants(
         "PRECISION": precision,
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
-        "BLOCK_D": padded_dim(dim) if resident else blocks.block_d,
-        "RESIDENT": resident,
+        "BLOCK_D": blocks.block_d,
+        "RESIDENT": blocks.block_d >= dim,
     }
-    return constants, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    return constants, launch_options(blocks)
 
 
 def backward_constants(
-    dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool
-) -> tuple[dict[str, Any], dict[str, int]]:
+    dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, arch: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `hycon_bwd_kernel`."""
     precision = matmul_precision(dtype)
-    resident = dim <= MAX_RESIDENT_DIM
-    blocks = backward_blocks(dim, dtype, precision)
+    blocks = backward_blocks(dim, dtype, precision, arch)
     constants = {
         "D": dim,
         "HAS_MU": has_mu,
@@ -380,16 +438,26 @@ def backward_constants(
         "PRECISION": precision,
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
-        "BLOCK_D": padded_dim(dim) if resident else blocks.block_d,
-        "BLOCK_G": padded_dim(dim) if resident else blocks.block_g,
-        "RESIDENT": resident,
+        "BLOCK_D": blocks.block_d,
+        "BLOCK_G": blocks.block_g,
+        "RESIDENT": blocks.block_d >= dim,
     }
-    return constants, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    return constants, launch_options(blocks)
+
+
+def terms_constants(backward: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments of `hycon_bwd_terms_kernel`, from those of the backward it prepares."""
+    return {name: backward[name] for name in ("HAS_MU", "SHIFTED", "SCALED")} | {"BLOCK": VECTOR_BLOCK}
 
 
 def num_splits(num_panels: int, tiles_per_panel: int) -> int:
     """Programs that share a panel of the triangle: enough for the device, at most one a tile."""
     return max(1, min(_PROGRAMS // num_panels, num_panels // 2 * tiles_per_panel + 1))
+
+
+def finish_triangle(sums: Tensor, temperature: Tensor) -> None:
+    """Turn the triangle's sums of exponentials [N] into lse, in place."""
+    hycon_finish_kernel[(triton.cdiv(len(sums), VECTOR_BLOCK),)](sums, temperature, len(sums), BLOCK=VECTOR_BLOCK)
 
 
 def hycon_lse_forward(
@@ -416,20 +484,21 @@ def hycon_lse_forward(
     Returns:
         [N] float32; -inf for an anchor whose contrast set is empty.
     """
-    z, a, mu, b = z.contiguous(), a.contiguous(), _contiguous(mu), _contiguous(b)
+    z, a = z.contiguous(), a.contiguous()
+    mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
     num_rows, dim = z.shape
     triangle = shifted and not deterministic
     constants, options = forward_constants(dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle)
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
     splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"]) if triangle else 1
     out = torch.zeros_like(a) if triangle else torch.empty_like(a)  # [N]
-    with torch.cuda.device_of(z):
+    with device_guard(z):
         hycon_fwd_kernel[(num_panels * splits,)](
-            z, _or(mu, z), a, _or(b, a), temperature, out, num_rows, 0 if mu is None else len(mu), splits,
+            z, pointer(mu, z), a, pointer(b, a), temperature, out, num_rows, 0 if mu is None else len(mu), splits,
             **constants, **options,
         )  # fmt: skip
         if triangle:
-            hycon_finish_kernel[(triton.cdiv(num_rows, 1024),)](out, temperature, num_rows, BLOCK=1024)
+            finish_triangle(out, temperature)
     return out
 
 
@@ -457,27 +526,26 @@ def hycon_lse_backward(
         dz [N, D] in z's type and dmu [C, D] in mu's, or None without mu.
     """
     del deterministic
-    z, a, mu, b = z.contiguous(), a.contiguous(), _contiguous(mu), _contiguous(b)
+    z, a = z.contiguous(), a.contiguous()
+    mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
     grad_lse, lse = grad_lse.contiguous(), lse.contiguous()
     num_rows, dim = z.shape
-    constants, options = backward_constants(dim, z.dtype, has_mu=mu is not None, shifted=shifted)
+    constants, options = backward_constants(
+        dim, z.dtype, has_mu=mu is not None, shifted=shifted, arch=architecture(z.device)
+    )
+    num_means = 0 if mu is None else len(mu)
     grad_max = torch.linalg.vector_norm(grad_lse, torch.inf) if constants["SCALED"] else temperature
+    terms = torch.empty((2 if shifted else 3, num_rows + num_means), dtype=torch.float32, device=z.device)
     dz, dmu = torch.empty_like(z), None if mu is None else torch.empty_like(mu)
-    num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
-    num_panels += 0 if mu is None else triton.cdiv(len(mu), constants["BLOCK_M"])
-    grid = (num_panels, triton.cdiv(dim, constants["BLOCK_G"]))
-    with torch.cuda.device_of(z):
-        hycon_bwd_kernel[grid](
-            grad_lse, grad_max, lse, z, _or(mu, z), a, _or(b, a), temperature, dz, _or(dmu, dz),
-            num_rows, 0 if mu is None else len(mu), **constants, **options,
+    block_m = constants["BLOCK_M"]
+    num_panels = triton.cdiv(num_rows, block_m) + triton.cdiv(num_means, block_m)
+    with device_guard(z):
+        hycon_bwd_terms_kernel[(triton.cdiv(num_rows + num_means, VECTOR_BLOCK),)](
+            grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,
+            **terms_constants(constants),
+        )  # fmt: skip
+        hycon_bwd_kernel[(num_panels, triton.cdiv(dim, constants["BLOCK_G"]))](
+            terms, grad_max, z, pointer(mu, z), temperature, dz, pointer(dmu, dz), num_rows, num_means,
+            **constants, **options,
         )  # fmt: skip
     return dz, dmu
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A kernel's pointer argument that is not read (HAS_MU false) still has to be some tensor."""
-    return other if tensor is None else tensor

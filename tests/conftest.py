@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
-import pytest
-import torch
+# Threads that spin while they wait slow each other down many times over when tests share their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its thread pool
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton

@@ -2,8 +2,8 @@
 interface.
 
 Legend: B images of the uniform branch, R of the re-balancing branch (0 when one batch serves both), V views,
-N = V (B + R) rows. Rows are view-major: row v (B + R) + b is view v of image b, and the uniform branch's images
-come first.
+N = V (B + R) rows. Rows are view-major: row v (B + R) + b is view v of image b, and the uniform branch's
+images come first.
 """
 
 from __future__ import annotations
@@ -91,24 +91,24 @@ class TrainLoader:
         """Yield the batches of an epoch (0-based), on the device."""
         views, num_rebalance = self.config.views, self.batch_size if self.two_batches else 0
         batches = self.indices(epoch)
-        images = self._from_memory(batches, epoch) if self.in_memory else self._from_workers(batches, epoch)
+        images = self._augmented(batches, epoch) if self.in_memory else self._decoded(batches, epoch)
         for index, pixels in zip(batches, images, strict=True):
             labels = self.set.labels[index].repeat(views).to(self.device)
             yield Batch(pixels, labels, self.batch_size, num_rebalance)
 
-    def _from_memory(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
+    def _augmented(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
         assert self.pixels is not None
         random = generator(self.seed, "augment", epoch)
         for index in batches:
             repeated = self.pixels[index.to(self.device)].repeat(self.config.views, 1, 1, 1)
             yield augment_batch(repeated, self.config.augmentation, self.set.mean, self.set.std, random)
 
-    def _from_workers(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
+    def _decoded(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
         assert self.workers is not None
         seeds = torch.randint(2**62, batches.shape, generator=generator(self.seed, "augment", epoch))
         plan = [list(zip(i.tolist(), s.tolist(), strict=True)) for i, s in zip(batches, seeds, strict=True)]
-        for stacked in _data_loader(self.workers, plan, self.config.workers, self.device):
-            yield stacked.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)  # [N, c, H, W]
+        for stacked in _from_workers(self.workers, plan, self.config.workers, self.device):
+            yield stacked.transpose(0, 1).flatten(0, 1)  # [N, c, H, W]
 
 
 def plain_batches(
@@ -125,10 +125,10 @@ def plain_batches(
             )
         return
     plan = [[(i, 0) for i in range(s, min(s + batch_size, len(images)))] for s in starts]
-    loader = _data_loader(_ViewDataset(images, config, train=False), plan, config.workers, device)
+    loader = _from_workers(_ViewDataset(images, config, train=False), plan, config.workers, device)
     for start, stacked in zip(starts, loader, strict=True):
         labels = images.labels[start : start + batch_size]
-        yield stacked.to(device, non_blocking=True).flatten(0, 1), labels.to(device)
+        yield stacked.flatten(0, 1), labels.to(device)
 
 
 class _ViewDataset(Dataset[Tensor]):
@@ -161,13 +161,20 @@ class _ViewDataset(Dataset[Tensor]):
             raise ValueError(f"{path} must be a readable image; got: {error}") from error
 
 
-def _data_loader(
+def _from_workers(
     dataset: _ViewDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device
-) -> DataLoader[Tensor]:
-    return DataLoader(
+) -> Iterator[Tensor]:
+    """Yield the batches [n, V, c, H, W] of a plan of (index, seed) pairs."""
+    batches = DataLoader(
         dataset,
         batch_sampler=plan,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
     )
+    try:
+        for batch in batches:
+            yield batch.to(device, non_blocking=True)
+    except ValueError as error:
+        # A worker wraps its error in the text of a traceback, of which a user needs the last line.
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error

@@ -11,8 +11,7 @@ from allnc.losses.longtail import CrossEntropy, long_tail_loss
 
 
 class Classification(nn.Module):
-    """One classification loss on the uniform branch, callable as `AllNC` is; the other arguments are not
-    read.
+    """One classification loss on the uniform branch, called as `AllNC` is; it reads nothing else.
 
     Args:
         loss: module called with (logits, labels).

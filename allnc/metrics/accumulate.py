@@ -1,11 +1,10 @@
 """Class means and within-class scatter in one pass over batches, in float64, mergeable across processes.
 
-Each batch's means and centred scatter are folded in with Chan's update. Raw moments (Σf and Σff^T) would
-lose the
-scatter to cancellation: in float32, features offset by 30 make it about 20% wrong.
+Each batch's means and centred scatter are folded in with Chan's update. Raw moments (Σ f and Σ f fᵀ) would
+lose the scatter of features with a large offset to cancellation.
 
-Legend: N activations, F features, C classes; n_c, μ_c count and mean of a class, S_c = Σ_{i in c} (f_i -
-    μ_c)(f_i - μ_c)ᵀ.
+Legend: N activations, F features, C classes; n_c, μ_c count and mean of a class;
+S_c = Σ_{i in c} (f_i - μ_c)(f_i - μ_c)ᵀ.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ class CollapseAccumulator:
     """Neural-collapse measures of a data set that is seen once, batch by batch.
 
     NC4 compares each sample with the final class means. Either `update` gets the logits and keeps the
-    features for it,
-    or a second pass does it: `count_disagreement`.
+    features for it, or a second pass does it: `count_disagreement`.
 
     Args:
         num_classes: C >= 2.

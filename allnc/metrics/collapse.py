@@ -31,7 +31,7 @@ def collapse(
     """All measures of neural collapse of a data set's features and a classifier.
 
     Classes without a sample have no mean: they are left out everywhere, and "classes" says how many were
-        measured.
+    measured. Class means are centred; classifier vectors are taken as they are.
 
     Args:
         features: [N, F] floating, the classifier's input, without augmentation.

@@ -8,9 +8,8 @@ vectors of these classes and E = (I - J/K)/sqrt(K-1) the normalised Gram matrix 
     NC3   ‖W/‖W‖ - M/‖M‖‖
 
 Two conventions are open in the literature and are arguments here: μ_G is the mean of the class means
-    ("class") or of
-the samples ("samples"); Σ_W averages the covariances of the classes ("classes") or pools the samples
-("pooled").
+("class") or of the samples ("samples"); Σ_W averages the covariances of the classes ("classes") or pools the
+samples ("pooled").
 
 When two classes' means move together (minority collapse), Σ_B loses a direction, and NC1, which divides by
 it, grows without bound although no class has spread. tr Σ_W / tr Σ_B ("trace_ratio") does not: read the two

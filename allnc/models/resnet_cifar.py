@@ -40,8 +40,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(project, nn.BatchNorm2d(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(residual + self.shortcut(x))
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        return F.relu(residual + self.shortcut(x), inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -80,5 +80,5 @@ class CifarResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features of images [N, in_channels, H, W] as [N, 4 width]."""
-        x = self.stages(F.relu(self.bn(self.conv(images))))
+        x = self.stages(F.relu(self.bn(self.conv(images)), inplace=True))
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)

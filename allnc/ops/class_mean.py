@@ -1,4 +1,4 @@
-"""Running class means: each batch's class means, moved into an exponential moving average that gradients pass through.
+"""Running class means: an exponential moving average of the batches' class means that gradients pass through.
 
 With the batch sums s_c = Σ_{i: y_i = c} f_i, the counts n_c and momentum m, for every class with n_c > 0:
 
@@ -7,8 +7,8 @@ With the batch sums s_c = Σ_{i: y_i = c} f_i, the counts n_c and momentum m, fo
     M_c <- m M_c + (1 - m) b_c     otherwise
     dL/df_i = k_{y_i} dL/dM_{y_i} / n_{y_i},    k = 1 for a class seen first, 1 - m otherwise
 
-Classes absent from the batch keep their mean. gradient="straight_through" has k = 1 throughout: the value is the
-moving average, the gradient that of the batch mean, which is not weakened by 1 - m.
+Classes absent from the batch keep their mean. gradient="straight_through" has k = 1 throughout: the value is
+the moving average, the gradient that of the batch mean, which is not weakened by 1 - m.
 
 Legend: N activations, C classes, F columns (features).
 """
@@ -53,7 +53,7 @@ def class_mean_ema_reference(
     Arguments as in `class_mean_ema`. Arithmetic is in the accumulation type of features.
 
     Returns:
-        Means after the batch [C, F] (differentiable in features), classes seen so far [C] bool, n_c [C] int64.
+        Means after the batch [C, F] (differentiable in features), seen classes [C] bool, n_c [C] int64.
     """
     f = features.to(accumulation_dtype(features.dtype))  # [N, F]
     use = labels != ignore_index  # [N]
@@ -93,7 +93,7 @@ def _class_mean_ema(
 
 
 @_class_mean_ema.register_fake
-def _(features, labels, means, seen, momentum, straight_through, ignore_index, deterministic, backend):  # noqa: ANN001
+def _(features, labels, means, seen, momentum, straight_through, ignore_index, deterministic, backend):
     value = means.new_empty(means.shape)
     return value, torch.empty_like(seen), labels.new_empty(seen.shape)
 
@@ -136,18 +136,18 @@ def _class_mean_ema_backward(
 
 
 @_class_mean_ema_backward.register_fake
-def _(grad_value, labels, counts, seen_before, momentum, straight_through, ignore_index, dtype, backend):  # noqa: ANN001
+def _(grad_value, labels, counts, seen_before, momentum, straight_through, ignore_index, dtype, backend):
     return grad_value.new_empty(len(labels), grad_value.shape[1], dtype=dtype)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_for_backward(ctx, inputs, output) -> None:
     features, labels, _, seen, ctx.momentum, ctx.straight_through, ctx.ignore_index, _, ctx.backend = inputs
     _, _, counts = output
     ctx.dtype = features.dtype
     ctx.save_for_backward(labels, counts, seen.clone())  # a copy: the caller updates `seen` in place
 
 
-def _autograd(ctx, grad_value: Tensor, _grad_seen: object, _grad_counts: object):  # noqa: ANN001, ANN202
+def _autograd(ctx, grad_value: Tensor, _grad_seen: object, _grad_counts: object):
     labels, counts, seen_before = ctx.saved_tensors
     grad_features = torch.ops.allnc.class_mean_ema_backward(
         grad_value,
@@ -188,16 +188,16 @@ def class_mean_ema(
         momentum: m in [0, 1), share of the old mean that is kept.
         gradient: "exact", or "straight_through" for the gradient of the batch means (k = 1).
         ignore_index: label of rows that take no part.
-        deterministic: bit-equal results on every run; None follows torch.are_deterministic_algorithms_enabled().
-            The CPU is always deterministic.
+        deterministic: bit-equal results on every run; None follows
+            torch.are_deterministic_algorithms_enabled(). The CPU is always deterministic.
         backend: "auto" (fastest that can run), "eager", "cpp" (CPU) or "cuda".
 
     Returns:
         [C, F] the means after the batch in the type of `means`; shares no memory with it.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, type, range or device. A label out of range
-            is a ValueError on the CPU and a device-side assertion on CUDA, where values are not waited for.
+        TypeError, ValueError: an argument of the wrong kind, shape, type, range or device. A label out of
+            range is a ValueError on the CPU and a device-side assertion on CUDA, which is not waited for.
         RuntimeError: the requested backend is not available.
 
     Source: ours, after AllNC (arXiv 2408.07253).
@@ -239,7 +239,7 @@ def _check(
             "Keep the running means in the accumulation type, whatever type the features have"
         )
     if means.requires_grad:
-        raise ValueError("means must not require a gradient: it is a state that is updated in place. Use a buffer")
+        raise ValueError("means must not require a gradient: it is state, updated in place. Use a buffer")
     check_labels(labels, features.shape[0])
     check_seen(seen, means.shape[0])
     check_same_device(features=features, labels=labels, means=means, seen=seen)

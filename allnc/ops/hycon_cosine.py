@@ -1,5 +1,4 @@
-"""HyCon, cosine form: positives only, each activation with its other views and with its class mean
-(restores NC1).
+"""HyCon, cosine form: each activation with its other views and its class mean, no negatives (restores NC1).
 
     L = - mean_i [ cos(h_i, sg(f_i')) ] - mean_i [ cos(f_i, sg(M_{y_i})) ]
 
@@ -174,8 +173,7 @@ def hycon_cosine(
     ignore_index: int = -100,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Hybrid contrast by cosine: each prediction with its other views' features, each feature with its
-    class mean.
+    """Hybrid contrast by cosine: predictions with other views' features, features with their class mean.
 
     The targets (features of the other views, class means) are constants: h gets its gradient from the first
     term, f from the second, `means` gets none. All rows are normalised here.

@@ -8,8 +8,7 @@ matrix ρ_cc' = 1 if c = c', else -1/(K-1):
 
 K points form a simplex ETF only in K - 1 dimensions or more. With fewer columns F the squared form has the
 floor 1/F - 1/(K-1), which every centred tight frame reaches, including frames in which two classes
-coincide. The softmax
-form separates instead: its small-temperature limit is the largest cosine between two classes.
+coincide. The softmax form separates instead: at small temperatures it is the largest cosine of two classes.
 
 The squared form needs no C x C matrix: with ΣX the sum of the rows of X,
 
@@ -75,12 +74,10 @@ def p2p_reference(
 
 
 def centred_unit(x: Tensor, seen: Tensor) -> Tensor:
-    """Rows of x minus the mean of the seen rows, at unit length; zero rows for classes not seen.
-    Differentiable.
+    """Rows of x minus the mean of the seen rows, at unit length and differentiable; zero rows if not seen.
 
     A row that coincides with the centre to rounding has no direction: it becomes a zero row with zero
-        gradient,
-    not a unit row of amplified noise.
+    gradient, not a unit row of amplified noise.
 
     Args:
         x: [C, F] floating; rows of unseen classes are never read into the result, whatever they hold.

@@ -1,5 +1,1 @@
-"""Training: the loop, its checkpoints, measurements and run folder."""
-
-from allnc.trainer.loop import DivergenceError, Run, train
-
-__all__ = ["DivergenceError", "Run", "train"]
+"""Training: options, loop (`allnc.trainer.loop.train`), checkpoints, measurements, run folder."""

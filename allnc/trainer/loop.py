@@ -15,10 +15,10 @@ from allnc.data import Batch, TrainLoader, load
 from allnc.losses.build import build_loss
 from allnc.metrics.plots import plot_angles, plot_curves
 from allnc.models import build_model
-from allnc.options import to_dict
 from allnc.trainer import checkpoint
 from allnc.trainer.measure import accuracy, neural_collapse
 from allnc.trainer.optim import build_optimizer, learning_rate
+from allnc.trainer.options import to_dict
 from allnc.trainer.runlog import RunLog, final_table, finite
 from allnc.trainer.runtime import (
     git_commit,

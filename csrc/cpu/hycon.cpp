@@ -30,6 +30,7 @@
 #include <optional>
 #include <thread>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "hycon_tiles.h"
@@ -91,7 +92,7 @@ class Schedule {
   template <class F>
   void for_each_pair(int64_t workers, const F& run) const {
     const int64_t players = count() + count() % 2;  // of an odd number of blocks, one rests in each round
-    const int64_t tickets = count() + (players - 1) * (players / 2);
+    const int64_t tickets = players + (players - 1) * (players / 2);
     std::vector<std::atomic<int64_t>> rounds_done(players);  // by block
     for (auto& done : rounds_done) done.store(0, std::memory_order_relaxed);
     std::atomic<int64_t> next{0};
@@ -123,10 +124,10 @@ class Schedule {
 
   // Round 0: every block with itself. Then the circle method: the last player stays, the others turn.
   Meeting draw(int64_t ticket, int64_t players) const {
-    if (ticket < count()) return {0, ticket, ticket};
+    if (ticket < players) return {0, ticket, ticket};
     const int64_t turning = players - 1;
-    const int64_t round = (ticket - count()) / (players / 2);
-    const int64_t k = (ticket - count()) % (players / 2);
+    const int64_t round = (ticket - players) / (players / 2);
+    const int64_t k = (ticket - players) % (players / 2);
     const int64_t i = (round + k) % turning;
     const int64_t j = k == 0 ? turning : (round - k + turning) % turning;
     return {round + 1, std::min(i, j), std::max(i, j)};
@@ -153,8 +154,8 @@ struct Arguments {
 
 void check(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(
-      t.scalar_type() == type, name, " must have the type of a (ScalarType ", static_cast<int>(type),
-      ": float32 or float64); got ScalarType ", static_cast<int>(t.scalar_type()));
+      t.scalar_type() == type, name, " must be float32, or float64 if a is; got ScalarType ",
+      static_cast<int>(t.scalar_type()));
   STD_TORCH_CHECK(
       t.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions; got ", t.dim());
   int64_t dim = 0;
@@ -163,7 +164,6 @@ void check(const Tensor& t, const char* name, ScalarType type, std::initializer_
         t.size(dim) == size, name, " must have size ", size, " in dimension ", dim, "; got ", t.size(dim));
     ++dim;
   }
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
 template <class T>
@@ -174,7 +174,7 @@ Arguments<T> check_arguments(
   STD_TORCH_CHECK(mu.has_value() == b.has_value(), "mu and b must be given together");
   STD_TORCH_CHECK(!mu || mu->dim() == 2, "mu must have 2 dimensions");
   const Sizes sizes(z.size(0), mu ? mu->size(0) : 0, z.size(1));
-  const ScalarType type = a.scalar_type();
+  const ScalarType type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   check(z, "z", type, {sizes.anchors, sizes.dim});
   check(a, "a", type, {sizes.anchors});
   if (mu) {
@@ -368,9 +368,16 @@ void lse_backward(
   write_gradient(p, sizes.mean_offset, sizes.means, in.temperature, dmu);
 }
 
+std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::make_optional(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
 Tensor hycon_lse_forward(
-    const Tensor& z, const std::optional<Tensor>& mu, const Tensor& a, const std::optional<Tensor>& b,
-    const Tensor& temperature, bool shifted) {
+    Tensor z, std::optional<Tensor> mu, Tensor a, std::optional<Tensor> b, Tensor temperature, bool shifted) {
+  z = torch::stable::contiguous(z);
+  mu = contiguous(mu);
+  a = torch::stable::contiguous(a);
+  b = contiguous(b);
   const auto compute = [&](auto zero) {
     using T = decltype(zero);
     const Arguments<T> in = check_arguments<T>(z, mu, a, b, temperature);
@@ -382,8 +389,14 @@ Tensor hycon_lse_forward(
 }
 
 std::tuple<Tensor, Tensor> hycon_lse_backward(
-    const Tensor& grad_lse, const Tensor& lse, const Tensor& z, const std::optional<Tensor>& mu, const Tensor& a,
-    const std::optional<Tensor>& b, const Tensor& temperature, bool shifted) {
+    Tensor grad_lse, Tensor lse, Tensor z, std::optional<Tensor> mu, Tensor a, std::optional<Tensor> b,
+    Tensor temperature, bool shifted) {
+  grad_lse = torch::stable::contiguous(grad_lse);
+  lse = torch::stable::contiguous(lse);
+  z = torch::stable::contiguous(z);
+  mu = contiguous(mu);
+  a = torch::stable::contiguous(a);
+  b = contiguous(b);
   const auto compute = [&](auto zero) {
     using T = decltype(zero);
     const Arguments<T> in = check_arguments<T>(z, mu, a, b, temperature);

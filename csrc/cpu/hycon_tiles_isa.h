@@ -2,11 +2,12 @@
 // ALLNC_ISA (a namespace), ALLNC_VECTOR_BYTES and ALLNC_TILE_ROWS defined and, around it, the compiler's target set:
 // no include guard, and nothing from the standard library, whose inlined functions would be shared between targets.
 //
-// Register tiles: ALLNC_TILE_ROWS x 3 vectors of dot products stay in registers over all D columns and go through
-// the exponential there, so in the forward pass S is never stored. In the backward pass the block of K is stored once
-// (scratch, in the L2 cache) and multiplied with both sides' rows: dz_I += K z_J, dz_J += K^T z_I.
+// All products are register tiles of ALLNC_TILE_ROWS x 3 vectors. In the forward pass a tile of dot products goes
+// through the exponential while it is in the L1 cache, so S is never stored. In the backward pass the block of K is stored
+// once (scratch, in the L2 cache) and multiplied with both sides' rows: dz_I += K z_J, dz_J += K^T z_I.
 
 #define ALLNC_INLINE_TILE inline __attribute__((always_inline))
+#define ALLNC_NO_INLINE __attribute__((noinline))
 #define ALLNC_UNROLL _Pragma("GCC unroll 16")
 
 namespace allnc {
@@ -101,23 +102,35 @@ ALLNC_INLINE_TILE const T* packed(const Problem<T>& p, int64_t row) {
   return p.panels + row / kPanel * kPanel * p.dim + row % kPanel;
 }
 
-// dot[r][v] = z_{row + r} . z_{column + v}
-template <class T>
-ALLNC_INLINE_TILE void dot_products(
-    const Problem<T>& p, int64_t row, int64_t column, Vector<T> (&dot)[kTileRows][kTileVectors]) {
-  const T* a = packed(p, row);
-  const T* b = packed(p, column);
+// One register tile: out_rv (+)= sum_k a_rk b_kv, v over kVectors vectors, a_rk = a[r * kRowStep + k * a_step].
+// Not inlined: constants of a caller's loop would take registers, and one spilled sum halves the speed.
+template <class T, int kVectors, int64_t kRowStep, bool kAccumulate>
+ALLNC_NO_INLINE void multiply(
+    const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t depth, T* out, int64_t out_step) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  Vector<T> sum[kTileRows][kVectors];
   ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-    ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) dot[r][v] = Vector<T>{};
-  }
-  for (int64_t k = 0; k < p.dim; ++k, a += kPanel, b += kPanel) {
-    Vector<T> column_part[kTileVectors];
-    ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) column_part[v] = at(b + v * Simd<T>::kLanes);
-    ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-      const Vector<T> row_part = broadcast(a[r]);
-      ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) dot[r][v] += row_part * column_part[v];
+    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = kAccumulate ? at(out + r * out_step + v * kLanes) : Vector<T>{};
     }
   }
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+    Vector<T> part[kVectors];
+    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) part[v] = at(b + v * kLanes);
+    ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      const Vector<T> factor = broadcast(a[r * kRowStep]);
+      ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * part[v];
+    }
+  }
+  ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) at(out + r * out_step + v * kLanes) = sum[r][v];
+  }
+}
+
+// out [kTileRows, kTileColumns] = z_{row + r} . z_{column + v}
+template <class T>
+ALLNC_INLINE_TILE void dot_products(const Problem<T>& p, int64_t row, int64_t column, T* out, int64_t out_step) {
+  multiply<T, kTileVectors, 1, false>(packed(p, row), kPanel, packed(p, column), kPanel, p.dim, out, out_step);
 }
 
 // x where column != row, else `otherwise`; `distance` is the row minus the first lane's column.
@@ -131,22 +144,25 @@ ALLNC_INLINE_TILE Vector<T> replace_self(Vector<T> x, int64_t distance, T otherw
 template <class T, bool kDiagonal>
 void sum_shifted(const Problem<T>& p, Block i, Block j, T* scratch) {
   constexpr int kLanes = Simd<T>::kLanes;
-  T* row_sums = scratch;  // [i.rows, lanes]: added up over the lanes at the end
+  const T scale = p.scale;
+  T* row_sums = scratch;                   // [i.rows, lanes]: added up over the lanes at the end
+  T* tile = scratch + kMaxBlock * kLanes;  // [tile rows, tile columns]
   for (int64_t k = 0; k < i.rows; ++k) at(row_sums + k * kLanes) = Vector<T>{};
   for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
-    Vector<T> column_sums[kTileVectors] = {};
+    Vector<T> column_sums[kTileVectors] = {}, column_weight[kTileVectors];
+    ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) column_weight[v] = at(p.weight + column + v * kLanes);
     for (int64_t row = i.first; row < i.first + i.rows; row += kTileRows) {
-      Vector<T> e[kTileRows][kTileVectors];
-      dot_products(p, row, column, e);
-      ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-        Vector<T>& row_sum = at(row_sums + (row - i.first + r) * kLanes);
-        const Vector<T> row_weight = broadcast(p.weight[row + r]);
+      dot_products(p, row, column, tile, kTileColumns<T>);
+      for (int r = 0; r < kTileRows; ++r) {
+        const T row_weight = p.weight[row + r];
+        Vector<T> row_sum = at(row_sums + (row - i.first + r) * kLanes);
         ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
-          Vector<T> x = exp2<T>(e[r][v] * p.scale - p.scale);
-          if (kDiagonal) x = replace_self<T>(x, row + r - column - v * kLanes, 0);
-          row_sum += x * at(p.weight + column + v * kLanes);
-          column_sums[v] += x * row_weight;
+          Vector<T> e = exp2<T>(at(tile + r * kTileColumns<T> + v * kLanes) * scale - scale);
+          if (kDiagonal) e = replace_self<T>(e, row + r - column - v * kLanes, 0);
+          row_sum += e * column_weight[v];
+          column_sums[v] += e * row_weight;
         }
+        at(row_sums + (row - i.first + r) * kLanes) = row_sum;
       }
     }
     if (kDiagonal) continue;
@@ -189,13 +205,13 @@ void sum_unshifted(const Problem<T>& p, Block i, Block j, T* scratch) {
   constexpr int kLanes = Simd<T>::kLanes;
   for (int64_t column = 0; column < j.rows; column += kTileColumns<T>) {
     for (int64_t row = 0; row < i.rows; row += kTileRows) {
-      Vector<T> s[kTileRows][kTileVectors];
-      dot_products(p, i.first + row, j.first + column, s);
-      ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      T* s = scratch + row * kMaxBlock + column;
+      dot_products(p, i.first + row, j.first + column, s, kMaxBlock);
+      for (int r = 0; r < kTileRows; ++r) {
         ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
-          Vector<T> x = s[r][v] * p.scale;
+          Vector<T>& x = at(s + r * kMaxBlock + v * kLanes);
+          x *= p.scale;
           if (kDiagonal) x = replace_self<T>(x, row + r - column - v * kLanes, -__builtin_inf());
-          at(scratch + (row + r) * kMaxBlock + column + v * kLanes) = x;
         }
       }
     }
@@ -211,78 +227,58 @@ void sum_unshifted(const Problem<T>& p, Block i, Block j, T* scratch) {
   }
 }
 
-// Backward: K_ij = e_ij (u_i w_j + u_j w_i) to scratch [i.rows, kMaxBlock], the diagonal of z with itself 0.
+// Backward: K_ij = e_ij (u_i w_j + u_j w_i) to scratch [i.rows, kMaxBlock], 0 where row and column are the same.
 template <class T, bool kShifted, bool kDiagonal>
 void coefficients(const Problem<T>& p, Block i, Block j, T* scratch) {
   constexpr int kLanes = Simd<T>::kLanes;
+  const T scale = p.scale;
   for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
     for (int64_t row = i.first; row < i.first + i.rows; row += kTileRows) {
-      Vector<T> k[kTileRows][kTileVectors];
-      dot_products(p, row, column, k);
-      T* out = scratch + (row - i.first) * kMaxBlock + column - j.first;
-      ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-        const T u = p.u[row + r], weight = p.weight[row + r];
+      T* tile = scratch + (row - i.first) * kMaxBlock + column - j.first;
+      dot_products(p, row, column, tile, kMaxBlock);
+      for (int r = 0; r < kTileRows; ++r) {
+        const T u = p.u[row + r], weight = p.weight[row + r], level = p.level[row + r];
         ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
           const int64_t first = column + v * kLanes;
           const Vector<T> column_u = at(p.u + first), column_weight = at(p.weight + first);
-          Vector<T> x;
+          Vector<T> x = at(tile + r * kMaxBlock + v * kLanes);
           if (kShifted) {
-            x = exp2<T>(k[r][v] * p.scale - p.scale) * (u * column_weight + weight * column_u);
+            x = exp2<T>(x * scale - scale) * (u * column_weight + weight * column_u);
           } else {
             // Each exponential is a softmax weight, at most 1: weights and levels are in the exponent.
-            x = u * exp2<T>(k[r][v] * p.scale + (column_weight - p.level[row + r])) +
-                column_u * exp2<T>(k[r][v] * p.scale + (weight - at(p.level + first)));
+            x = u * exp2<T>(x * scale + (column_weight - level)) +
+                column_u * exp2<T>(x * scale + (weight - at(p.level + first)));
           }
           if (kDiagonal) x = replace_self<T>(x, row + r - first, 0);
-          at(out + r * kMaxBlock + v * kLanes) = x;
+          at(tile + r * kMaxBlock + v * kLanes) = x;
         }
       }
     }
   }
 }
 
-// out[r][v] += sum_k K_rk z_k for one register tile; K_rk = coefficient[r * kRowStep + k * kDepthStep].
-template <class T, int kVectors, int64_t kRowStep, int64_t kDepthStep>
-ALLNC_INLINE_TILE void product_tile(const T* coefficient, const T* z, int64_t depth, int64_t stride, T* out) {
-  constexpr int kLanes = Simd<T>::kLanes;
-  Vector<T> sum[kTileRows][kVectors];
-  ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = at(out + r * stride + v * kLanes);
-  }
-  for (int64_t k = 0; k < depth; ++k, coefficient += kDepthStep, z += stride) {
-    Vector<T> part[kVectors];
-    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) part[v] = at(z + v * kLanes);
-    ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-      const Vector<T> factor = broadcast(coefficient[r * kRowStep]);
-      ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * part[v];
-    }
-  }
-  ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) at(out + r * stride + v * kLanes) = sum[r][v];
-  }
-}
-
-// grad of the rows `out` += K times the rows `in`, `kVectors` vectors of columns from `column` on.
-template <class T, int kVectors, int64_t kRowStep, int64_t kDepthStep>
-void product_columns(const Problem<T>& p, Block out, Block in, const T* coefficient, int64_t column) {
+// grad of the rows `out`, in kVectors vectors of columns from `column` on, += K times the rows `in`; K or its
+// transpose: K_rk = coefficient[r * kRowStep + k * step].
+template <class T, int kVectors, int64_t kRowStep>
+void product_columns(const Problem<T>& p, Block out, Block in, const T* coefficient, int64_t step, int64_t column) {
   for (int64_t row = 0; row < out.rows; row += kTileRows) {
-    product_tile<T, kVectors, kRowStep, kDepthStep>(
-        coefficient + row * kRowStep, p.rows + in.first * p.stride + column, in.rows, p.stride,
-        p.grad + (out.first + row) * p.stride + column);
+    multiply<T, kVectors, kRowStep, true>(
+        coefficient + row * kRowStep, step, p.rows + in.first * p.stride + column, p.stride, in.rows,
+        p.grad + (out.first + row) * p.stride + column, p.stride);
   }
 }
 
-template <class T, int64_t kRowStep, int64_t kDepthStep>
-void product(const Problem<T>& p, Block out, Block in, const T* coefficient) {
+template <class T, int64_t kRowStep>
+void product(const Problem<T>& p, Block out, Block in, const T* coefficient, int64_t step) {
   constexpr int kLanes = Simd<T>::kLanes;
   int64_t column = 0;
   for (; column + 2 * kLanes < p.dim; column += 3 * kLanes) {
-    product_columns<T, 3, kRowStep, kDepthStep>(p, out, in, coefficient, column);
+    product_columns<T, 3, kRowStep>(p, out, in, coefficient, step, column);
   }
   if (column + kLanes < p.dim) {
-    product_columns<T, 2, kRowStep, kDepthStep>(p, out, in, coefficient, column);
+    product_columns<T, 2, kRowStep>(p, out, in, coefficient, step, column);
   } else if (column < p.dim) {
-    product_columns<T, 1, kRowStep, kDepthStep>(p, out, in, coefficient, column);
+    product_columns<T, 1, kRowStep>(p, out, in, coefficient, step, column);
   }
 }
 
@@ -300,8 +296,8 @@ void backward(const Problem<T>& p, Block i, Block j, T* scratch) {
   const auto run = p.shifted ? (diagonal ? coefficients<T, true, true> : coefficients<T, true, false>)
                              : (diagonal ? coefficients<T, false, true> : coefficients<T, false, false>);
   run(p, i, j, scratch);
-  product<T, kMaxBlock, 1>(p, i, j, scratch);
-  if (!diagonal) product<T, 1, kMaxBlock>(p, j, i, scratch);
+  product<T, kMaxBlock>(p, i, j, scratch, 1);
+  if (!diagonal) product<T, 1>(p, j, i, scratch, kMaxBlock);
 }
 
 template <class T>
@@ -314,4 +310,5 @@ Tiles<T> make_tiles(const char* name) {
 }  // namespace allnc
 
 #undef ALLNC_INLINE_TILE
+#undef ALLNC_NO_INLINE
 #undef ALLNC_UNROLL

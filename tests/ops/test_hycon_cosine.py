@@ -14,7 +14,9 @@ from allnc.ops.hycon_cosine import hycon_cosine, hycon_cosine_reference
 from tests.tolerances import assert_as_exact, error
 
 
-def _case(num_views: int, num_images: int, num_classes: int, dim: int, seed: int = 0) -> tuple[Tensor, ...]:
+def _case(
+    num_views: int, num_images: int, num_classes: int, dim: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h, f, labels alike in all views, means."""
     generator = torch.Generator().manual_seed(seed)
     rows = num_views * num_images
@@ -23,7 +25,12 @@ def _case(num_views: int, num_images: int, num_classes: int, dim: int, seed: int
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     labels = torch.randint(num_classes, (num_images,), generator=generator).repeat(num_views)
-    return random(rows, dim).requires_grad_(), random(rows, dim).requires_grad_(), labels, random(num_classes, dim)
+    return (
+        random(rows, dim).requires_grad_(),
+        random(rows, dim).requires_grad_(),
+        labels,
+        random(num_classes, dim),
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -68,7 +75,9 @@ def test_hand_computed() -> None:
 def test_other_view_is_the_same_image() -> None:
     """Rows are view-major: image b's views are rows b and B + b, not neighbours."""
     f = torch.eye(4).repeat(2, 1)
-    value = hycon_cosine(f, f, torch.zeros(8, dtype=torch.int64), torch.ones(1, 4), seen=torch.zeros(1).bool())
+    value = hycon_cosine(
+        f, f, torch.zeros(8, dtype=torch.int64), torch.ones(1, 4), seen=torch.zeros(1).bool()
+    )
     assert float(value) == -1.0
 
 
@@ -101,9 +110,7 @@ def test_gradcheck_and_opcheck(num_views: int) -> None:
 
     assert torch.autograd.gradcheck(first, (h,))
     assert torch.autograd.gradcheck(second, (f,))
-    torch.library.opcheck(
-        torch.ops.allnc.hycon_cosine.default, (h, f, labels, means, seen, num_views, -100)
-    )
+    torch.library.opcheck(torch.ops.allnc.hycon_cosine.default, (h, f, labels, means, seen, num_views, -100))
     torch.library.opcheck(
         torch.ops.allnc.hycon_cosine_backward.default,
         (torch.ones((), dtype=torch.float64), h.detach(), fixed, labels, means, seen, num_views, -100),
@@ -114,10 +121,14 @@ def test_gradcheck_and_opcheck(num_views: int) -> None:
 def test_types_are_as_good_as_eager(dtype: torch.dtype) -> None:
     h, f, labels, means = _case(2, 20, 4, 16)
     results = []
-    for cast, function in ((dtype, hycon_cosine), (dtype, hycon_cosine_reference), (torch.float64, hycon_cosine_reference)):
-        leaves = [t.detach().to(dtype).to(cast).requires_grad_() for t in (h, f)]
-        value = function(*leaves, labels, means.to(dtype).to(cast))
-        results.append([value, *torch.autograd.grad(value, leaves)])
+    for cast, function in (
+        (dtype, hycon_cosine),
+        (dtype, hycon_cosine_reference),
+        (torch.float64, hycon_cosine_reference),
+    ):
+        own_h, own_f = (t.detach().to(dtype).to(cast).requires_grad_() for t in (h, f))
+        value = function(own_h, own_f, labels, means.to(dtype).to(cast))
+        results.append([value, *torch.autograd.grad(value, (own_h, own_f))])
     assert results[0][0].dtype == torch.float32
     assert results[0][1].dtype == dtype
     for got, eager, reference in zip(*results, strict=True):
@@ -130,7 +141,7 @@ def test_strides_mixed_types_and_autocast() -> None:
     strided = torch.stack((h, f), 2)  # columns of each are two apart
     assert error(hycon_cosine(strided[..., 0], strided[..., 1], labels, means), want) < 1e-14
     assert hycon_cosine(h.to(torch.bfloat16), f, labels, means).dtype == torch.float64
-    single = [t.detach().float().requires_grad_() for t in (h, f)]
+    single = (h.detach().float().requires_grad_(), f.detach().float().requires_grad_())
     plain = hycon_cosine(*single, labels, means)
     with torch.autocast("cpu", torch.bfloat16):
         cast = hycon_cosine(*single, labels, means)
@@ -146,10 +157,10 @@ def test_zero_rows_and_ignored_rows_are_harmless() -> None:
     h[0], f[2], means[2] = 0, 0, 0
     h, f = h.requires_grad_(), f.requires_grad_()
     value = hycon_cosine(h, f, labels, means)
-    assert math.isfinite(float(value))
+    assert math.isfinite(value.item())
     assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(value, (h, f)))
     nothing = hycon_cosine(h, f, torch.full_like(labels, -100), means)
-    assert float(nothing) == 0
+    assert nothing.item() == 0
 
 
 def test_compiles_without_a_break() -> None:
@@ -173,7 +184,11 @@ X, LABELS, MEANS = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.z
         ((X[:0], X[:0], LABELS[:0], MEANS), {}, "h must have at least one row"),
         ((X, X, LABELS.int(), MEANS), {}, "labels must be int64"),
         ((X, X, LABELS + 2, MEANS), {}, r"labels must be in \[0, 2\).*; got 2"),
-        ((X, X, LABELS, MEANS), {"num_views": 3}, "h must have a multiple of num_views = 3 rows; got 4. Stack"),
+        (
+            (X, X, LABELS, MEANS),
+            {"num_views": 3},
+            "h must have a multiple of num_views = 3 rows; got 4. Stack",
+        ),
         ((X, X, LABELS, MEANS), {"num_views": 0}, "num_views must be an integer >= 1; got 0"),
         ((X, X, LABELS, MEANS), {"seen": torch.ones(3).bool()}, r"seen must have shape \[2\]"),
         ((X, X, LABELS, MEANS), {"backend": "cpp"}, "hycon_cosine has no backend 'cpp'"),

@@ -39,7 +39,7 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("loss", "hycon_weight", "loss.hycon is none")
     if loss.p2p_target == "etf":
         drop("loss", "p2p_temperature", "loss.p2p_target is etf")
-    if loss.horizon == 0:
+    if loss.horizon == 0 and loss.name == "allnc":
         drop("loss", "gamma", "loss.horizon is 0: the re-balancing branch alone from the start")
     if model.name.startswith("timm:"):
         drop("model", "width shortcut", f"model.name is {model.name}")

@@ -1,0 +1,127 @@
+"""Loaders: layout of views and branches, repeatability, independence of workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from allnc.config import DataConfig
+from allnc.data import ImageSet, TrainLoader, load, plain_batches
+from allnc.data.views import normalise
+
+CPU = torch.device("cpu")
+
+
+def digits(**changes: object) -> tuple[ImageSet, DataConfig]:
+    config = DataConfig(**{"max_per_class": 40, "imbalance_ratio": 4, **changes})  # pyright: ignore[reportArgumentType]
+    return load(config)[0], config
+
+
+def loader(
+    images: ImageSet, config: DataConfig, *, two_batches: bool = False, batch_size: int = 16
+) -> TrainLoader:
+    return TrainLoader(images, config, batch_size=batch_size, seed=3, two_batches=two_batches, device=CPU)
+
+
+def test_rows_are_view_major() -> None:
+    images, config = digits(augmentation="none", views=3)
+    source = loader(images, config)
+    batch = next(iter(source.epoch(0)))
+    assert images.images is not None
+    index = source.indices(0)[0]
+    expected = normalise(images.images[index], images.mean, images.std)
+    for view in range(3):
+        rows = slice(view * 16, (view + 1) * 16)
+        assert torch.equal(batch.images[rows], expected)
+        assert torch.equal(batch.labels[rows], images.labels[index])
+    assert torch.equal(batch.branch(batch.labels, rebalance=False), batch.labels)
+    assert torch.equal(batch.branch(batch.labels, rebalance=True), batch.labels)
+
+
+def test_branches_split_each_view() -> None:
+    images, config = digits(augmentation="none", rebalance_sampler="reversed")
+    source = loader(images, config, two_batches=True)
+    batch, index = next(iter(source.epoch(0))), source.indices(0)[0]
+    assert len(batch.images) == 2 * (16 + 16) == len(batch.labels)
+    uniform = batch.branch(batch.labels, rebalance=False)
+    rebalance = batch.branch(batch.labels, rebalance=True)
+    assert torch.equal(uniform, images.labels[index[:16]].repeat(2))
+    assert torch.equal(rebalance, images.labels[index[16:]].repeat(2))
+
+
+def test_an_epoch_is_every_image_once_and_the_tail_more_often_when_rebalanced() -> None:
+    images, config = digits(rebalance_sampler="reversed")
+    source = loader(images, config, two_batches=True)
+    index = source.indices(0)
+    uniform = index[:, :16].flatten()
+    assert len(set(uniform.tolist())) == len(uniform) == len(images) // 16 * 16
+    drawn = torch.bincount(images.labels[index[:, 16:].flatten()], minlength=10)
+    assert drawn[0] < drawn[-1]
+
+
+def test_epochs_repeat_and_differ() -> None:
+    images, config = digits()
+    first, again = (list(loader(images, config).epoch(1)) for _ in range(2))
+    other = list(loader(images, config).epoch(2))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0].images, other[0].images)
+    views = first[0].images.unflatten(0, (2, -1))
+    assert not torch.equal(views[0], views[1])
+
+
+def test_a_batch_larger_than_the_set_is_refused() -> None:
+    images, config = digits()
+    with pytest.raises(ValueError, match=f"train.batch_size must be <= {len(images)}"):
+        loader(images, config, batch_size=len(images) + 1)
+
+
+def _on_disk(folder: Path) -> ImageSet:
+    paths = []
+    for i in range(6):
+        paths.append(str(folder / f"{i}.png"))
+        Image.effect_noise((24, 20), 20 + i).convert("RGB").save(paths[-1])
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    return ImageSet(labels=labels, num_classes=3, mean=(0.5,) * 3, std=(0.5,) * 3, paths=tuple(paths))
+
+
+def test_views_do_not_depend_on_the_workers(tmp_path: Path) -> None:
+    images = _on_disk(tmp_path)
+    batches = []
+    for workers in (0, 2):
+        config = DataConfig(
+            name="image_folder", root="x", augmentation="randaugment", image_size=16, workers=workers
+        )
+        torch.manual_seed(workers)
+        batches.append(list(loader(images, config, batch_size=3).epoch(0)))
+    assert len(batches[0]) == 2
+    for ours, theirs in zip(*batches, strict=True):
+        assert ours.images.shape == (6, 3, 16, 16)
+        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+
+
+def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    config = DataConfig(name="image_folder", root="x", augmentation="resized_crop", image_size=16, workers=0)
+    before = torch.get_rng_state()
+    list(loader(_on_disk(tmp_path), config, batch_size=3).epoch(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_plain_batches_are_all_images_in_order(tmp_path: Path) -> None:
+    images, config = digits()
+    labels = torch.cat([labels for _, labels in plain_batches(images, config, 7, CPU)])
+    assert torch.equal(labels, images.labels)
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=0)
+    parts = list(plain_batches(_on_disk(tmp_path), config, 4, CPU))
+    assert [len(pixels) for pixels, _ in parts] == [4, 2] and parts[0][0].shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(workers: int, tmp_path: Path) -> None:
+    images = _on_disk(tmp_path)
+    Path(images.paths[4]).write_bytes(b"not an image")
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=workers)
+    with pytest.raises(ValueError, match=r"^\S+4\.png must be a readable image"):
+        list(plain_batches(images, config, 6, CPU))

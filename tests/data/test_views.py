@@ -1,0 +1,100 @@
+"""Augmentations: what each may and may not do to an image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from allnc.data.views import PADDING, augment_batch, image_transforms, normalise
+
+MEAN, STD = (0.5, 0.25), (0.5, 0.25)
+
+
+def random(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n: int, size: int = 28, channels: int = 2) -> torch.Tensor:
+    return torch.randint(1, 256, (n, channels, size, size), generator=random(), dtype=torch.uint8)
+
+
+def test_normalise_by_hand() -> None:
+    image = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1)
+    torch.testing.assert_close(normalise(image, MEAN, STD).flatten(), torch.tensor([-1.0, 3.0]))
+
+
+@pytest.mark.parametrize("kind", ["shift_rotate", "crop_flip_cutout"])
+def test_the_generator_decides_everything(kind: str) -> None:
+    images = pictures(8)
+    torch.manual_seed(1)
+    first = augment_batch(images, kind, MEAN, STD, random(3))
+    torch.manual_seed(2)
+    assert torch.equal(first, augment_batch(images, kind, MEAN, STD, random(3)))
+    other = augment_batch(images, kind, MEAN, STD, random(4))
+    assert first.shape == images.shape and first.dtype == torch.float32
+    assert not torch.equal(first, other)
+    assert not torch.equal(
+        first[0], augment_batch(images[:1].repeat(2, 1, 1, 1), kind, MEAN, STD, random(3))[1]
+    )
+
+
+def test_crop_and_flip_give_windows_of_the_padded_image() -> None:
+    images = pictures(64, size=12)
+    views = augment_batch(images, "crop_flip_cutout", (0.0, 0.0), (1.0, 1.0), random())
+    padded = torch.nn.functional.pad(images, (PADDING,) * 4).float() / 255
+    offsets, mirrored = set(), 0
+    for view, source in zip(views, padded, strict=True):
+        kept = view != 0  # neither padding nor cut out: every pixel of the pictures is positive
+        found = [
+            (top, left, flip)
+            for top in range(2 * PADDING + 1)
+            for left in range(2 * PADDING + 1)
+            for flip in (False, True)
+            if torch.equal(
+                view[kept],
+                (w.flip(-1) if flip else w)[kept]
+                if (w := source[:, top : top + 12, left : left + 12]) is not None
+                else view,
+            )
+        ]
+        assert len(found) == 1
+        offsets.add(found[0][:2])
+        mirrored += found[0][2]
+    assert len(offsets) > 30 and 16 < mirrored < 48
+
+
+def test_cutout_blanks_a_square_of_half_the_side() -> None:
+    images = torch.full((200, 1, 28, 28), 255, dtype=torch.uint8)
+    views = augment_batch(images, "crop_flip_cutout", (0.0,), (1.0,), random())
+    blank = (views[:, 0, PADDING:-PADDING, PADDING:-PADDING] == 0).flatten(1).sum(1)
+    assert blank.max() == 14 * 14 and blank.min() >= 0 and blank.float().mean() > 60
+
+
+def test_small_shifts_and_rotations_keep_the_digit() -> None:
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    image[:, :, 3:5, 3:5] = 255
+    views = augment_batch(image.repeat(200, 1, 1, 1), "shift_rotate", (0.0,), (1.0,), random())[:, 0]
+    mass = views.sum((1, 2))
+    rows = (views * torch.arange(8.0)[:, None]).sum((1, 2)) / mass - 3.5  # centre of mass
+    assert rows.abs().max() < 1.4 and rows.std() > 0.3
+    assert (mass > 2.5).all() and (mass < 6).all()
+
+
+@pytest.mark.parametrize("kind", ["autoaugment", "resized_crop", "randaugment", "none"])
+def test_pipelines_of_single_images(kind: str) -> None:
+    image = pictures(1, size=32, channels=3)[0]
+    picture = image if kind == "autoaugment" else v2.functional.to_pil_image(image)
+    first, others = image_transforms(kind, 32, (0.5,) * 3, (0.5,) * 3, train=True)
+    for pipeline in (first, others):
+        view = pipeline(picture)
+        assert view.shape == (3, 32, 32) and view.dtype == torch.float32
+        changes = not torch.equal(view, pipeline(picture))
+        assert changes == (kind != "none")
+
+
+def test_unknown_kinds() -> None:
+    with pytest.raises(ValueError, match="kind must be none, shift_rotate or crop_flip_cutout; got 'blur'"):
+        augment_batch(pictures(1), "blur", MEAN, STD, random())
+    with pytest.raises(ValueError, match="kind must be none, autoaugment"):
+        image_transforms("blur", 32, MEAN, STD, train=True)

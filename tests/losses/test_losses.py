@@ -1,0 +1,290 @@
+"""The loss modules: their state, their schedule, and AllNC as the sum that its formula says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allnc.config import LossConfig
+from allnc.losses import GBBN, P2P, AllNC, Focal, HyCon, HyConCosine, LogitAdjusted, build_loss
+from allnc.ops.hycon import hycon_reference
+from allnc.ops.hycon_cosine import hycon_cosine_reference
+from allnc.ops.p2p import p2p_reference
+
+C, WIDTH, DIM, ROWS = 5, 8, 6, 12
+COUNTS = torch.tensor([50, 20, 10, 5, 0])
+
+
+class _Batch:
+    """Two views of six images in float64, with what a model would return for them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.labels = torch.tensor([0, 0, 1, 2, 3, 0]).repeat(2)
+        self.features = random(ROWS, WIDTH).requires_grad_()
+        self.h = random(ROWS, WIDTH).requires_grad_()
+        self.z = F.normalize(random(ROWS, DIM), dim=1).requires_grad_()
+        self.weight = random(C, WIDTH).requires_grad_()
+        self.uniform = (random(ROWS, C).requires_grad_(), self.labels)
+        self.rebalance = (random(ROWS, C).requires_grad_(), self.labels)
+
+    def call(self, loss: Callable[..., Any], progress: float = 0.1):
+        arguments = (self.features, self.labels, self.weight, self.uniform, self.rebalance, progress)
+        return loss(*arguments, z=self.z, h=self.h)
+
+
+def _class_means(rows: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([rows[labels == c].mean(0) if c in labels else rows[0] * 0 for c in range(C)])
+
+
+@pytest.mark.parametrize("module", ["allnc", "build", "gbbn", "hycon", "longtail", "p2p"])
+def test_docstring_examples(module: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"allnc.losses.{module}"))
+    assert results.attempted > 0 and results.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("gamma", "horizon", "progress", "want"),
+    [
+        (2.0, 1.0, 0.0, 1.0),
+        (2.0, 1.0, 0.5, 0.75),
+        (1.0, 1.0, 0.25, 0.75),
+        (2.0, 1.0, 1.0, 0.0),
+        (2.0, 0.3, 0.15, 0.75),
+        (2.0, 0.3, 0.3, 0.0),
+        (2.0, 0.3, 0.9, 0.0),
+        (2.0, 0.0, 0.0, 0.0),
+        (8.0, 1.0, 0.5, 1 - 1 / 256),
+    ],
+)
+def test_eta(gamma: float, horizon: float, progress: float, want: float) -> None:
+    loss = GBBN(COUNTS, gamma=gamma, horizon=horizon)
+    assert math.isclose(loss.eta(progress), want, abs_tol=1e-15)
+
+
+def test_gbbn_mixes_its_branches() -> None:
+    batch = _Batch()
+    (logits_u, y), (logits_r, _) = batch.uniform, batch.rebalance
+    output = GBBN(COUNTS, rebalance="focal")(logits_u, y, logits_r, y, 0.5)
+    uniform, rebalance = F.cross_entropy(logits_u, y), Focal(C)(logits_r, y)
+    assert torch.allclose(output.total, 0.75 * uniform + 0.25 * rebalance)
+    assert torch.allclose(output.parts["uniform"], uniform.detach())
+    assert torch.allclose(output.parts["rebalance"], rebalance.detach())
+    assert output.parts["eta"].item() == 0.75
+    assert not any(part.requires_grad for part in output.parts.values())
+
+
+def test_a_finished_branch_cannot_break_the_other() -> None:
+    """At η = 0 the uniform branch is only logged: an infinite logit there must not reach the total."""
+    batch = _Batch()
+    logits_u = torch.full((ROWS, C), -torch.inf, dtype=torch.float64).requires_grad_()
+    logits_r, y = batch.rebalance
+    output = GBBN(COUNTS, horizon=0.5)(logits_u, y, logits_r, y, 0.6)
+    output.total.backward()
+    assert math.isfinite(output.total.item()) and logits_u.grad is None
+
+
+@pytest.mark.parametrize("form", ["softmax", "cosine", "none"])
+@pytest.mark.parametrize("progress", [0.0, 0.15, 1.0])
+def test_allnc_is_its_formula(form: str, progress: float) -> None:
+    """Value and gradients against the parts' references on a first batch, whose means are batch means."""
+    options: dict[str, Any] = {"alpha": 0.7, "hycon_weight": 1.3, "horizon": 0.3, "mean_gradient": "exact"}
+    weights = {"p2p_means": 0.5, "p2p_weights": 0.9, "p2p_duality": 1.1}
+    loss = AllNC(COUNTS, WIDTH, DIM, hycon=form, **options, **weights).double()  # pyright: ignore[reportArgumentType]
+    batch = _Batch()
+    output = batch.call(loss, progress)
+
+    eta = 1 - min(1.0, progress / 0.3) ** 2
+    seen = torch.tensor([True, True, True, True, False])
+    means = _class_means(batch.features, batch.labels)
+    ww = p2p_reference(batch.weight, seen=seen)
+    on_means = 0.5 * p2p_reference(means, seen=seen) + 1.1 * p2p_reference(means, batch.weight, seen=seen)
+    if form == "softmax":
+        z_means = _class_means(batch.z, batch.labels)
+        on_means = on_means + 1.3 * hycon_reference(batch.z, batch.labels, z_means, seen=seen)
+    elif form == "cosine":
+        on_means = on_means + 1.3 * hycon_cosine_reference(
+            batch.h, batch.features, batch.labels, means.detach()
+        )
+    rebalanced = LogitAdjusted(COUNTS)(*batch.rebalance) + 0.9 * ww
+    want = eta * F.cross_entropy(*batch.uniform) + (1 - eta) * rebalanced + 0.7 * on_means
+
+    assert math.isclose(output.total.item(), want.item(), rel_tol=1e-6)
+    leaves = [batch.features, batch.weight, batch.h, batch.z, batch.uniform[0], batch.rebalance[0]]
+    got_grads = torch.autograd.grad(output.total, leaves, allow_unused=True)
+    want_grads = torch.autograd.grad(want, leaves, allow_unused=True)
+    for got, expected in zip(got_grads, want_grads, strict=True):
+        zero = torch.zeros((), dtype=torch.float64)
+        assert torch.allclose(zero if got is None else got, zero if expected is None else expected, atol=1e-6)
+    expected_parts = {"cls", "uniform", "rebalance", "eta", "p2p_means", "p2p_weights", "p2p_duality"}
+    assert set(output.parts) == expected_parts | ({"hycon"} if form != "none" else set())
+
+
+def test_means_move_in_training_only() -> None:
+    loss, batch = HyCon(C, DIM).double(), _Batch()
+    loss(batch.z, batch.labels)
+    first = _class_means(batch.z, batch.labels).detach()
+    assert torch.allclose(loss.means, first)
+    assert loss.seen.tolist() == [True, True, True, True, False]
+    other = _Batch(seed=1)
+    loss(other.z, other.labels)
+    assert torch.allclose(loss.means, 0.9 * first + 0.1 * _class_means(other.z, other.labels).detach())
+
+    state = {name: value.clone() for name, value in loss.state_dict().items()}
+    assert set(state) == {"means", "seen"}
+    loss.eval()
+    loss(batch.z, batch.labels)
+    assert all(torch.equal(value, state[name]) for name, value in loss.state_dict().items())
+    fresh = HyCon(C, DIM).double().eval()
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(batch.z, batch.labels), loss(batch.z, batch.labels))
+
+
+@pytest.mark.parametrize("form", ["softmax", "cosine"])
+def test_two_forwards_before_a_backward(form: str) -> None:
+    """The state moves under the first graph; its gradient must be that of its own values."""
+    batches = [_Batch(), _Batch(seed=1)]
+    loss = AllNC(COUNTS, WIDTH, DIM, hycon=form).double()  # pyright: ignore[reportArgumentType]
+    outputs = [batch.call(loss) for batch in batches]
+    grad = torch.autograd.grad(outputs[0].total, batches[0].features)[0]
+    alone = AllNC(COUNTS, WIDTH, DIM, hycon=form).double()  # pyright: ignore[reportArgumentType]
+    want = torch.autograd.grad(batches[0].call(alone).total, batches[0].features)[0]
+    assert torch.allclose(grad, want)
+
+
+def test_first_batch_of_one_class_and_of_none() -> None:
+    loss = AllNC(COUNTS, WIDTH, DIM, hycon="softmax").double()
+    batch = _Batch()
+    for label in (-100, 3):
+        batch.labels = torch.full((ROWS,), label)
+        output = batch.call(loss)
+        grad = torch.autograd.grad(output.total, (batch.features, batch.z))
+        assert math.isfinite(output.total.item()) and all(bool(g.isfinite().all()) for g in grad)
+        assert output.parts["p2p_means"].item() == 0
+
+
+def test_p2p_terms_and_their_weights() -> None:
+    batch = _Batch()
+    loss = P2P(C, WIDTH, means_weight=2.0, classifier_weight=0.0, duality_weight=0.5).double()
+    terms = loss(batch.features, batch.labels, batch.weight)
+    seen = torch.arange(C) < 4
+    means = _class_means(batch.features, batch.labels)
+    assert math.isclose(terms.means.item(), p2p_reference(means, seen=seen).item(), rel_tol=1e-9)
+    assert math.isclose(
+        terms.duality.item(), p2p_reference(means, batch.weight, seen=seen).item(), rel_tol=1e-9
+    )
+    assert terms.weights.item() == 0
+    assert math.isclose(terms.total.item(), 2 * terms.means.item() + 0.5 * terms.duality.item(), rel_tol=1e-9)
+
+
+def test_cosine_module_uses_the_class_means() -> None:
+    batch = _Batch()
+    value = HyConCosine(C, WIDTH).double()(batch.h, batch.features, batch.labels)
+    means = _class_means(batch.features, batch.labels).detach()
+    want = hycon_cosine_reference(batch.h, batch.features, batch.labels, means)
+    assert math.isclose(value.item(), want.item(), rel_tol=1e-9)
+
+
+def test_allnc_compiles_without_a_break() -> None:
+    eager, traced = (AllNC(COUNTS, WIDTH, DIM, hycon="cosine").double() for _ in range(2))
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        batch = _Batch(seed)
+        value, want = batch.call(compiled).total, batch.call(eager).total
+        assert math.isclose(value.item(), want.item(), rel_tol=1e-9)
+        got, expected = (torch.autograd.grad(v, batch.features)[0] for v in (value, want))
+        assert torch.allclose(got, expected)
+    assert torch.allclose(traced.p2p.means, eager.p2p.means)
+
+
+@pytest.mark.parametrize("name", ["allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam"])
+def test_every_configured_loss_has_one_signature(name: str) -> None:
+    config = LossConfig(name=name)  # pyright: ignore[reportArgumentType]
+    loss = build_loss(config, class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM).double()
+    batch = _Batch()
+    output = batch.call(loss)
+    output.total.backward()
+    assert output.total.shape == () and {"cls", "uniform"} <= set(output.parts)
+    assert batch.uniform[0].grad is not None
+
+
+def test_build_passes_every_setting() -> None:
+    """No field of the configuration may be forgotten: each is set away from its default and found again."""
+    config = LossConfig(
+        hycon="softmax",
+        hycon_weight=0.2,
+        alpha=0.3,
+        temperature=0.4,
+        mean_weight=0.5,
+        balance="none",
+        ema_momentum=0.6,
+        mean_gradient="exact",
+        p2p_means=0.7,
+        p2p_weights=0.8,
+        p2p_duality=0.9,
+        p2p_target="softmax",
+        p2p_temperature=1.1,
+        rebalance="focal",
+        gamma=1.2,
+        horizon=0.35,
+        backend="eager",
+    )
+    loss = build_loss(config, class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM)
+    assert isinstance(loss, AllNC) and loss.hycon is not None
+    assert (loss.form, loss.hycon_weight, loss.alpha) == ("softmax", 0.2, 0.3)
+    assert (loss.hycon.temperature, loss.hycon.mean_weight, loss.hycon.balance) == (0.4, 0.5, "none")
+    for state in (loss.hycon, loss.p2p):
+        assert (state.momentum, state.gradient, state.backend) == (0.6, "exact", "eager")
+    assert (loss.p2p.means_weight, loss.p2p.classifier_weight, loss.p2p.duality_weight) == (0.7, 0.8, 0.9)
+    assert (loss.p2p.target, loss.p2p.temperature) == ("softmax", 1.1)
+    assert isinstance(loss.gbbn.rebalance_loss, Focal)
+    assert (loss.gbbn.gamma, loss.gbbn.horizon) == (1.2, 0.35)
+    assert loss.hycon.means.shape == (C, DIM) and loss.p2p.means.shape == (C, WIDTH)
+    focal = build_loss(
+        LossConfig(name="focal", gamma=3.0), class_counts=COUNTS, feature_dim=1, projection_dim=1
+    )
+    assert focal.loss.gamma == 3.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: HyCon(1, 4), "num_classes must be >= 2; got 1"),
+        (lambda: HyCon(3, 4.0), "dim must be an integer; got 4.0"),  # pyright: ignore[reportArgumentType]
+        (lambda: HyCon(3, 4, momentum=1.0), r"momentum must be in \[0, 1\); got 1"),
+        (lambda: HyCon(3, 4, temperature=0.0), r"temperature must be in \(0, inf\); got 0"),
+        (lambda: HyCon(3, 4, balance="classes"), "balance must be one of"),  # pyright: ignore[reportArgumentType]
+        (lambda: HyCon(3, 4, gradient="none"), "gradient must be one of"),  # pyright: ignore[reportArgumentType]
+        (lambda: HyCon(3, 4, backend="gpu"), "backend must be one of"),  # pyright: ignore[reportArgumentType]
+        (lambda: P2P(3, 4, duality_weight=-1), r"duality_weight must be in \[0, inf\); got -1"),
+        (lambda: GBBN([3, 4], gamma=0), r"gamma must be in \(0, inf\); got 0"),
+        (lambda: GBBN([3, 4], horizon=1.5), r"horizon must be in \[0, 1\]; got 1.5"),
+        (lambda: GBBN([3, 4], rebalance="ce"), "rebalance must be one of"),  # pyright: ignore[reportArgumentType]
+        (lambda: GBBN([3, 4]).eta(1.01), r"progress must be in \[0, 1\]; got 1.01"),
+        (lambda: AllNC([3, 4], 4, 4, alpha=math.nan), "alpha must be in"),
+        (lambda: AllNC([3, 4], 4, 4, hycon="cosine", backend="triton"), "backend must not be 'triton'"),
+        (lambda: _call_without("softmax"), "z must be given with hycon='softmax'"),
+        (lambda: _call_without("cosine"), "h must be given with hycon='cosine'"),
+    ],
+)
+def test_errors_say_what_to_do(build, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        build()
+
+
+def _call_without(form: str) -> None:
+    batch = _Batch()
+    loss = AllNC(COUNTS, WIDTH, DIM, hycon=form).double()  # pyright: ignore[reportArgumentType]
+    loss(batch.features, batch.labels, batch.weight, batch.uniform, batch.rebalance, 0.0)

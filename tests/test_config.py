@@ -1,0 +1,152 @@
+"""Configuration and command line: recipes, overrides, ranges, refusals, run folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from allnc.train import main, parse, plan, recipe_names
+from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
+
+RECIPES = ["cifar100_lt", "cifar10_lt", "digits_lt", "fashion_lt", "imagenet_lt", "inat18", "places_lt"]
+
+
+def test_every_recipe_parses() -> None:
+    assert recipe_names() == RECIPES
+    for name in RECIPES:
+        config, stem = parse(["--config", name])
+        assert stem == name
+        assert from_dict(to_dict(config)) == config
+
+
+def test_recipes_share_their_budget_with_the_baseline() -> None:
+    for name in RECIPES:
+        ours, baseline = parse(["--config", name])[0], parse(["--config", name, "--loss.name", "ce"])[0]
+        assert dataclasses.replace(baseline, loss=ours.loss) == ours
+
+
+def test_overrides_win_whatever_their_place() -> None:
+    before, _ = parse(["--train.epochs", "5", "--config", "fashion_lt", "--loss.name=ce"])
+    after, _ = parse(["--config=fashion_lt", "--loss.name", "ce", "--train.epochs=5"])
+    assert before == after
+    assert (before.train.epochs, before.loss.name, before.data.max_per_class) == (5, "ce", 1500)
+
+
+def test_no_argument_is_the_digits_recipe() -> None:
+    config, recipe = parse([])
+    assert (recipe, config.data.name, config.data.imbalance_ratio) == ("digits_lt", "digits", 20)
+
+
+def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--config", "cifar10_lt", "--train.lr", "1e-2", "--print_config"]) == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out)
+    again, recipe = parse(["--config", str(path)])
+    assert (again, recipe) == (parse(["--config", "cifar10_lt", "--train.lr", "0.01"])[0], "mine")
+    assert again.train.milestones == (160, 180)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loss.ema_momentum", "1.5"], "loss.ema_momentum must be in [0, 1); got 1.5"),
+        (["--loss.temperature", "0"], "loss.temperature must be > 0; got 0"),
+        (["--loss.gamma", "0"], "loss.gamma must be > 0; got 0"),
+        (["--train.epochs", "0"], "train.epochs must be >= 1; got 0"),
+        (["--train.epochs", "x"], "train.epochs must be of type int; got x"),
+        (["--train.epoch", "5"], "--train.epoch is not an option; did you mean --train.epochs?"),
+        (["--loss.name", "foo"], "loss.name must be one of 'allnc', 'ce',"),
+        (["--config", "digit_lt"], "got 'digit_lt'; did you mean digits_lt?"),
+        (["--config"], "--config needs a recipe"),
+        (["--model.name", "resnet21"], "model.name must be resnetD with D = 6n + 2"),
+        (["--model.pretrained", "true"], "model.pretrained needs a timm:NAME model; got resnet8"),
+        (["--data.many", "5"], "data.many must be >= 20; got 5"),
+        (["--data.views", "3"], "data.views must be 2 with loss.hycon cosine; got 3"),
+        (["--data.augmentation", "randaugment"], "got randaugment, which is for large images"),
+        (
+            ["--train.milestones", "[3]"],
+            "train.milestones must be given with train.schedule step, and only then",
+        ),
+        (["--loss.name", "ce", "--loss.alpha", "2"], "--loss.alpha would be ignored: loss.name is ce"),
+        (["--data.workers", "2"], "--data.workers would be ignored"),
+        (["--resume"], "--resume needs --out DIR"),
+        (["--config", "image_list.yaml"], "--config must be a YAML file or one of"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_mistakes_are_answered_on_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  epoch: 3\n", "train.epoch is not an option; did you mean train.epochs?"),
+        ("trains:\n  epochs: 3\n", "trains.epochs is not an option; did you mean train.epochs?"),
+        ("train: [\n", "Problems parsing config"),
+        ("loss:\n  ema_momentum: 3\n", "loss.ema_momentum must be in [0, 1); got 3"),
+    ],
+)
+def test_mistakes_in_a_file_are_answered(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        parse(["--config", str(path)])
+    assert message in str(caught.value)
+
+
+def test_run_folders_are_new_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plan(["--seed", "3"])[1] == Path("runs/digits_lt-allnc-seed3")
+    Path("runs/digits_lt-ce-seed0").mkdir(parents=True)
+    assert plan(["--loss.name", "ce"])[1] == Path("runs/digits_lt-ce-seed0-2")
+    run = Path("mine")
+    run.mkdir()
+    assert plan(["--out", "mine"])[1] == run
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(Config(seed=7))))
+    (run / "notes.txt").write_text("kept")
+    with pytest.raises(ValueError, match="holds a run: give --resume to continue it"):
+        plan(["--out", "mine"])
+    config, folder, resume = plan(["--out", "mine", "--resume"])
+    assert (config.seed, config.out, folder, resume) == (7, "mine", run, True)
+    with pytest.raises(ValueError, match=r"own config\.yaml; remove --seed"):
+        plan(["--out", "mine", "--resume", "--seed", "1"])
+    plan(["--out", "mine", "--overwrite"])
+    assert [p.name for p in run.iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match="holds other files"):
+        plan(["--out", "mine"])
+
+
+def test_ignored_options_are_real_options() -> None:
+    configs = [
+        Config(loss=LossConfig(name="ce")),
+        Config(loss=LossConfig(name="focal", hycon="none", p2p_target="etf", horizon=0)),
+        Config(model=ModelConfig(name="timm:resnet18"), data=DataConfig(imbalance="none")),
+        Config(train=TrainConfig(schedule="step", milestones=(3,))),
+    ]
+    for config in configs:
+        assert set(ignored_options(config)) <= set(option_names())
+    assert "loss.gamma" not in ignored_options(configs[1])  # focal's own exponent
+    assert "train.milestones" not in ignored_options(configs[3])
+
+
+def test_from_dict_refuses_unknown_keys() -> None:
+    with pytest.raises(
+        ValueError, match=r"loss.ema_moment is not an option; did you mean loss.ema_momentum\?"
+    ):
+        from_dict({"loss": {"ema_moment": 0.5}})
+
+
+def test_literals_are_checked_without_the_parser() -> None:
+    with pytest.raises(
+        ValueError, match=r"train\.precision must be one of auto, fp32, bf16, fp16; got 'fp8'"
+    ):
+        TrainConfig(precision="fp8")  # pyright: ignore[reportArgumentType]

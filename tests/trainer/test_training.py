@@ -1,0 +1,188 @@
+"""Short runs on the digits: they resume to the bit, repeat, stop cleanly, and use both branches."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from allnc import evaluate
+from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from allnc.train import main
+from allnc.trainer import loop
+from allnc.trainer.checkpoint import load_weights
+
+TINY = Config(
+    data=DataConfig(max_per_class=60, imbalance_ratio=6, many=40, few=15),
+    model=ModelConfig(name="resnet8", width=4, projection_dim=16),
+    train=TrainConfig(
+        epochs=4, batch_size=64, precision="fp32", device="cpu", eval_every=2, collapse_every=0
+    ),
+)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    parts = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **parts)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs; test_command.py looks at the plots."""
+    monkeypatch.setattr(loop, "plot_angles", lambda *_: None)
+    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+
+
+def stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C in the epoch after `epochs`."""
+    train_epoch = loop.train_epoch
+
+    def interrupted(run: loop.Run, log: Any) -> dict[str, float]:
+        if run.epoch == epochs:
+            raise KeyboardInterrupt
+        return train_epoch(run, log)
+
+    monkeypatch.setattr(loop, "train_epoch", interrupted)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [LossConfig(hycon="cosine", backend="eager"), LossConfig(hycon="softmax", backend="eager")],
+    ids=["cosine", "softmax"],
+)
+def test_resuming_gives_the_same_bits(
+    loss: LossConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(TINY, data={"rebalance_sampler": "reversed"}, model={"heads": "separate"})
+    config = dataclasses.replace(config, loss=loss)
+    straight = loop.train(config, tmp_path / "straight", quiet())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(2, patch)
+        loop.train(config, tmp_path / "parts", quiet())
+    assert load_weights(tmp_path / "parts")[1] == 2
+    torch.rand(7)  # a new process would have another global state, too
+    resumed = loop.train(config, tmp_path / "parts", quiet(), resume=True)
+
+    (_, _, ours), (_, _, theirs) = load_weights(tmp_path / "straight"), load_weights(tmp_path / "parts")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    timed = ("seconds", "images_per_second")
+    assert {k: v for k, v in straight.items() if k not in timed} == {
+        k: v for k, v in resumed.items() if k not in timed
+    }
+    for a, b in zip(records(tmp_path / "straight"), records(tmp_path / "parts"), strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
+
+
+def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:
+    config = changed(TINY, train={"epochs": 1})
+    first = loop.train(config, tmp_path, quiet())
+    again = loop.train(config, tmp_path, quiet(), resume=True)
+    assert first == again and len(records(tmp_path)) == 1
+
+
+def test_the_same_seed_repeats_and_another_differs(tmp_path: Path) -> None:
+    config = changed(TINY, train={"epochs": 1})
+    first, again, other = (
+        loop.train(dataclasses.replace(config, seed=seed), tmp_path / name, quiet())
+        for seed, name in ((0, "a"), (0, "b"), (1, "c"))
+    )
+    assert first["nc1"] == again["nc1"] != other["nc1"]
+
+
+@pytest.mark.parametrize("name", ["ce", "logit_adjusted", "focal", "class_balanced", "ldam"])
+def test_every_baseline_trains_with_one_head(name: str) -> None:
+    config = changed(
+        TINY, loss={"name": name}, model={"heads": "separate"}, data={"rebalance_sampler": "reversed"}
+    )
+    run = loop.Run(config)
+    assert run.model.uniform_classifier is None and run.model.predictor is None and not run.loader.two_batches
+    batch = next(iter(run.loader.epoch(0)))
+    total, _ = loop.forward(run, batch, progress=0.0)
+    total.backward()
+    assert all(p.grad is not None for p in run.model.parameters())
+
+
+def test_two_branches_read_their_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = loop.Run(changed(TINY, data={"rebalance_sampler": "reversed"}, model={"heads": "separate"}))
+    batch = next(iter(run.loader.epoch(0)))
+    seen: dict[str, Any] = {}
+    forward = run.loss.forward
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        seen["features"], seen["labels"], seen["weight"], seen["uniform"], seen["rebalance"], _ = arguments
+        seen.update(named)
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(run.loss, "forward", spy)
+    loop.forward(run, batch, progress=0.5)
+    assert len(seen["features"]) == len(seen["labels"]) == len(seen["h"]) == 2 * (64 + 64)
+    counts = [torch.bincount(seen[branch][1], minlength=10) for branch in ("uniform", "rebalance")]
+    assert counts[0][0] > counts[0][-1] and counts[1][0] < counts[1][-1]
+    assert len(seen["uniform"][0]) == len(seen["rebalance"][0]) == 128
+    assert seen["weight"] is run.model.classifier_weight
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_trains(precision: str, tmp_path: Path) -> None:
+    config = changed(TINY, train={"epochs": 1, "precision": precision, "grad_clip": 1.0})
+    summary = loop.train(config, tmp_path, quiet())
+    assert summary["precision"] == {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    assert records(tmp_path)[0]["loss"] < 5
+
+
+def test_a_loss_that_diverges_is_named_and_the_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = loop.forward
+
+    def broken(run: loop.Run, batch: Any, *, progress: float) -> Any:
+        total, parts = forward(run, batch, progress=progress)
+        return (
+            (total * float("nan"), {**parts, "hycon": total.detach() * float("nan")})
+            if run.epoch == 1
+            else (total, parts)
+        )
+
+    monkeypatch.setattr(loop, "forward", broken)
+    with pytest.raises(
+        loop.DivergenceError, match=r"got nan by epoch 2, step 4 in .*hycon.*: lower train\.lr"
+    ):
+        loop.train(TINY, tmp_path, quiet())
+    _, epoch, weights = load_weights(tmp_path)
+    assert epoch == 1 and all(w.isfinite().all() for w in weights.values())
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "run")
+    words = ["--train.epochs", "2", "--model.width", "4", "--out", folder]
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        assert main(words) == 130
+    assert "--resume continues" in capsys.readouterr().err
+    assert evaluate.main([folder]) == 0
+    assert "epoch 1, the last one" in capsys.readouterr().out
+    assert main(["--resume", "--out", folder]) == 0
+    assert len(records(Path(folder))) == 2
+
+
+def test_evaluate_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(tmp_path)]) == 2
+    assert "must be a run folder with last.safetensors" in capsys.readouterr().err
