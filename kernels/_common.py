@@ -1,7 +1,7 @@
 """What the kernels share: tiles of rows, the similarity of two tiles, and the block sizes.
 
-Legend: N activations, C classes, D columns (all row-major); a panel is BLOCK_M consecutive rows of one side, a tile is
-a panel's product with BLOCK_N rows of the other side.
+Legend: N activations, C classes, D columns (all row-major); a panel is BLOCK_M consecutive rows of one side,
+a tile is a panel's product with BLOCK_N rows of the other side.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+
 class Blocks(NamedTuple):
     """Sizes of one kernel's tiles and its launch options.
 
-    block_m rows of a panel, block_n rows of a tile, block_d columns loaded at once (all of them: the panel stays on
-    chip), block_g columns of the gradient one program forms.
+    block_m rows of a panel, block_n rows of a tile, block_d columns loaded at once (all of them: the panel
+    stays on chip), block_g columns of the gradient one program forms.
     """
 
     block_m: int
@@ -36,7 +37,7 @@ class Blocks(NamedTuple):
 
 
 def launch_options(blocks: Blocks) -> dict[str, Any]:
-    """Options of a launch; fused multiply-adds are asked for because Triton's default for them is changing."""
+    """Options of a launch; fused multiply-add is asked for because Triton's default for it is changing."""
     return {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "enable_fp_fusion": True}
 
 
@@ -60,7 +61,7 @@ def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: float32 follows torch.set_float32_matmul_precision; 16-bit types are exact products."""
+    """How `tl.dot` multiplies float32: as torch.set_float32_matmul_precision says; 16-bit types are exact."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
 
@@ -68,6 +69,48 @@ def matmul_precision(dtype: torch.dtype) -> str:
 def padded_dim(dim: int) -> int:
     """Columns of a tile: the next power of two, at least the 16 that tensor cores take."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def forward_blocks(dim: int, dtype: torch.dtype, precision: str) -> Blocks:
+    """Sizes of the forward's tiles.
+
+    128 x 128 is the largest product whose accumulator (64 registers a thread in 8 warps) leaves room for the
+    two sums. A resident panel of 128 rows and two tiles in flight must fit the 163 KiB of sm_80, which halves
+    BLOCK_N at 512 bytes a row and ends residence above. float32 products without tensor cores unroll into one
+    FMA each: short chunks keep them in registers.
+    """
+    if precision == "ieee" and dtype == torch.float32:
+        return Blocks(
+            block_m=64, block_n=64, block_d=min(32, padded_dim(dim)), block_g=0, num_warps=8, num_stages=2
+        )
+    bytes_per_row = padded_dim(dim) * dtype.itemsize
+    if bytes_per_row > 512:
+        return Blocks(
+            block_m=128, block_n=128, block_d=128 // dtype.itemsize, block_g=0, num_warps=8, num_stages=2
+        )
+    block_n = 128 if bytes_per_row <= 256 else 64
+    return Blocks(block_m=128, block_n=block_n, block_d=padded_dim(dim), block_g=0, num_warps=8, num_stages=2)
+
+
+def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
+    """Sizes of the backward's tiles.
+
+    The gradient's accumulator BLOCK_M x BLOCK_G decides: 128 x 256 takes 128 of the 255 registers of a
+    thread. sm_80 keeps the panel itself in registers too, so that rows of 512 bytes leave room for 64 of them
+    only.
+    """
+    width = padded_dim(dim)
+    group = min(width, 256)
+    if precision == "ieee" and dtype == torch.float32:
+        return Blocks(
+            block_m=64, block_n=32, block_d=min(32, width), block_g=group, num_warps=8, num_stages=1
+        )
+    bytes_per_row = width * dtype.itemsize
+    if bytes_per_row > 512:
+        chunk = 128 // dtype.itemsize
+        return Blocks(block_m=64, block_n=chunk, block_d=chunk, block_g=group, num_warps=8, num_stages=2)
+    block_m = 64 if bytes_per_row > 256 and arch < 90 else 128
+    return Blocks(block_m=block_m, block_n=64, block_d=width, block_g=group, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -80,15 +123,15 @@ def matmul(x, y, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_tile(pointer, start, num_rows, column, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows [start, start + ROWS) and columns [column, column + COLUMNS) of a [num_rows, D] matrix; zeros outside."""
+    """Rows from `start`, columns from `column` of a [num_rows, D] matrix, [ROWS, COLUMNS]; zeros outside."""
     rows = tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
     mask = (rows < num_rows - start)[:, None]
     if D % COLUMNS != 0:
         mask = mask & (columns < D)[None, :]
-    # Only the tile's origin can pass 2^31; offsets inside a tile stay 32-bit, which halves the address arithmetic.
+    # Only the tile's origin can pass 2^31; 32-bit offsets inside a tile halve the address arithmetic.
     origin = pointer + tl.cast(start, tl.int64) * D
-    return tl.load(origin + (rows[:, None] * D + columns[None, :]), mask=mask, other=0.0)  # [ROWS, COLUMNS]
+    return tl.load(origin + (rows[:, None] * D + columns[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -108,7 +151,7 @@ def similarity(
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x_i·y_j for a panel and a tile [BLOCK_M, BLOCK_N]: from the loaded tiles, or over chunks of BLOCK_D columns."""
+    """x_i·y_j [BLOCK_M, BLOCK_N] of a panel and a tile: as loaded, or over chunks of BLOCK_D columns."""
     s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if RESIDENT:
         s = matmul(x_panel, tl.trans(y_tile), s, PRECISION)

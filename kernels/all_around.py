@@ -1,18 +1,19 @@
 """HyCon's log-sum-exp and P2P's three blocks in one launch.
 
-P2P compares classes pair by pair. For X = unit(M - mean M) and Y = unit(W - mean W) over the K classes seen so far, and
-each of the blocks (X, X), (Y, Y), (X, Y) with Gram matrix G = X Y^T,
+P2P compares classes pair by pair. For X = unit(M - mean M) and Y = unit(W - mean W) over the K classes seen
+so far, and each of the blocks (X, X), (Y, Y), (X, Y) with Gram matrix G = X Y^T,
 
     etf:      (1/K²) Σ_{c,c'} (G_cc' - ρ_cc')²,  ρ_cc = 1, ρ_cc' = -1/(K-1)
     softmax:  (τ_p/K) Σ_c log Σ_{c'≠c} exp( (G_cc' - [X, Y only] G_cc) / τ_p )
 
-Legend: N activations, C classes, D columns of the projection, F columns of the features; z [N, D], μ [C, D], x and y
-[C, F] with zero rows for classes not seen.
+Legend: N activations, C classes, D columns of the projection, F columns of the features; z [N, D], μ [C, D],
+x and y [C, F] with zero rows for classes not seen.
 
-Launch grid: first the programs of HyCon's forward (allnc.kernels.hycon), which are the long ones, then 3 · ceil(C / BLOCK_C)
-panels of P2P, block kind by program id. A panel of BLOCK_C classes visits all classes in tiles of BLOCK_C, each summed
-over chunks of BLOCK_F columns, and writes one value a class, [3, C]: no atomics. Its work, 6 C² F operations, is small
-beside 2 (N²/2 + N C) D in the shapes it is for (C <= N); the symmetry of (X, X) and (Y, Y) is not used.
+Launch grid: first the programs of HyCon's forward (allnc.kernels.hycon), which are the long ones, then
+3 · ceil(C / BLOCK_C) panels of P2P, block kind by program id. A panel of BLOCK_C classes visits all classes
+in tiles of BLOCK_C, each summed over chunks of BLOCK_F columns, and writes one value a class, [3, C]: no
+atomics. Its work is 6 C² F operations beside HyCon's N² D + 2 N C D; the symmetry of (X, X) and (Y, Y) is not
+used.
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allnc.kernels._common import LN_2, LOG2_E, device_guard, matmul_precision, padded_dim, pointer, similarity
+from allnc.kernels._common import (
+    LN_2,
+    LOG2_E,
+    device_guard,
+    matmul_precision,
+    padded_dim,
+    pointer,
+    similarity,
+)
 from allnc.kernels.hycon import finish_triangle, forward_constants, forward_panel, num_splits
 
 _SEEN_BLOCK = tl.constexpr(1024)
+_RESIDENT = tl.constexpr(False)  # F is long: P2P's Gram matrix is summed over chunks
 
 
 @triton.jit
@@ -45,7 +55,7 @@ def p2p_panel(
     BLOCK_C: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """One panel of one block: the value of each of its classes, already divided by K² (etf) or K (softmax)."""
+    """One panel of one block: the value of each of its classes, divided by K² (etf) or K (softmax)."""
     num_panels = tl.cdiv(C, BLOCK_C)
     kind = program // num_panels  # 0 is (X, X), 1 is (Y, Y), 2 is (X, Y)
     start = program % num_panels * BLOCK_C
@@ -61,12 +71,13 @@ def p2p_panel(
         index = first + tl.arange(0, _SEEN_BLOCK)
         count += tl.load(seen_ptr + index, mask=index < C, other=0).to(tl.float32)
     num_seen = tl.sum(count, 0)
-    target = -1.0 / tl.maximum(num_seen - 1.0, 1.0)
+    num_others = tl.maximum(num_seen, 1.0) - 1.0
+    target = -1.0 / tl.maximum(num_others, 1.0)
     scale = 1.0 / p2p_temperature * LOG2_E
 
     rows = start + tl.arange(0, BLOCK_C)
     # A single class has no pair: no row counts then, and the value is 0.
-    in_rows = tl.load(seen_ptr + rows, mask=rows < tl.where(num_seen > 1.0, C, 0), other=0) != 0
+    in_rows = tl.load(seen_ptr + rows, mask=rows < tl.where(num_others > 0, C, 0), other=0) != 0
     total = tl.zeros([BLOCK_C], dtype=tl.float32)
     maximum = tl.full([BLOCK_C], float("-inf"), dtype=tl.float32)
     own = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -74,8 +85,9 @@ def p2p_panel(
         columns = first + tl.arange(0, BLOCK_C)
         in_columns = tl.load(seen_ptr + columns, mask=columns < C, other=0) != 0
         gram = similarity(
-            0.0, 0.0, left_ptr, right_ptr, start, first, C, C, F, BLOCK_C, BLOCK_C, BLOCK_F, False, PRECISION
-        )
+            0.0, 0.0, left_ptr, right_ptr, start, first, C, C,
+            F, BLOCK_C, BLOCK_C, BLOCK_F, _RESIDENT, PRECISION,
+        )  # fmt: skip
         same = rows[:, None] == columns[None, :]
         pairs = in_rows[:, None] & in_columns[None, :]
         if ETF:
@@ -158,8 +170,8 @@ def all_around_constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `all_around_fwd_kernel`.
 
-    P2P's tiles are 64 x 64 over chunks of 32 columns, small enough to need fewer registers and less shared memory than any of
-    HyCon's, whose sizes and warps the launch takes.
+    P2P's tiles are 64 x 64 over chunks of 32 columns, small enough to need fewer registers and less shared
+    memory than most of HyCon's, whose warps and stages the launch takes.
     """
     constants, options = forward_constants(dim, dtype, has_mu=has_mu, shifted=shifted, triangle=triangle)
     constants |= {
@@ -191,7 +203,8 @@ def all_around_forward(
 
     Args:
         z, mu, a, b, temperature, shifted, deterministic: as in `allnc.kernels.hycon.hycon_lse_forward`.
-        x: [C, F] float16, bfloat16 or float32 centred unit rows of the class means; zero rows for classes not seen.
+        x: [C, F] float16, bfloat16 or float32 centred unit rows of the means; zero rows for classes not
+            seen.
         y: [C, F] the same of the classifier, in x's type.
         seen: [C] bool.
         target: "etf" for the squared distance to the simplex ETF, "softmax" for the separating form.
@@ -206,7 +219,14 @@ def all_around_forward(
     num_classes, features = x.shape
     triangle = shifted and not deterministic
     constants, options = all_around_constants(
-        dim, z.dtype, features, x.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle, target=target
+        dim,
+        z.dtype,
+        features,
+        x.dtype,
+        has_mu=mu is not None,
+        shifted=shifted,
+        triangle=triangle,
+        target=target,
     )
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
     splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"]) if triangle else 1

@@ -1,7 +1,8 @@
 """Compiles the kernels for a GPU that need not be there, and reads what they use from the machine code.
 
-`variants` asks the launchers' own functions for block sizes and options, so that what is compiled here is what would be
-launched. `resources` gives registers, stack (spills), shared memory and instruction counts of one variant.
+`variants` asks the launchers' own functions for block sizes and options, so that what is compiled here is
+what would be launched. `resources` gives registers, stack (spills), shared memory and instruction counts of a
+variant.
 
     python -m allnc.kernels.aot --arch 90 --dim 64 128 --dtype bfloat16
 
@@ -57,7 +58,7 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resources:
-    """What the compiled code of a variant uses; registers a thread, bytes a block, static instruction counts."""
+    """What a variant's code uses: registers a thread, bytes a block, static instruction counts."""
 
     registers: int
     stack: int
@@ -110,13 +111,19 @@ def variants(
 def _modes(
     arch: int, dim: int, dtype: torch.dtype, features: int
 ) -> Iterator[tuple[str, str, tuple[dict[str, Any], dict[str, Any]]]]:
-    for mode, shifted, triangle in (("triangle", True, True), ("square", True, False), ("unshifted", False, False)):
+    for mode, shifted, triangle in (
+        ("triangle", True, True),
+        ("square", True, False),
+        ("unshifted", False, False),
+    ):
         choice = {"has_mu": True, "shifted": shifted, "triangle": triangle}
         yield "hycon_fwd", mode, hycon.forward_constants(dim, dtype, **choice)
         for target in ("etf", "softmax"):
-            chosen = all_around.all_around_constants(dim, dtype, features, torch.float32, target=target, **choice)
+            chosen = all_around.all_around_constants(
+                dim, dtype, features, torch.float32, target=target, **choice
+            )
             yield "all_around_fwd", f"{mode}, {target}", chosen
-    yield "hycon_finish", "triangle", ({"BLOCK": hycon.VECTOR_BLOCK}, {})
+    yield "hycon_finish", "triangle", (hycon.finish_constants(), {})
     for mode, shifted in (("shifted", True), ("unshifted", False)):
         backward = hycon.backward_constants(dim, dtype, has_mu=True, shifted=shifted, arch=arch)
         yield "hycon_bwd", mode, backward
@@ -184,7 +191,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--dtype", type=_dtype, nargs="+", default=[torch.bfloat16])
-    parser.add_argument("--precision", default="high", choices=["highest", "high", "medium"], help="of float32")
+    parser.add_argument(
+        "--precision", default="high", choices=["highest", "high", "medium"], help="of float32"
+    )
     parser.add_argument("--kernel", nargs="+", default=list(_KERNELS), choices=list(_KERNELS))
     parser.add_argument("--mode", nargs="+", help="keep only variants whose mode starts with one of these")
     parser.add_argument("--workers", type=int)
@@ -198,7 +207,9 @@ def chosen_variants(arguments: argparse.Namespace) -> list[Variant]:
 
 
 if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(description="Compile the kernels ahead of time; one JSON line a variant.")
+    _parser = argparse.ArgumentParser(
+        description="Compile the kernels ahead of time; one JSON line a variant."
+    )
     add_arguments(_parser)
     _arguments = _parser.parse_args()
     for _variant, _resources in resources_of_all(chosen_variants(_arguments), _arguments.workers):

@@ -7,26 +7,30 @@ and, for g = dL/dlse and u_i = g_i exp(-lse_i) (0 where g_i = 0),
     dz_i  = (1/τ) [ Σ_{j≠i} exp(z_i·z_j / τ) (u_i a_j + u_j a_i) z_j + u_i Σ_c b_c exp(z_i·μ_c / τ) μ_c ]
     dμ_c  = (1/τ) b_c Σ_i u_i exp(z_i·μ_c / τ) z_i
 
-Legend: z [N, D] activations and μ [C, D] class means with unit rows; a [N], b [C] column weights >= 0; τ temperature.
-Shifted mode: rows are unit, so z_i·z_j / τ <= 1/τ and exp(S - 1/τ) cannot overflow; no running maximum. The caller
-promises 2/τ <= 64, so that it cannot underflow either. Unshifted mode: a running maximum in the forward, and in the
-backward every exponent is relative to the lse of its own anchor, right for any τ.
+Legend: z [N, D] activations and μ [C, D] class means with unit rows; a [N], b [C] column weights >= 0; τ
+temperature.
 
-Tiling. The rows are cut into T panels of BLOCK_M. A panel visits the panels at distance 0, 1, 2, ... to its right, round
-the end (panel + distance mod T), in tiles of BLOCK_N columns. Distance 0, where i = j must be left out, is a loop of its
-own, so that the loop over all other tiles carries no comparison. Rows past N are loaded as zeros with weight zero, which
-makes their terms vanish without a mask on the tile.
+Shifted mode: rows are unit, so z_i·z_j / τ <= 1/τ and exp(S - 1/τ) cannot overflow; no running maximum. The
+caller promises 2/τ <= 64, so that it cannot underflow either. Unshifted mode: a running maximum in the
+forward, and in the backward every exponent is relative to the lse of its own anchor, right for any τ.
 
-Forward grid, shifted: (T · splits). S is symmetric: distances up to T/2 meet every pair of panels once, and every panel
-has the same number of tiles. A tile's exponentials are summed along rows, weighted with a_j, into registers, and along
-columns, weighted with a_i, into memory by atomics. `splits` programs share a panel while there are too few panels for
-the device. Forward grid, deterministic or unshifted: (T), all distances, row sums only, no atomics.
+Tiling. The rows are cut into T panels of BLOCK_M. A panel visits the panels at distance 0, 1, 2, ... to its
+right, round the end (panel + distance mod T), in tiles of BLOCK_N columns. Distance 0, where i = j must be
+left out, is a loop of its own, so that the loop over all other tiles carries no comparison. Rows past N are
+loaded as zeros with weight zero, which makes their terms vanish without a mask on the tile.
 
-Backward grid: (T + panels of μ, chunks of D). K_ij = exp(S_ij)(u_i a_j + u_j a_i) is symmetric and holds the gradient of
-row *and* column, so that one exponential and one product K z_j a tile give dz without atomics. A mean is a row with u = 0 and
-a = b_c: the same formula gives z against μ, and dμ. Up to 256 columns the panel and its gradient stay on chip. Beyond,
-S is summed over chunks of columns and every program forms the gradient of one chunk of 256 columns (128 for float32),
-computing S again: 2 N² D (D / 256 + 1) operations in place of 4 N² D.
+Forward grid, shifted: (T · splits). S is symmetric: distances up to T/2 meet every pair of panels once, and
+every panel has the same number of tiles. A tile's exponentials are summed along rows, weighted with a_j, into
+registers, and along columns, weighted with a_i, into memory by atomics. `splits` programs share a panel while
+there are too few panels for the device. A second, small launch turns the sums into lse. Forward grid,
+deterministic or unshifted: (T), all distances, row sums only, no atomics: twice the work.
+
+Backward grid: (T + panels of μ, chunks of D). K_ij = exp(S_ij)(u_i a_j + u_j a_i) is symmetric and holds the
+gradient of row *and* column, so that one exponential (two in unshifted mode) and one product K z_j a tile
+give dz without atomics. A mean is a row with u = 0 and a = b_c: the same formula gives z against μ, and dμ. A
+first, small launch forms u, so that no program computes it again for every tile. Up to 256 columns (128 of
+float32) the panel stays on chip. Beyond, S is summed over chunks of columns; every program forms the gradient
+of one chunk of 256 columns and computes S for it again: 2 N² D (D / 256 + 1) operations in place of 4 N² D.
 """
 
 from __future__ import annotations
@@ -41,27 +45,27 @@ from torch import Tensor
 from allnc.kernels._common import (
     LN_2,
     LOG2_E,
-    Blocks,
     architecture,
+    backward_blocks,
     device_guard,
+    forward_blocks,
     launch_options,
     load_tile,
     matmul,
     matmul_precision,
-    padded_dim,
     pointer,
     similarity,
 )
 
-# float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g| is 2^14:
-# |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
+# float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g|
+# is 2^14: |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
 _HALF_SCALE = tl.constexpr(16384.0)
 _LEAST_GRAD = tl.constexpr(1e-30)  # keeps the scale finite where all of g is 0
 
 
 @triton.jit
 def add_tile(maximum, total, s, weight, scale, SHIFTED: tl.constexpr):
-    """Adds a tile to the row sums; returns them and the tile's unweighted exponentials (of use in shifted mode)."""
+    """Adds a tile to the row sums [BLOCK_M]; returns maximum, sum and the tile's unweighted exponentials."""
     if SHIFTED:
         e = tl.exp2(s * scale - scale)
         total += tl.sum(e * weight[None, :], 1)
@@ -121,7 +125,9 @@ def forward_panel(
             y = 0.0
             if RESIDENT:
                 y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
-            s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+            s = similarity(
+                x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
+            )
             s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
             a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
             maximum, total, _ = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
@@ -132,14 +138,15 @@ def forward_panel(
     else:
         num_others = num_panels - 1
     for item in range(split, num_others * TILES, num_splits):
-        other = panel + 1 + item // TILES
-        other = tl.where(other >= num_panels, other - num_panels, other)
-        first = other * BLOCK_M + item % TILES * BLOCK_N
+        first = start + BLOCK_M + item * BLOCK_N
+        first = tl.where(first >= num_panels * BLOCK_M, first - num_panels * BLOCK_M, first)
         columns = first + tl.arange(0, BLOCK_N)
         y = 0.0
         if RESIDENT:
             y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
-        s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        s = similarity(
+            x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
+        )
         a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
         maximum, total, e = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
         if TRIANGLE:
@@ -153,7 +160,9 @@ def forward_panel(
             y = 0.0
             if RESIDENT:
                 y = load_tile(mu_ptr, first, C, 0, D, BLOCK_N, BLOCK_D)
-            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+            s = similarity(
+                x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
+            )
             b_columns = tl.load(b_ptr + columns, mask=columns < C, other=0.0)
             maximum, total, _ = add_tile(maximum, total, s, b_columns, scale, SHIFTED)
 
@@ -219,7 +228,7 @@ def hycon_bwd_terms_kernel(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the rows of [z; μ] bring to K, [3, N + C]: (u, a, -) in shifted mode, (g, log2 a, lse / ln 2) otherwise."""
+    """What rows of [z; μ] bring to K, [2 or 3, N + C]: shifted (u, a), else (g, log2 a, lse / ln 2)."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.load(a_ptr + index, mask=index < N, other=0.0)
     grad = tl.load(grad_ptr + index, mask=index < N, other=0.0)
@@ -328,22 +337,25 @@ def hycon_bwd_kernel(
         first = start + tile * BLOCK_N
         columns = first + tl.arange(0, BLOCK_N)
         y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
-        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        s = similarity(
+            x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
+        )
         s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
         u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
         k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, a, lse, SHIFTED)
         dx = matmul(k.to(y.dtype), y, dx, PRECISION)
 
     # A panel of z starts at its right neighbour; a panel of μ visits all of z from the first.
-    first_panel = tl.where(of_mean, 0, panel + 1)
+    origin = tl.where(of_mean, 0, start + BLOCK_M)
     num_others = num_panels - tl.where(of_mean, 0, 1)
     for item in range(num_others * TILES):
-        other = first_panel + item // TILES
-        other = tl.where(other >= num_panels, other - num_panels, other)
-        first = other * BLOCK_M + item % TILES * BLOCK_N
+        first = origin + item * BLOCK_N
+        first = tl.where(first >= num_panels * BLOCK_M, first - num_panels * BLOCK_M, first)
         columns = first + tl.arange(0, BLOCK_N)
         y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
-        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        s = similarity(
+            x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
+        )
         u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
         k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, a, lse, SHIFTED)
         dx = matmul(k.to(y.dtype), y, dx, PRECISION)
@@ -365,43 +377,10 @@ def hycon_bwd_kernel(
     offsets = tl.arange(0, BLOCK_M)[:, None] * D + out_columns[None, :]
     tl.store(dx_ptr + tl.cast(start, tl.int64) * D + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
+
 # Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.
 _PROGRAMS = 264
-VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vectors
-
-
-def forward_blocks(dim: int, dtype: torch.dtype, precision: str) -> Blocks:
-    """Sizes of the forward's tiles.
-
-    128 x 128 is the largest product whose accumulator (64 registers a thread in 8 warps) leaves room for the two sums. A
-    resident panel of 128 rows and two tiles in flight must fit the 163 KiB of sm_80, which halves BLOCK_N at 256
-    columns. float32 products without tensor cores unroll into one FMA each: short chunks keep them in registers.
-    """
-    if precision == "ieee" and dtype == torch.float32:
-        return Blocks(block_m=64, block_n=64, block_d=min(32, padded_dim(dim)), block_g=0, num_warps=8, num_stages=2)
-    bytes_per_row = padded_dim(dim) * dtype.itemsize
-    if bytes_per_row > 512:
-        return Blocks(block_m=128, block_n=128, block_d=128 // dtype.itemsize, block_g=0, num_warps=8, num_stages=2)
-    block_n = 128 if bytes_per_row <= 256 else 64
-    return Blocks(block_m=128, block_n=block_n, block_d=padded_dim(dim), block_g=0, num_warps=8, num_stages=2)
-
-
-def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
-    """Sizes of the backward's tiles.
-
-    The gradient's accumulator BLOCK_M x BLOCK_G decides: 128 x 256 takes 128 of the 255 registers of a thread. sm_80
-    keeps the panel itself in registers too, so that there 512-byte rows leave room for 64 of them only.
-    """
-    width = padded_dim(dim)
-    group = min(width, 256)
-    if precision == "ieee" and dtype == torch.float32:
-        return Blocks(block_m=64, block_n=32, block_d=min(32, width), block_g=group, num_warps=8, num_stages=1)
-    bytes_per_row = width * dtype.itemsize
-    if bytes_per_row > 512:
-        chunk = 128 // dtype.itemsize
-        return Blocks(block_m=64, block_n=chunk, block_d=chunk, block_g=group, num_warps=8, num_stages=2)
-    block_m = 64 if bytes_per_row > 256 and arch < 90 else 128
-    return Blocks(block_m=block_m, block_n=64, block_d=width, block_g=group, num_warps=8, num_stages=2)
+_VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vectors
 
 
 def forward_constants(
@@ -447,7 +426,12 @@ def backward_constants(
 
 def terms_constants(backward: dict[str, Any]) -> dict[str, Any]:
     """Compile-time arguments of `hycon_bwd_terms_kernel`, from those of the backward it prepares."""
-    return {name: backward[name] for name in ("HAS_MU", "SHIFTED", "SCALED")} | {"BLOCK": VECTOR_BLOCK}
+    return {name: backward[name] for name in ("HAS_MU", "SHIFTED", "SCALED")} | {"BLOCK": _VECTOR_BLOCK}
+
+
+def finish_constants() -> dict[str, Any]:
+    """Compile-time arguments of `hycon_finish_kernel`."""
+    return {"BLOCK": _VECTOR_BLOCK}
 
 
 def num_splits(num_panels: int, tiles_per_panel: int) -> int:
@@ -457,7 +441,8 @@ def num_splits(num_panels: int, tiles_per_panel: int) -> int:
 
 def finish_triangle(sums: Tensor, temperature: Tensor) -> None:
     """Turn the triangle's sums of exponentials [N] into lse, in place."""
-    hycon_finish_kernel[(triton.cdiv(len(sums), VECTOR_BLOCK),)](sums, temperature, len(sums), BLOCK=VECTOR_BLOCK)
+    grid = (triton.cdiv(len(sums), _VECTOR_BLOCK),)
+    hycon_finish_kernel[grid](sums, temperature, len(sums), **finish_constants())
 
 
 def hycon_lse_forward(
@@ -470,7 +455,7 @@ def hycon_lse_forward(
     shifted: bool,
     deterministic: bool,
 ) -> Tensor:
-    """lse [N], the log-sum-exp of every activation's weighted similarities; the formula is at the head of this file.
+    """lse [N], the log-sum-exp of every activation's weighted similarities, by the formula at the head.
 
     Args:
         z: [N, D] float16, bfloat16 or float32 unit rows.
@@ -488,14 +473,16 @@ def hycon_lse_forward(
     mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
     num_rows, dim = z.shape
     triangle = shifted and not deterministic
-    constants, options = forward_constants(dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle)
+    constants, options = forward_constants(
+        dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle
+    )
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
     splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"]) if triangle else 1
     out = torch.zeros_like(a) if triangle else torch.empty_like(a)  # [N]
     with device_guard(z):
         hycon_fwd_kernel[(num_panels * splits,)](
-            z, pointer(mu, z), a, pointer(b, a), temperature, out, num_rows, 0 if mu is None else len(mu), splits,
-            **constants, **options,
+            z, pointer(mu, z), a, pointer(b, a), temperature, out, num_rows, 0 if mu is None else len(mu),
+            splits, **constants, **options,
         )  # fmt: skip
         if triangle:
             finish_triangle(out, temperature)
@@ -520,7 +507,7 @@ def hycon_lse_backward(
         grad_lse: [N] float32, dL/dlse.
         lse: [N] float32, the forward's result.
         z, mu, a, b, temperature, shifted: as in the forward.
-        deterministic: accepted for symmetry with the forward; this kernel has no atomics and is always deterministic.
+        deterministic: taken for symmetry with the forward; there are no atomics here, always deterministic.
 
     Returns:
         dz [N, D] in z's type and dmu [C, D] in mu's, or None without mu.
@@ -540,7 +527,7 @@ def hycon_lse_backward(
     block_m = constants["BLOCK_M"]
     num_panels = triton.cdiv(num_rows, block_m) + triton.cdiv(num_means, block_m)
     with device_guard(z):
-        hycon_bwd_terms_kernel[(triton.cdiv(num_rows + num_means, VECTOR_BLOCK),)](
+        hycon_bwd_terms_kernel[(triton.cdiv(num_rows + num_means, _VECTOR_BLOCK),)](
             grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,
             **terms_constants(constants),
         )  # fmt: skip

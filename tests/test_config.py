@@ -41,6 +41,16 @@ def test_no_argument_is_the_digits_recipe() -> None:
     assert (recipe, config.data.name, config.data.imbalance_ratio) == ("digits_lt", "digits", 20)
 
 
+def test_help_lists_options_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for name in option_names():
+        assert f"--{name} " in shown
+    assert "digits_lt, fashion_lt" in shown and "share of the old class mean kept at each step" in shown
+
+
 def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--config", "cifar10_lt", "--train.lr", "1e-2", "--print_config"]) == 0
     path = tmp_path / "mine.yaml"

@@ -122,7 +122,7 @@ def _timm_encoder(config: ModelConfig, in_channels: int) -> tuple[nn.Module, int
         raise ValueError(f"model.name must be a model that timm knows; got {name!r}{hint}")
     try:
         encoder = timm.create_model(name, pretrained=config.pretrained, num_classes=0, in_chans=in_channels)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # timm's downloads raise what its network libraries raise
         if not config.pretrained:
             raise
         raise ValueError(

@@ -261,7 +261,6 @@ Packed<T> pack(const Arguments<T>& in, bool shifted, bool with_gradient, Workspa
   Problem<T> p{};
   p.dim = sizes.dim;
   p.stride = sizes.stride(sizeof(T));
-  p.scale = static_cast<T>(kLog2E / in.temperature);
 
   T* const panels = workspace.take(sizes.rows * sizes.dim);
   T* const rows = with_gradient ? workspace.take(sizes.rows * p.stride) : nullptr;
@@ -276,7 +275,7 @@ Packed<T> pack(const Arguments<T>& in, bool shifted, bool with_gradient, Workspa
   p.panels = panels;
   p.rows = rows;
 
-  T largest = 0, total = p.scale;
+  T largest = 0, total = static_cast<T>(1 / in.temperature);
   for (const T norm : norms) {
     largest = norm > largest ? norm : largest;
     total += norm;
@@ -284,12 +283,13 @@ Packed<T> pack(const Arguments<T>& in, bool shifted, bool with_gradient, Workspa
   for (int64_t k = 0; k < sizes.anchors; ++k) total += in.a[k];
   for (int64_t k = 0; k < sizes.means; ++k) total += in.b[k];
   p.shifted = shifted && shift_is_safe(in, largest);
+  p.scale = static_cast<T>((p.shifted ? kLog2E : 1) / in.temperature);
 
   T* const weight = workspace.take(sizes.rows);
   std::fill_n(weight, sizes.rows, T(0));
   std::copy_n(in.a, sizes.anchors, weight);
   std::copy_n(in.b, sizes.means, weight + sizes.mean_offset);
-  if (!p.shifted) std::transform(weight, weight + sizes.rows, weight, [](T w) { return std::log2(w); });
+  if (!p.shifted) std::transform(weight, weight + sizes.rows, weight, [](T w) { return std::log(w); });
   p.weight = weight;
   return {p, std::isfinite(total)};
 }
@@ -298,7 +298,7 @@ Packed<T> pack(const Arguments<T>& in, bool shifted, bool with_gradient, Workspa
 template <class T, class F>
 void run(const Problem<T>& p, const Sizes& sizes, F tile_code, Workspace<T>& workspace) {
   const Schedule schedule(sizes);
-  // Below some 4 million multiply-adds a second thread costs more than it helps.
+  // A thread for each 2 million multiply-adds, some 20 us: with less to do it costs more than it helps.
   const int64_t useful = sizes.rows * sizes.anchors / 2 * sizes.dim / (1 << 21) + 1;
   const int64_t workers = std::min<int64_t>({torch::stable::get_num_threads(), useful, schedule.count()});
   T* const scratch = workspace.take(workers * kScratch);
@@ -323,7 +323,7 @@ void lse_forward(const Arguments<T>& in, bool shifted, const Tensor& like, T* ls
   run(p, sizes, tiles<T>().forward, workspace);
   for (int64_t i = 0; i < sizes.anchors; ++i) {
     const double sum = std::log(static_cast<double>(p.sum[i]));  // -inf for an empty contrast set
-    lse[i] = static_cast<T>(sum + (p.shifted ? 1 / in.temperature : (p.sum[i] > 0 ? p.max[i] / kLog2E : 0)));
+    lse[i] = static_cast<T>(sum + (p.shifted ? 1 / in.temperature : p.max[i]));
   }
 }
 
@@ -359,7 +359,7 @@ void lse_backward(
     if (grad_lse[i] == 0 || lse[i] == -std::numeric_limits<T>::infinity()) continue;
     const double value = lse[i];
     u[i] = static_cast<T>(p.shifted ? grad_lse[i] * std::exp(1 / in.temperature - value) : grad_lse[i] + 0 * value);
-    level[i] = static_cast<T>(value * kLog2E);
+    level[i] = lse[i];
   }
   p.u = u;
   p.level = level;

@@ -75,13 +75,13 @@ Tiles<T> choose() {
   __builtin_cpu_init();
   if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return avx512::make_tiles<T>("avx512");
+    return avx512::make_tiles<T>();
   }
   if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::make_tiles<T>("avx2");
+    return avx2::make_tiles<T>();
   }
 #endif
-  return baseline::make_tiles<T>("baseline");
+  return baseline::make_tiles<T>();
 }
 
 }  // namespace

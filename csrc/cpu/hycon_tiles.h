@@ -15,18 +15,18 @@ constexpr int64_t kPanel = 48;
 constexpr int64_t kMaxBlock = 4 * kPanel;
 constexpr int64_t kAlignment = 64;  // bytes, of every pointer below
 
-// With u, w and e as in hycon.cpp; level and max are base-2 logarithms. Padding rows have weight 0 and u = 0.
+// With u, w and e as in hycon.cpp. Padding rows have weight 0 and u = 0.
 template <class T>
 struct Problem {
   int64_t dim;      // D
   int64_t stride;   // elements from row to row of `rows` and `grad`
-  T scale;          // log2(e) / temperature
+  T scale;          // log2(e) / temperature if shifted, else 1 / temperature
   bool shifted;
   const T* panels;  // [R / 48, D, 48]: the rows, transposed panel by panel
   const T* rows;    // [R, stride]: the rows; backward only
-  const T* weight;  // [R]: w if shifted, else log2 w
+  const T* weight;  // [R]: w if shifted, else log w
   const T* u;       // [R]: g exp(1/temperature - lse) if shifted, else g; backward only
-  const T* level;   // [R]: lse log2(e), +inf where the row takes no part; backward, unshifted only
+  const T* level;   // [R]: lse, +inf where the row takes no part; backward, unshifted only
   T* sum;           // [R]: sums of exponentials; forward only
   T* max;           // [R]: the largest exponent so far, -inf for none; forward, unshifted only
   T* grad;          // [R, stride]: temperature times the gradient; backward only
@@ -41,7 +41,6 @@ constexpr int64_t kScratch = kMaxBlock * kMaxBlock;
 
 template <class T>
 struct Tiles {
-  const char* name;
   // Both add what the pair (i, j) contributes to the rows of i and, unless i is j, to those of j.
   void (*forward)(const Problem<T>& problem, Block i, Block j, T* scratch);
   void (*backward)(const Problem<T>& problem, Block i, Block j, T* scratch);

@@ -77,7 +77,8 @@ ALLNC_INLINE_TILE T horizontal_sum(Vector<T> x) {
   return sum;
 }
 
-// 2^x for x <= 127 (1023); 0 below 2^-126 (2^-1022) and for -inf. x must not be NaN.
+// 2^x for x <= 127 (1023), 0 below 2^-126 (2^-1022) and for -inf; NaN gives anything. Measured error: at most 1.04
+// units in the last place, 1.3 without FMA (float and double, 4e7 points in [-126, 127] and near 0).
 template <class T>
 ALLNC_INLINE_TILE Vector<T> exp2(Vector<T> x) {
   using S = Simd<T>;
@@ -171,31 +172,51 @@ void sum_shifted(const Problem<T>& p, Block i, Block j, T* scratch) {
   for (int64_t k = 0; k < i.rows; ++k) p.sum[i.first + k] += horizontal_sum<T>(at(row_sums + k * kLanes));
 }
 
-// Merges the exponents s [rows] (base 2, weights included) of one row into its running maximum and sum.
+// Unshifted, exponents are x = S + log w in natural units, rounded in one and the same way in both passes: where one
+// term rules a row, lse is x itself and the softmax weight exp(x - lse) is exactly 1, however large x.
+template <class T, class W>
+ALLNC_INLINE_TILE Vector<T> exponent(Vector<T> dot, T scale, W log_weight) {
+  return dot * scale + log_weight;
+}
+
 template <class T>
-ALLNC_INLINE_TILE void merge_row(const T* s, const T* log_weight, int64_t columns, T& max, T& sum) {
+ALLNC_INLINE_TILE Vector<T> exp(Vector<T> x) {
+  return exp2<T>(x * T(1.44269504088896340736));
+}
+
+// Merges the dot products of one row into its running maximum and sum.
+template <class T>
+ALLNC_INLINE_TILE void merge_row(const T* dot, const T* log_weight, int64_t columns, T scale, T& max, T& sum) {
   constexpr int kLanes = Simd<T>::kLanes;
-  Vector<T> largest = at(s) + at(log_weight);
-  for (int64_t k = kLanes; k < columns; k += kLanes) largest = maximum<T>(largest, at(s + k) + at(log_weight + k));
+  Vector<T> largest = broadcast(max);
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    largest = maximum<T>(largest, exponent<T>(at(dot + k), scale, at(log_weight + k)));
+  }
   T top = max;
   for (int lane = 0; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
   if (top == -__builtin_inf()) return;  // only weights of zero
   Vector<T> part = {};
-  for (int64_t k = 0; k < columns; k += kLanes) part += exp2<T>(at(s + k) + at(log_weight + k) - top);
-  sum = sum * exp2<T>(broadcast(max - top))[0] + horizontal_sum<T>(part);
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    part += exp<T>(exponent<T>(at(dot + k), scale, at(log_weight + k)) - top);
+  }
+  sum = sum * exp<T>(broadcast(max - top))[0] + horizontal_sum<T>(part);
   max = top;
 }
 
-// The same for a vector of columns; s has kMaxBlock elements from row to row.
+// The same for a vector of columns; dot has kMaxBlock elements from row to row.
 template <class T>
-ALLNC_INLINE_TILE void merge_columns(const T* s, const T* log_weight, int64_t rows, T* max, T* sum) {
+ALLNC_INLINE_TILE void merge_columns(const T* dot, const T* log_weight, int64_t rows, T scale, T* max, T* sum) {
   const Vector<T> before = at(max);
   Vector<T> top = before;
-  for (int64_t k = 0; k < rows; ++k) top = maximum<T>(top, at(s + k * kMaxBlock) + log_weight[k]);
+  for (int64_t k = 0; k < rows; ++k) {
+    top = maximum<T>(top, exponent<T>(at(dot + k * kMaxBlock), scale, log_weight[k]));
+  }
   at(max) = top;
   top = top == -__builtin_inf() ? Vector<T>{} : top;  // only weights of zero: subtract a finite number
-  Vector<T> part = at(sum) * exp2<T>(before - top);
-  for (int64_t k = 0; k < rows; ++k) part += exp2<T>(at(s + k * kMaxBlock) + log_weight[k] - top);
+  Vector<T> part = at(sum) * exp<T>(before - top);
+  for (int64_t k = 0; k < rows; ++k) {
+    part += exp<T>(exponent<T>(at(dot + k * kMaxBlock), scale, log_weight[k]) - top);
+  }
   at(sum) = part;
 }
 
@@ -205,25 +226,20 @@ void sum_unshifted(const Problem<T>& p, Block i, Block j, T* scratch) {
   constexpr int kLanes = Simd<T>::kLanes;
   for (int64_t column = 0; column < j.rows; column += kTileColumns<T>) {
     for (int64_t row = 0; row < i.rows; row += kTileRows) {
-      T* s = scratch + row * kMaxBlock + column;
-      dot_products(p, i.first + row, j.first + column, s, kMaxBlock);
-      for (int r = 0; r < kTileRows; ++r) {
-        ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
-          Vector<T>& x = at(s + r * kMaxBlock + v * kLanes);
-          x *= p.scale;
-          if (kDiagonal) x = replace_self<T>(x, row + r - column - v * kLanes, -__builtin_inf());
-        }
-      }
+      dot_products(p, i.first + row, j.first + column, scratch + row * kMaxBlock + column, kMaxBlock);
     }
   }
-  for (int64_t row = 0; row < i.rows; ++row) {
+  if (kDiagonal) {
+    for (int64_t k = 0; k < i.rows; ++k) scratch[k * kMaxBlock + k] = -__builtin_inf();
+  }
+  for (int64_t row = i.first; row < i.first + i.rows; ++row) {
     merge_row(
-        scratch + row * kMaxBlock, p.weight + j.first, j.rows, p.max[i.first + row], p.sum[i.first + row]);
+        scratch + (row - i.first) * kMaxBlock, p.weight + j.first, j.rows, p.scale, p.max[row], p.sum[row]);
   }
   if (kDiagonal) return;
-  for (int64_t column = 0; column < j.rows; column += kLanes) {
+  for (int64_t column = j.first; column < j.first + j.rows; column += kLanes) {
     merge_columns(
-        scratch + column, p.weight + i.first, i.rows, p.max + j.first + column, p.sum + j.first + column);
+        scratch + column - j.first, p.weight + i.first, i.rows, p.scale, p.max + column, p.sum + column);
   }
 }
 
@@ -246,8 +262,8 @@ void coefficients(const Problem<T>& p, Block i, Block j, T* scratch) {
             x = exp2<T>(x * scale - scale) * (u * column_weight + weight * column_u);
           } else {
             // Each exponential is a softmax weight, at most 1: weights and levels are in the exponent.
-            x = u * exp2<T>(x * scale + (column_weight - level)) +
-                column_u * exp2<T>(x * scale + (weight - at(p.level + first)));
+            x = u * exp<T>(exponent<T>(x, scale, column_weight) - level) +
+                column_u * exp<T>(exponent<T>(x, scale, weight) - at(p.level + first));
           }
           if (kDiagonal) x = replace_self<T>(x, row + r - first, 0);
           at(tile + r * kMaxBlock + v * kLanes) = x;
@@ -301,8 +317,8 @@ void backward(const Problem<T>& p, Block i, Block j, T* scratch) {
 }
 
 template <class T>
-Tiles<T> make_tiles(const char* name) {
-  return {name, &forward<T>, &backward<T>};
+Tiles<T> make_tiles() {
+  return {&forward<T>, &backward<T>};
 }
 
 }  // namespace ALLNC_ISA

@@ -102,6 +102,19 @@ def test_views_do_not_depend_on_the_workers(tmp_path: Path) -> None:
         assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
 
 
+def test_small_images_can_be_augmented_one_by_one() -> None:
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    images = ImageSet(labels=labels, num_classes=3, mean=(0.5,) * 3, std=(0.5,) * 3, images=pixels)
+    config = DataConfig(name="cifar10", augmentation="autoaugment", workers=0)
+    source = loader(images, config, batch_size=6)
+    batch = next(iter(source.epoch(0)))
+    assert batch.images.shape == (12, 3, 32, 32)
+    assert torch.equal(batch.labels, labels[source.indices(0)[0]].repeat(2))
+    blank = (batch.images == 0).all(1).flatten(1).sum(1)  # cutout is in the first view only
+    assert (blank[:6] >= 16 * 16).all() and (blank[6:] < 16 * 16).all()
+
+
 def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     config = DataConfig(name="image_folder", root="x", augmentation="resized_crop", image_size=16, workers=0)
     before = torch.get_rng_state()

@@ -59,6 +59,20 @@ def test_spread_against_its_definition(center, within) -> None:
     assert math.isclose(measures["cdnv"], cdnv, rel_tol=1e-12)
 
 
+def test_nearest_class_mean_against_its_definition() -> None:
+    """Distances, not products: the class means have very different lengths."""
+    features, labels, weight = _clouds()
+    features = features * (1 + labels[:, None])
+    bias = torch.randn(5, dtype=torch.float64)
+    means = [features[labels == c].mean(0) for c in range(5)]
+    nearest = torch.stack([(features - mean).square().sum(1) for mean in means]).argmin(0)
+    disagreeing = ((features @ weight.T + bias).argmax(1) != nearest).double().mean()
+    measured = collapse(features, labels, weight, bias)["nc4"]
+    assert 0 < measured < 1 and math.isclose(measured, float(disagreeing))
+    logits = torch.nn.functional.one_hot(nearest, 5).double()
+    assert collapse(features, labels, weight, logits=logits)["nc4"] == 0
+
+
 def test_conventions_differ() -> None:
     """With unequal classes the four conventions are four numbers: none may be an alias of another."""
     features, labels, weight = _clouds()
@@ -164,6 +178,9 @@ def test_state_travels_as_tensors() -> None:
     assert "nc4" not in total.compute(weight)
     total.count_disagreement(features[:100], predictions[:100])
     total.count_disagreement(features[100:], predictions[100:])
+    saved = CollapseAccumulator(5, 7)
+    saved.merge_state(total.state())
+    assert saved.compute(weight) == total.compute(weight)
     whole = collapse(features, labels, weight)
     assert all(
         math.isclose(v, whole[k], rel_tol=1e-9, abs_tol=1e-12) for k, v in total.compute(weight).items()
@@ -189,15 +206,12 @@ def test_minority_collapse() -> None:
 
 def test_absent_classes_are_left_out() -> None:
     features, labels, weight = _clouds()
-    wide = torch.cat((weight, torch.randn(2, 7)))
-    measures = collapse(
-        features, labels, wide, logits=features @ weight.T @ torch.eye(5, 7, dtype=torch.float64)
-    )
-    want = collapse(features, labels, weight)
+    wide = torch.cat((weight[:2], torch.zeros(2, 7), weight[2:]))
+    moved = torch.where(labels < 2, labels, labels + 2)  # classes 2 and 3 have no sample
+    bias = torch.tensor([0.0, 0, -1e9, -1e9, 0, 0, 0])
+    measures, want = collapse(features, moved, wide, bias), collapse(features, labels, weight)
     assert measures["classes"] == 5
-    assert all(
-        math.isclose(measures[k], v, rel_tol=1e-9, abs_tol=1e-12) for k, v in want.items() if k != "nc4"
-    )
+    assert all(math.isclose(measures[k], v, rel_tol=1e-9, abs_tol=1e-12) for k, v in want.items())
     with pytest.raises(ValueError, match="at least two classes to measure collapse; got 1"):
         collapse(features[labels == 0], labels[labels == 0], weight)
 

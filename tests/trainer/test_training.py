@@ -186,3 +186,16 @@ def test_ctrl_c_leaves_a_usable_checkpoint(
 def test_evaluate_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([str(tmp_path)]) == 2
     assert "must be a run folder with last.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hycon", ["cosine", "softmax"])
+def test_a_gpu_trains_and_resumes(hycon: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"epochs": 6, "device": "auto", "precision": "auto"}
+    config = changed(TINY, train=changes, loss={"hycon": hycon}, data={"rebalance_sampler": "reversed"})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(3, patch)
+        loop.train(config, tmp_path, quiet())
+    summary = loop.train(config, tmp_path, quiet(), resume=True)
+    assert summary["device"] == "cuda" and summary["accuracy"] > 20
+    assert [r["epoch"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,313 @@
+"""The C++ ops hycon_lse_forward and hycon_lse_backward against dense float64 autograd.
+
+lse_i = log( sum_{j != i} a_j exp(z_i.z_j / t) + sum_c b_c exp(z_i.mu_c / t) )
+N rows of z, C rows of mu, D columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from allnc import _extension
+from tests.tolerances import assert_as_exact
+
+pytestmark = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")
+
+SHIFT_LIMIT = 64.0  # the constant shift may be asked for while 2 / t is at most this
+NEG_INF = -torch.inf
+
+
+class Case(NamedTuple):
+    z: Tensor  # [N, D]
+    mu: Tensor | None  # [C, D]
+    a: Tensor  # [N]
+    b: Tensor | None  # [C]
+    t: Tensor  # []
+    grad: Tensor  # [N]
+
+
+def make_case(
+    n: int,
+    d: int,
+    c: int,
+    t: float = 0.1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    zeros: float = 0.1,
+    seed: int = 0,
+) -> Case:
+    """Random unit rows; `zeros` is the share of weights and of upstream gradients that are exactly 0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(size: int) -> Tensor:
+        kept = torch.rand(size, generator=generator) >= zeros
+        return (torch.rand(size, generator=generator, dtype=torch.float64) * kept).to(dtype)
+
+    def rows(size: int) -> Tensor:
+        return F.normalize(torch.randn(size, d, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+
+    mu, b = (rows(c), uniform(c)) if c else (None, None)
+    return Case(rows(n), mu, uniform(n), b, torch.tensor(t, dtype=dtype), uniform(n) - uniform(n) / 2)
+
+
+def fused(case: Case, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    ops = torch.ops.allnc_C
+    lse = ops.hycon_lse_forward(*case[:5], shifted)
+    return (lse, *ops.hycon_lse_backward(case.grad, lse, *case[:5], shifted))
+
+
+def dense(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with N x N matrices and autograd; anchors with an empty contrast set get no gradient."""
+    z, mu, a, b, t, grad = (None if x is None else x.detach().to(dtype) for x in case)
+    assert z is not None and a is not None and t is not None and grad is not None
+    z.requires_grad_()
+    terms = (z @ z.T / t + a.log()).masked_fill(torch.eye(len(z), dtype=torch.bool), NEG_INF)  # [N, N]
+    if mu is not None and b is not None:
+        mu.requires_grad_()
+        terms = torch.cat([terms, z @ mu.T / t + b.log()], 1)  # [N, N + C]
+    lse = terms.logsumexp(1)
+    used = (grad != 0) & lse.isfinite()
+    empty = z.new_zeros(0, z.shape[1])
+    if not used.any():
+        return lse.detach(), torch.zeros_like(z), empty if mu is None else torch.zeros_like(mu)
+    (terms[used].logsumexp(1) * grad[used]).sum().backward()
+    dmu = empty if mu is None else mu.grad
+    assert z.grad is not None and dmu is not None
+    return lse.detach(), z.grad, dmu
+
+
+def check(case: Case, shifted: bool) -> None:
+    got, eager, reference = fused(case, shifted), dense(case, case.z.dtype), dense(case, torch.float64)
+    scale = 1 / float(case.t)  # exponents and gradients, and so their rounding errors, grow as 1 / t
+    for name, x, y, want in zip(("lse", "dz", "dmu"), got, eager, reference, strict=True):
+        assert x.dtype == case.z.dtype, name
+        assert_as_exact(x, y, want, scale=scale)
+
+
+def test_hand_computed() -> None:
+    # Anchor 0 sees row 1 (orthogonal, weight 2) and the mean (itself, weight 3) at t = 1/2: 2 e^0 + 3 e^2.
+    z, mu = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    a, b, t, grad = (torch.tensor(x, dtype=torch.float64) for x in ([5.0, 2.0], [3.0], 0.5, [1.0, 0.0]))
+    total = 2 + 3 * math.exp(2)
+    for shifted in (True, False):
+        lse, dz, dmu = fused(Case(z, mu, a, b, t, grad), shifted)
+        torch.testing.assert_close(lse, torch.tensor([total, 5 + 3.0], dtype=torch.float64).log())
+        share, mean_share = 2 / total, 3 * math.exp(2) / total
+        torch.testing.assert_close(
+            dz, 2 * torch.tensor([[mean_share, share], [share, 0]], dtype=torch.float64)
+        )
+        torch.testing.assert_close(dmu, 2 * torch.tensor([[mean_share, 0]], dtype=torch.float64))
+
+
+# Around panels of 48 rows, blocks of up to 192 rows and tiles of 4 to 48 columns; one to many blocks.
+SHAPES = [
+    *[(1, 1, 0), (1, 3, 1), (2, 5, 1), (3, 1, 2), (47, 16, 3), (48, 17, 48), (49, 128, 100), (97, 4096, 5)],
+    *[(192, 32, 0), (777, 64, 10), (1000, 130, 300), (30, 100, 1000), (2000, 33, 7)],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for t, shifted in ((0.1, True), (0.1, False), (0.005, False)):
+        check(make_case(*shape, t, dtype=dtype), shifted)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 300),
+    d=st.integers(1, 140),
+    c=st.integers(0, 120),
+    thousandths=st.integers(5, 1000),
+    zeros=st.sampled_from([0.0, 0.3, 0.95]),
+    double=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(n: int, d: int, c: int, thousandths: int, zeros: float, double: bool, seed: int) -> None:
+    t = thousandths / 1000
+    dtype = torch.float64 if double else torch.float32
+    check(make_case(n, d, c, t, dtype=dtype, zeros=zeros, seed=seed), 2 / t <= SHIFT_LIMIT)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_close_rows_at_small_temperature(shifted: bool) -> None:
+    # Exponents reach 1 / t = 200 beside others near -200: only a running maximum covers both. Asking for the
+    # shift must not lose them either.
+    case = make_case(100, 16, 5, 0.005)
+    z = torch.cat([case.z[:50], case.z[:50]])
+    check(case._replace(z=z), shifted)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_empty_contrast_sets(shifted: bool) -> None:
+    alone = make_case(1, 4, 0, zeros=0)
+    weightless = make_case(60, 4, 3, zeros=0)
+    assert weightless.b is not None
+    weightless = weightless._replace(a=torch.zeros(60), b=torch.zeros(3))
+    one_column = weightless._replace(a=torch.eye(60)[7])  # only row 7 itself sees nothing
+    for case, empty in ((alone, [0]), (weightless, range(60)), (one_column, [7])):
+        lse, dz, dmu = fused(case, shifted)
+        assert (lse == NEG_INF).nonzero().flatten().tolist() == list(empty)
+        assert not lse.isnan().any() and dz.isfinite().all() and dmu.isfinite().all()
+        check(case, shifted)
+    assert not fused(weightless, shifted)[1].any()
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_no_upstream_gradient(shifted: bool) -> None:
+    case = make_case(60, 8, 3)
+    for x in fused(case._replace(grad=torch.zeros(60)), shifted)[1:]:
+        assert not x.any()
+
+
+def test_shift_is_not_used_where_it_would_fail() -> None:
+    for n, d, c in ((70, 12, 0), (70, 12, 4)):
+        case = make_case(n, d, c)
+        tiny = case._replace(a=case.a * 1e-30, b=None if case.b is None else case.b * 1e-30)
+        check(tiny, True)  # sums would underflow
+        check(case._replace(z=4 * case.z), True)  # exponents beyond the shift
+        check(case._replace(t=torch.tensor(0.004)), True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["z", "mu", "a", "b"])
+def test_nan_in_nan_out(name: str, value: float) -> None:
+    case = make_case(60, 8, 3)
+    bad = getattr(case, name).clone()
+    bad.view(-1)[-1] = value
+    for shifted in (True, False):
+        for x in fused(case._replace(**{name: bad}), shifted):
+            assert x.isnan().all()
+
+
+def test_non_contiguous_inputs() -> None:
+    case = make_case(60, 8, 3)
+    strided = Case(*(None if x is None else x.unsqueeze(-1).expand(*x.shape, 2)[..., 0] for x in case))
+    strided = strided._replace(z=case.z.T.contiguous().T)
+    for x, y in zip(fused(strided, True), fused(case, True), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b": None}, "mu and b must be given together"),
+        ({"a": torch.ones(59)}, "a must have size 60"),
+        ({"mu": torch.ones(3, 7)}, "mu must have size 8 in dimension 1; got 7"),
+        ({"z": torch.ones(60, 8, dtype=torch.float64)}, "z must be float32"),
+        ({"t": torch.ones(2)}, "temperature must be one element"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Tensor | None], message: str) -> None:
+    case = make_case(60, 8, 3)._replace(**change)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.allnc_C.hycon_lse_forward(*case[:5], True)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.usefixtures("restore_threads")
+def test_bit_equal_for_any_number_of_threads(shifted: bool) -> None:
+    case = make_case(1500, 64, 30)
+    torch.set_num_threads(1)
+    want = fused(case, shifted)
+    for threads in (2, 3, 4, 4, 4, 8):
+        torch.set_num_threads(threads)
+        for x, y in zip(fused(case, shifted), want, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_reads_no_uninitialised_memory() -> None:
+    for shifted in (True, False):
+        check(make_case(250, 21, 13), shifted)
+
+
+def run_in_subprocess(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tests.ops.test_hycon_cpp import *\n{code}"],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_small_cases() -> None:
+    """Checks that reach every branch of the tile code; prints a digest of the bits."""
+    assert _extension.has_cpp()
+    digest = hashlib.sha256()
+    for dtype in (torch.float32, torch.float64):
+        for t, shifted in ((0.1, True), (0.02, False)):
+            for shape in ((300, 100, 9), (50, 3, 60)):
+                case = make_case(*shape, t, dtype=dtype)
+                check(case, shifted)
+                digest.update(b"".join(x.numpy().tobytes() for x in fused(case, shifted)))
+    print(digest.hexdigest())
+
+
+def test_every_instruction_set() -> None:
+    # Beyond what the processor has, the variable changes nothing.
+    sets = ("avx2", "baseline")
+    digests = {isa: run_in_subprocess("check_small_cases()", ALLNC_CPU_ISA=isa) for isa in sets}
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if "avx2" in flags:
+        assert digests["avx2"] != digests["baseline"]  # or the variable chose nothing
+
+
+def print_peak_memory_growth() -> None:
+    """Prints the growth of peak memory, in MiB, by a forward and backward pass at N = 4096, then at 8192."""
+    assert _extension.has_cpp()
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    cases = [make_case(n, 32, 10) for n in (64, 4096, 8192)]
+    fused(cases[0], True)
+    for case in cases[1:]:
+        before = peak()
+        fused(case, True)
+        fused(case, False)
+        print(peak() - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_memory_is_linear_in_n() -> None:
+    # N x N would be 64, then 256 MiB. Needed: 4 buffers of N x D, 4 MiB at N = 8192, and a block for each thread.
+    first, second = map(float, run_in_subprocess("print_peak_memory_growth()").split())
+    assert first <= 16
+    assert second <= 24
