@@ -174,6 +174,17 @@ class ModelConfig:
             )
 
 
+_NOT_NEGATIVE = (
+    "hycon_weight",
+    "alpha",
+    "mean_weight",
+    "p2p_means",
+    "p2p_weights",
+    "p2p_duality",
+    "focal_gamma",
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """The loss: AllNC with its parts, or one classification loss alone.
@@ -194,6 +205,7 @@ class LossConfig:
         p2p_target: etf (simplex), softmax (separation, for more classes than features), or auto.
         p2p_temperature: temperature of P2P's softmax target, > 0.
         rebalance: loss of the re-balancing branch.
+        focal_gamma: exponent of the focal loss, wherever it is used, >= 0.
         gamma: exponent of the schedule: eta = 1 - min(1, progress / horizon) ** gamma, > 0.
         horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 0: from the
             start.
@@ -215,13 +227,14 @@ class LossConfig:
     p2p_target: Literal["auto", "etf", "softmax"] = "auto"
     p2p_temperature: float = 0.1
     rebalance: Literal["logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
+    focal_gamma: float = 2.0
     gamma: float = 2.0
     horizon: float = 0.3
     backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         _choices("loss", self)
-        for name in ("hycon_weight", "alpha", "mean_weight", "p2p_means", "p2p_weights", "p2p_duality"):
+        for name in _NOT_NEGATIVE:
             _number(f"loss.{name}", getattr(self, name), 0, math.inf)
         for name in ("temperature", "p2p_temperature", "gamma"):
             _number(f"loss.{name}", getattr(self, name), 0, math.inf, open_low=True)

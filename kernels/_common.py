@@ -71,33 +71,31 @@ def padded_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def forward_blocks(dim: int, dtype: torch.dtype, precision: str) -> Blocks:
+def forward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
     """Sizes of the forward's tiles.
 
-    128 x 128 is the largest product whose accumulator (64 registers a thread in 8 warps) leaves room for the
-    two sums. A resident panel of 128 rows and two tiles in flight must fit the 163 KiB of sm_80, which halves
-    BLOCK_N at 512 bytes a row and ends residence above. float32 products without tensor cores unroll into one
-    FMA each: short chunks keep them in registers.
+    128 x 128 is the largest product whose accumulator (64 registers a thread in 8 warps) leaves room for the two
+    sums; half of it where sm_100, which reads whole rows from tensor memory, would run out of registers. A resident
+    panel of 128 rows and two tiles in flight must fit the 163 KiB of sm_80, which halves BLOCK_N at 512 bytes a row
+    and ends residence above. float32 products without tensor cores unroll into one FMA each: short chunks keep them
+    in registers.
     """
+    width = padded_dim(dim)
     if precision == "ieee" and dtype == torch.float32:
-        return Blocks(
-            block_m=64, block_n=64, block_d=min(32, padded_dim(dim)), block_g=0, num_warps=8, num_stages=2
-        )
-    bytes_per_row = padded_dim(dim) * dtype.itemsize
-    if bytes_per_row > 512:
-        return Blocks(
-            block_m=128, block_n=128, block_d=128 // dtype.itemsize, block_g=0, num_warps=8, num_stages=2
-        )
-    block_n = 128 if bytes_per_row <= 256 else 64
-    return Blocks(block_m=128, block_n=block_n, block_d=padded_dim(dim), block_g=0, num_warps=8, num_stages=2)
+        return Blocks(block_m=64, block_n=64, block_d=min(32, width), block_g=0, num_warps=8, num_stages=2)
+    row_bytes = width * dtype.itemsize
+    if row_bytes > 512:
+        width = 128 // dtype.itemsize
+    block_n = 64 if row_bytes == 512 or (arch >= 100 and row_bytes > 128) else 128
+    return Blocks(block_m=128, block_n=block_n, block_d=width, block_g=0, num_warps=8, num_stages=2)
 
 
 def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
     """Sizes of the backward's tiles.
 
-    The gradient's accumulator BLOCK_M x BLOCK_G decides: 128 x 256 takes 128 of the 255 registers of a
-    thread. sm_80 keeps the panel itself in registers too, so that rows of 512 bytes leave room for 64 of them
-    only.
+    The gradient's accumulator BLOCK_M x BLOCK_G decides: 128 x 256 takes 128 of the 255 registers of a thread.
+    sm_80 keeps the panel itself in registers too, so that rows of 512 bytes leave room for 64 of them only; on
+    sm_100 the two exponentials of unshifted mode need more than there are for any panel of 128 rows.
     """
     width = padded_dim(dim)
     group = min(width, 256)
@@ -105,11 +103,11 @@ def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> 
         return Blocks(
             block_m=64, block_n=32, block_d=min(32, width), block_g=group, num_warps=8, num_stages=1
         )
-    bytes_per_row = width * dtype.itemsize
-    if bytes_per_row > 512:
+    row_bytes = width * dtype.itemsize
+    if row_bytes > 512:
         chunk = 128 // dtype.itemsize
         return Blocks(block_m=64, block_n=chunk, block_d=chunk, block_g=group, num_warps=8, num_stages=2)
-    block_m = 64 if bytes_per_row > 256 and arch < 90 else 128
+    block_m = 64 if arch >= 100 or (arch < 90 and row_bytes == 512) else 128
     return Blocks(block_m=block_m, block_n=64, block_d=width, block_g=group, num_warps=8, num_stages=2)
 
 

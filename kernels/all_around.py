@@ -28,6 +28,7 @@ from torch import Tensor
 from allnc.kernels._common import (
     LN_2,
     LOG2_E,
+    architecture,
     device_guard,
     matmul_precision,
     padded_dim,
@@ -166,6 +167,7 @@ def all_around_constants(
     has_mu: bool,
     shifted: bool,
     triangle: bool,
+    arch: int,
     target: Literal["etf", "softmax"],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `all_around_fwd_kernel`.
@@ -173,7 +175,9 @@ def all_around_constants(
     P2P's tiles are 64 x 64 over chunks of 32 columns, small enough to need fewer registers and less shared
     memory than most of HyCon's, whose warps and stages the launch takes.
     """
-    constants, options = forward_constants(dim, dtype, has_mu=has_mu, shifted=shifted, triangle=triangle)
+    constants, options = forward_constants(
+        dim, dtype, has_mu=has_mu, shifted=shifted, triangle=triangle, arch=arch
+    )
     constants |= {
         "F": features,
         "ETF": target == "etf",
@@ -226,6 +230,7 @@ def all_around_forward(
         has_mu=mu is not None,
         shifted=shifted,
         triangle=triangle,
+        arch=architecture(z.device),
         target=target,
     )
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])

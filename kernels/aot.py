@@ -116,7 +116,7 @@ def _modes(
         ("square", True, False),
         ("unshifted", False, False),
     ):
-        choice = {"has_mu": True, "shifted": shifted, "triangle": triangle}
+        choice = {"has_mu": True, "shifted": shifted, "triangle": triangle, "arch": arch}
         yield "hycon_fwd", mode, hycon.forward_constants(dim, dtype, **choice)
         for target in ("etf", "softmax"):
             chosen = all_around.all_around_constants(

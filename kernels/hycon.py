@@ -71,12 +71,12 @@ def add_tile(maximum, total, s, weight, scale, SHIFTED: tl.constexpr):
         total += tl.sum(e * weight[None, :], 1)
     else:
         # Columns of weight 0 must not set the maximum: they could hide all others.
-        e = s * scale + tl.where(weight > 0, 0.0, float("-inf"))[None, :]
-        new_maximum = tl.maximum(maximum, tl.max(e, 1))
+        s += tl.where(weight > 0, 0.0, float("-inf"))[None, :]
+        new_maximum = tl.maximum(maximum, tl.max(s, 1))
         # A row that has met no positive weight yet has maximum -inf: subtract 0 and not -inf - -inf = NaN.
         origin = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        e = tl.exp2(e - origin[:, None])
-        total = total * tl.exp2(maximum - origin) + tl.sum(e * weight[None, :], 1)
+        e = tl.exp2((s - origin[:, None]) * scale)
+        total = total * tl.exp2((maximum - origin) * scale) + tl.sum(e * weight[None, :], 1)
         maximum = new_maximum
     return maximum, total, e
 
@@ -108,7 +108,8 @@ def forward_panel(
     split = program % num_splits
     num_panels = tl.cdiv(N, BLOCK_M)
     TILES: tl.constexpr = BLOCK_M // BLOCK_N  # a panel is this many tiles wide
-    scale = 1.0 / tl.load(temperature_ptr) * LOG2_E
+    inverse_temperature = 1.0 / tl.load(temperature_ptr)
+    scale = inverse_temperature * LOG2_E
     start = panel * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
     a_rows = tl.load(a_ptr + rows, mask=rows < N, other=0.0)
@@ -169,11 +170,12 @@ def forward_panel(
     if TRIANGLE:
         tl.atomic_add(out_ptr + rows, total, mask=rows < N, sem="relaxed")
     else:
-        if SHIFTED:
-            lse = (tl.log2(total) + scale) * LN_2
-        else:
-            lse = (tl.log2(total) + maximum) * LN_2
-        tl.store(out_ptr + rows, lse, mask=rows < N)
+        # The maximum is that of z_i·z_j: one rounding makes it lse, as large as 1/τ, and the backward undoes
+        # it with the same 1/τ.
+        shift = inverse_temperature
+        if not SHIFTED:
+            shift = maximum * inverse_temperature
+        tl.store(out_ptr + rows, tl.log2(total) * LN_2 + shift, mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["N", "C", "num_splits"])
@@ -228,7 +230,7 @@ def hycon_bwd_terms_kernel(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What rows of [z; μ] bring to K, [2 or 3, N + C]: shifted (u, a), else (g, log2 a, lse / ln 2)."""
+    """What rows of [z; μ] bring to K, [2 or 3, N + C]: (u, a) in shifted mode, (g, log2 a, lse) otherwise."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.load(a_ptr + index, mask=index < N, other=0.0)
     grad = tl.load(grad_ptr + index, mask=index < N, other=0.0)
@@ -237,13 +239,13 @@ def hycon_bwd_terms_kernel(
         weight += tl.load(b_ptr + (index - N), mask=(index >= N) & (index < N + C), other=0.0)
     # An empty contrast set (lse = -inf) has no gradient, whatever g; comparing with != lets NaN through.
     used = (grad != 0) & (lse != float("-inf"))
-    lse = tl.where(used, lse * LOG2_E, float("inf"))
+    lse = tl.where(used, lse, float("inf"))
     if SCALED:
         grad *= _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
     stored = index < N + C
     if SHIFTED:
-        scale = 1.0 / tl.load(temperature_ptr) * LOG2_E
-        tl.store(term_ptr + index, grad * tl.exp2(scale - lse), mask=stored)
+        exponent = (1.0 / tl.load(temperature_ptr) - lse) * LOG2_E
+        tl.store(term_ptr + index, grad * tl.exp2(exponent), mask=stored)
         tl.store(term_ptr + (N + C) + index, weight, mask=stored)
     else:
         tl.store(term_ptr + index, grad, mask=stored)
@@ -265,14 +267,19 @@ def pair_terms(term_ptr, index, valid, num_terms, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def pair_coefficient(s, scale, row_u, row_a, row_lse, column_u, column_a, column_lse, SHIFTED: tl.constexpr):
+def pair_coefficient(
+    s, inverse_temperature, row_u, row_a, row_lse, column_u, column_a, column_lse, SHIFTED: tl.constexpr
+):
     """K [BLOCK_M, BLOCK_N] = exp(S)(u_i a_j + u_j a_i)."""
     if SHIFTED:
+        scale = inverse_temperature * LOG2_E
         pair = row_u[:, None] * column_a[None, :] + column_u[None, :] * row_a[:, None]
         return tl.exp2(s * scale - scale) * pair
-    # Weights inside the exponent: exp(S - lse) alone may overflow where the weight is 0.
-    of_row = tl.exp2(s * scale + (column_a[None, :] - row_lse[:, None])) * row_u[:, None]
-    return of_row + tl.exp2(s * scale + (row_a[:, None] - column_lse[None, :])) * column_u[None, :]
+    # S - lse first, one rounding of a small number; and the weight in the exponent, because exp(S - lse)
+    # alone may overflow where the weight is 0.
+    of_row = (s * inverse_temperature - row_lse[:, None]) * LOG2_E + column_a[None, :]
+    of_column = (s * inverse_temperature - column_lse[None, :]) * LOG2_E + row_a[:, None]
+    return tl.exp2(of_row) * row_u[:, None] + tl.exp2(of_column) * column_u[None, :]
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -319,8 +326,7 @@ def hycon_bwd_kernel(
             num_diagonal = 0
             x_terms = term_ptr + N
 
-    temperature = tl.load(temperature_ptr)
-    scale = 1.0 / temperature * LOG2_E
+    inverse_temperature = 1.0 / tl.load(temperature_ptr)
     factor = 1.0
     if SCALED:
         factor = _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
@@ -342,7 +348,7 @@ def hycon_bwd_kernel(
         )
         s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
         u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
-        k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
         dx = matmul(k.to(y.dtype), y, dx, PRECISION)
 
     # A panel of z starts at its right neighbour; a panel of μ visits all of z from the first.
@@ -357,7 +363,7 @@ def hycon_bwd_kernel(
             x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
         )
         u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
-        k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
         dx = matmul(k.to(y.dtype), y, dx, PRECISION)
 
     if HAS_MU:
@@ -368,10 +374,10 @@ def hycon_bwd_kernel(
                 x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
             )
             u, b, lse = pair_terms(term_ptr + N, columns, columns < C, num_terms, SHIFTED)
-            k = pair_coefficient(s, scale, row_u, row_a, row_lse, u, b, lse, SHIFTED)
+            k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, b, lse, SHIFTED)
             dx = matmul(k.to(y.dtype), y, dx, PRECISION)
 
-    dx *= 1.0 / (temperature * factor)
+    dx *= inverse_temperature / factor
     out_columns = column + tl.arange(0, BLOCK_G)
     mask = (rows < num_x)[:, None] & (out_columns < D)[None, :]
     offsets = tl.arange(0, BLOCK_M)[:, None] * D + out_columns[None, :]
@@ -384,11 +390,11 @@ _VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vector
 
 
 def forward_constants(
-    dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, triangle: bool
+    dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, triangle: bool, arch: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `hycon_fwd_kernel`."""
     precision = matmul_precision(dtype)
-    blocks = forward_blocks(dim, dtype, precision)
+    blocks = forward_blocks(dim, dtype, precision, arch)
     constants = {
         "D": dim,
         "HAS_MU": has_mu,
@@ -473,8 +479,9 @@ def hycon_lse_forward(
     mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
     num_rows, dim = z.shape
     triangle = shifted and not deterministic
+    arch = architecture(z.device)
     constants, options = forward_constants(
-        dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle
+        dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle, arch=arch
     )
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
     splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"]) if triangle else 1

@@ -74,7 +74,7 @@ def build_loss(
     if config.name == "ce":
         return Classification(CrossEntropy(len(class_counts)))
     if config.name != "allnc":
-        return Classification(long_tail_loss(config.name, class_counts, gamma=config.gamma))
+        return Classification(long_tail_loss(config.name, class_counts, gamma=config.focal_gamma))
     return AllNC(
         class_counts,
         feature_dim,
@@ -92,7 +92,7 @@ def build_loss(
         p2p_duality=config.p2p_duality,
         p2p_target=config.p2p_target,
         p2p_temperature=config.p2p_temperature,
-        rebalance=config.rebalance,
+        rebalance=long_tail_loss(config.rebalance, class_counts, gamma=config.focal_gamma),
         gamma=config.gamma,
         horizon=config.horizon,
         backend=config.backend,

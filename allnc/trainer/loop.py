@@ -290,7 +290,14 @@ def _finish(run: Run, folder: Path, records: list[dict[str, Any]], console: Cons
     }
     plots = folder / PLOTS
     plots.mkdir(exist_ok=True)
-    plot_angles(means, run.model.classifier_weight.detach(), plots / "angles.png")
+    plot_angles(
+        means,
+        run.model.classifier_weight.detach(),
+        plots / "angles.png",
+        class_counts=run.counts,
+        many=config.data.many,
+        few=config.data.few,
+    )
     plot_curves(records, plots / "curves.png")
     checkpoint.write_json(folder / SUMMARY, summary)
     console.print(final_table(summary))

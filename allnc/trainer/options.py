@@ -24,8 +24,8 @@ def ignored_options(config: Config) -> dict[str, str]:
             ignored.setdefault(f"{section}.{name}", reason)
 
     if loss.name != "allnc":
-        parts = " ".join(f.name for f in dataclasses.fields(LossConfig) if f.name not in ("name", "gamma"))
-        drop("loss", parts if loss.name == "focal" else f"{parts} gamma", f"loss.name is {loss.name}")
+        parts = " ".join(f.name for f in dataclasses.fields(LossConfig) if f.name not in ("name", "focal_gamma"))
+        drop("loss", parts, f"loss.name is {loss.name}")
         drop("data", "rebalance_sampler", f"loss.name {loss.name} has no re-balancing branch")
         drop("model", "heads", f"loss.name {loss.name} has one branch and one classifier")
     if loss.hycon != "softmax" or loss.name != "allnc":
@@ -35,6 +35,8 @@ def ignored_options(config: Config) -> dict[str, str]:
             "projection_hidden projection_dim",
             f"the loss has no softmax HyCon ({loss.name}, {loss.hycon})",
         )
+    if "focal" not in (loss.name, loss.rebalance if loss.name == "allnc" else None):
+        drop("loss", "focal_gamma", "no branch has the focal loss")
     if loss.hycon == "none":
         drop("loss", "hycon_weight", "loss.hycon is none")
     if loss.p2p_target == "etf":

@@ -132,7 +132,7 @@ def test_ragged_shapes_and_several_panels(n: int, d: int, c: int, dtype: torch.d
 @pytest.mark.parametrize(("d", "dtype"), [(300, torch.bfloat16), (520, torch.bfloat16), (300, torch.float32)])
 @pytest.mark.parametrize("mode", [TRIANGLE, Mode(0.01, False, False)])
 def test_more_columns_than_stay_on_chip(d: int, dtype: torch.dtype, mode: Mode) -> None:
-    check(make_case(70, d, 4, dtype), mode)
+    check(make_case(40, d, 4, dtype), mode)
 
 
 @pytest.mark.parametrize("programs", [1, 5, 10_000])
@@ -224,6 +224,6 @@ def test_float32_follows_torchs_matmul_precision() -> None:
         assert _common.matmul_precision(torch.float32) == "tf32"
         assert _common.matmul_precision(torch.bfloat16) == "ieee"
         if DEVICE == "cpu":  # TF32's sizes are others; the interpreter multiplies exactly all the same
-            check(make_case(140, 150, 5), TRIANGLE)
+            check(make_case(40, 150, 5), TRIANGLE)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -237,6 +237,7 @@ def test_build_passes_every_setting() -> None:
         p2p_target="softmax",
         p2p_temperature=1.1,
         rebalance="focal",
+        focal_gamma=3.5,
         gamma=1.2,
         horizon=0.35,
         backend="eager",
@@ -249,11 +250,11 @@ def test_build_passes_every_setting() -> None:
         assert (state.momentum, state.gradient, state.backend) == (0.6, "exact", "eager")
     assert (loss.p2p.means_weight, loss.p2p.classifier_weight, loss.p2p.duality_weight) == (0.7, 0.8, 0.9)
     assert (loss.p2p.target, loss.p2p.temperature) == ("softmax", 1.1)
-    assert isinstance(loss.gbbn.rebalance_loss, Focal)
+    assert isinstance(loss.gbbn.rebalance_loss, Focal) and loss.gbbn.rebalance_loss.gamma == 3.5
     assert (loss.gbbn.gamma, loss.gbbn.horizon) == (1.2, 0.35)
     assert loss.hycon.means.shape == (C, DIM) and loss.p2p.means.shape == (C, WIDTH)
     focal = build_loss(
-        LossConfig(name="focal", gamma=3.0), class_counts=COUNTS, feature_dim=1, projection_dim=1
+        LossConfig(name="focal", focal_gamma=3.0), class_counts=COUNTS, feature_dim=1, projection_dim=1
     )
     assert focal.loss.gamma == 3.0  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -114,6 +114,23 @@ def test_hand_computed() -> None:
         torch.testing.assert_close(dmu, 2 * torch.tensor([[mean_share, 0]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_exponential_is_accurate(shifted: bool, dtype: torch.dtype) -> None:
+    # One anchor, given lse = 1 / t = 16: the gradient of mean c is 16 exp(16 (z.mu_c - 1)) z.
+    cosine = torch.linspace(15 / 16, 1, 4001, dtype=dtype)  # [C]
+    mu = torch.stack([cosine, (1 - cosine**2).sqrt()], 1)  # [C, 2]
+    z, t, one = (
+        torch.tensor([[1, 0]], dtype=dtype),
+        torch.tensor(1 / 16, dtype=dtype),
+        torch.ones(1, dtype=dtype),
+    )
+    dmu = torch.ops.allnc_C.hycon_lse_backward(one, 16 * one, z, mu, one, one.expand(4001), t, shifted)[1]
+    want = 16 * torch.expm1(16 * (cosine.double() - 1)) + 16  # [C]
+    assert ((dmu[:, 0].double() - want).abs() / want).max() < 3 * torch.finfo(dtype).eps
+    assert not dmu[:, 1].any()
+
+
 # Around panels of 48 rows, blocks of up to 192 rows and tiles of 4 to 48 columns; one to many blocks.
 SHAPES = [
     *[(1, 1, 0), (1, 3, 1), (2, 5, 1), (3, 1, 2), (47, 16, 3), (48, 17, 48), (49, 128, 100), (97, 4096, 5)],
@@ -307,7 +324,7 @@ def print_peak_memory_growth() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_is_linear_in_n() -> None:
-    # N x N would be 64, then 256 MiB. Needed: 4 buffers of N x D, 4 MiB at N = 8192, and a block for each thread.
+    # N x N would be 64, then 256 MiB. Needed: 4 buffers of N x D, 1 MiB each at N = 8192, and a block a thread.
     first, second = map(float, run_in_subprocess("print_peak_memory_growth()").split())
     assert first <= 16
     assert second <= 24

@@ -43,7 +43,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs; test_command.py looks at the plots."""
-    monkeypatch.setattr(loop, "plot_angles", lambda *_: None)
+    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
     monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
 
 
