@@ -74,11 +74,11 @@ def padded_dim(dim: int) -> int:
 def forward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
     """Sizes of the forward's tiles.
 
-    128 x 128 is the largest product whose accumulator (64 registers a thread in 8 warps) leaves room for the two
-    sums; half of it where sm_100, which reads whole rows from tensor memory, would run out of registers. A resident
-    panel of 128 rows and two tiles in flight must fit the 163 KiB of sm_80, which halves BLOCK_N at 512 bytes a row
-    and ends residence above. float32 products without tensor cores unroll into one FMA each: short chunks keep them
-    in registers.
+    128 x 128 is the largest product whose accumulator (64 registers a thread in 8 warps) leaves room for the
+    two sums; half of it where sm_100, which reads whole rows from tensor memory, would run out of registers.
+    A resident panel of 128 rows and two tiles in flight must fit the 163 KiB of sm_80, which halves BLOCK_N
+    at 512 bytes a row and ends residence above. float32 products without tensor cores unroll into one FMA
+    each: short chunks keep them in registers.
     """
     width = padded_dim(dim)
     if precision == "ieee" and dtype == torch.float32:
@@ -93,9 +93,9 @@ def forward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> B
 def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
     """Sizes of the backward's tiles.
 
-    The gradient's accumulator BLOCK_M x BLOCK_G decides: 128 x 256 takes 128 of the 255 registers of a thread.
-    sm_80 keeps the panel itself in registers too, so that rows of 512 bytes leave room for 64 of them only; on
-    sm_100 the two exponentials of unshifted mode need more than there are for any panel of 128 rows.
+    The gradient's accumulator BLOCK_M x BLOCK_G decides: 128 x 256 takes 128 of the 255 registers of a
+    thread. sm_80 keeps the panel itself in registers too, so that rows of 512 bytes leave room for 64 of them
+    only; on sm_100 the two exponentials of unshifted mode need more than there are for any panel of 128 rows.
     """
     width = padded_dim(dim)
     group = min(width, 256)
@@ -117,6 +117,17 @@ def matmul(x, y, accumulator, PRECISION: tl.constexpr):
         x = x.to(tl.float32)
         y = y.to(tl.float32)
     return tl.dot(x, y, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, TYPE: tl.constexpr):
+    """float32 to TYPE, rounded to nearest."""
+    if INTERPRETED:  # the interpreter would cut bfloat16's lower bits off
+        if TYPE == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(TYPE)
 
 
 @triton.jit

@@ -203,7 +203,7 @@ def all_around_forward(
     target: Literal["etf", "softmax"],
     p2p_temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """lse [N] of HyCon and the values [3] of P2P's blocks (x, x), (y, y), (x, y), in one launch.
+    """lse [N] of HyCon and the row values [3, C] of P2P's blocks (x, x), (y, y), (x, y), in one launch.
 
     Args:
         z, mu, a, b, temperature, shifted, deterministic: as in `allnc.kernels.hycon.hycon_lse_forward`.
@@ -215,7 +215,8 @@ def all_around_forward(
         p2p_temperature: τ_p > 0 of the separating form.
 
     Returns:
-        lse [N] and the values [3], both float32; the values are 0 with fewer than two classes seen.
+        lse [N] and the row values [3, C], both float32. A block's P2P is the sum of its row values, which are 0 for
+        classes not seen, and all 0 with fewer than two classes seen.
     """
     z, a, x, y, seen = z.contiguous(), a.contiguous(), x.contiguous(), y.contiguous(), seen.contiguous()
     mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
@@ -247,4 +248,4 @@ def all_around_forward(
         )  # fmt: skip
         if triangle:
             finish_triangle(lse, temperature)
-    return lse, values.sum(1)
+    return lse, values

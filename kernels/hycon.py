@@ -53,6 +53,7 @@ from allnc.kernels._common import (
     load_tile,
     matmul,
     matmul_precision,
+    narrow,
     pointer,
     similarity,
 )
@@ -349,7 +350,7 @@ def hycon_bwd_kernel(
         s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
         u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
         k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
-        dx = matmul(k.to(y.dtype), y, dx, PRECISION)
+        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
 
     # A panel of z starts at its right neighbour; a panel of μ visits all of z from the first.
     origin = tl.where(of_mean, 0, start + BLOCK_M)
@@ -364,7 +365,7 @@ def hycon_bwd_kernel(
         )
         u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
         k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
-        dx = matmul(k.to(y.dtype), y, dx, PRECISION)
+        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
 
     if HAS_MU:
         for first in range(0, num_means, BLOCK_N):
@@ -375,13 +376,13 @@ def hycon_bwd_kernel(
             )
             u, b, lse = pair_terms(term_ptr + N, columns, columns < C, num_terms, SHIFTED)
             k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, b, lse, SHIFTED)
-            dx = matmul(k.to(y.dtype), y, dx, PRECISION)
+            dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
 
     dx *= inverse_temperature / factor
     out_columns = column + tl.arange(0, BLOCK_G)
     mask = (rows < num_x)[:, None] & (out_columns < D)[None, :]
     offsets = tl.arange(0, BLOCK_M)[:, None] * D + out_columns[None, :]
-    tl.store(dx_ptr + tl.cast(start, tl.int64) * D + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + tl.cast(start, tl.int64) * D + offsets, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 # Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.

@@ -88,7 +88,7 @@ def _all_around(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from allnc.kernels.all_around import all_around_forward
 
-    return all_around_forward(
+    lse, values = all_around_forward(
         z,
         mu.to(z.dtype),
         a,
@@ -102,6 +102,8 @@ def _all_around(
         target="softmax" if form == "softmax" else "etf",
         p2p_temperature=p2p_temperature,
     )
+    p2p_lse = values * (seen.sum() / p2p_temperature) if form == "softmax" else values.new_empty(3, 0)
+    return lse, values.sum(1), p2p_lse
 
 
 @_all_around.register_fake

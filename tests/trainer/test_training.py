@@ -15,7 +15,7 @@ from rich.console import Console
 from allnc import evaluate
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.train import main
-from allnc.trainer import loop
+from allnc.trainer import loop, measure
 from allnc.trainer.checkpoint import load_weights
 
 TINY = Config(
@@ -94,6 +94,35 @@ def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:
     first = loop.train(config, tmp_path, quiet())
     again = loop.train(config, tmp_path, quiet(), resume=True)
     assert first == again and len(records(tmp_path)) == 1
+
+
+def test_a_record_without_its_checkpoint_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = loop.Run.save
+
+    def killed(run: loop.Run, folder: Path) -> None:
+        if run.epoch == 3:
+            raise KeyboardInterrupt
+        save(run, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Run, "save", killed)
+        loop.train(TINY, tmp_path, quiet())
+    assert [r["epoch"] for r in records(tmp_path)] == [1, 2, 3]
+    loop.train(TINY, tmp_path, quiet(), resume=True)
+    assert [r["epoch"] for r in records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_measuring_changes_nothing_and_ignores_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = loop.Run(TINY)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    whole, _ = run.measure()
+    monkeypatch.setattr(measure, "BATCH", 7)
+    parts, _ = run.measure()
+    assert run.model.training
+    assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
+    assert parts == pytest.approx(whole, rel=1e-4)
 
 
 def test_the_same_seed_repeats_and_another_differs(tmp_path: Path) -> None:
