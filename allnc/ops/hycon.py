@@ -102,12 +102,13 @@ def _lse_backward_eager(
     grad: Tensor, lse: Tensor, z: Tensor, mu: Tensor | None, a: Tensor, b: Tensor | None, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
     lse = lse.where(grad != 0, torch.inf)[:, None]  # no share for an anchor without gradient: its lse may be -inf
-    share = (z @ z.T).div_(temperature).sub_(lse).exp_().mul_(a)  # [N, N], times g_i: the softmax's gradient
+    # Weights inside the exponent: a column of weight 0 may be far above lse, and inf times 0 is NaN.
+    share = (z @ z.T).div_(temperature).add_(a.log()).sub_(lse).exp_()  # [N, N], times g_i: the softmax's gradient
     share.fill_diagonal_(0).mul_(grad[:, None])
     dz = share @ z + share.T @ z
     if mu is None or b is None:
         return dz / temperature, a.new_empty(0, z.shape[1])
-    mean_share = (z @ mu.T).div_(temperature).sub_(lse).exp_().mul_(b).mul_(grad[:, None])  # [N, C]
+    mean_share = (z @ mu.T).div_(temperature).add_(b.log()).sub_(lse).exp_().mul_(grad[:, None])  # [N, C]
     return (dz + mean_share @ mu) / temperature, mean_share.T @ z / temperature
 
 

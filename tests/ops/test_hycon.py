@@ -169,6 +169,12 @@ def test_ignored_rows_take_no_part(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_an_ignored_row_nearer_than_all_others_does_not_overflow(backend: str) -> None:
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])  # row 2 is ignored, row 1 is opposite to row 0
+    check_against_float64({"z": z, "labels": torch.tensor([0, 0, -100])}, backend, temperature=0.02)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_nothing_to_contrast_is_zero_not_nan(backend: str) -> None:
     z = F.normalize(torch.randn(1, 8), dim=1).requires_grad_()
     loss = hycon(z, torch.tensor([3]), backend=backend)
