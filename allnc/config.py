@@ -267,6 +267,8 @@ class TrainConfig:
         precision: autocast type; auto takes bf16 where the device has it in hardware (CPU: AVX512-BF16 or
             AMX), else fp16 on a GPU and fp32 on a CPU.
         device: auto takes a GPU when there is one.
+        threads: CPU threads of torch, >= 1; None takes one a core. A small network is as fast with one, and
+            much faster when other programs want the cores, too; results depend on the number in the last bits.
         channels_last: memory order of the images; faster for convolutions on CPU and GPU.
         eval_every: epochs between measurements of the test accuracy, >= 1 (the last epoch is always
             measured).
@@ -285,6 +287,7 @@ class TrainConfig:
     grad_clip: float | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
     channels_last: bool = True
     eval_every: int = 1
     collapse_every: int = 5
@@ -300,6 +303,8 @@ class TrainConfig:
         _number("train.warmup_epochs", self.warmup_epochs, 0, math.inf)
         if self.grad_clip is not None:
             _number("train.grad_clip", self.grad_clip, 0, math.inf, open_low=True)
+        if self.threads is not None:
+            _number("train.threads", self.threads, 1, math.inf)
         _number("train.eval_every", self.eval_every, 1, math.inf)
         _number("train.collapse_every", self.collapse_every, 0, math.inf)
         if (self.schedule == "step") != bool(self.milestones):

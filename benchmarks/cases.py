@@ -56,7 +56,7 @@ class Case:
     effective_flops: float
 
     def step(self, provider: str, *, backward: bool) -> Callable[[], Tensor]:
-        """A call without arguments that runs the forward pass, and the backward pass if asked, on a copy of the leaves."""
+        """A call without arguments that runs forward, and backward if asked, on its own copy of the leaves."""
         function = self.providers[provider]
         leaves = {name: leaf.clone().requires_grad_(backward) for name, leaf in self.leaves.items()}
 
@@ -122,7 +122,7 @@ def make_case(op: str, shape: Shape, device: torch.device, *, seed: int = 0) -> 
         leaves = {"features": put(torch.randn(n, f, generator=generator))}
         probe = torch.randn(c, f, generator=generator).to(device)
         ours = {"fused": _from_fresh_state(allnc.class_mean_ema, probe)}
-        reference = _from_fresh_state(class_mean_ema_reference, probe)
+        reference = _from_fresh_state(lambda *arguments: class_mean_ema_reference(*arguments)[0], probe)
         return _case(op, shape, leaves, others, reference, ours, 2.0 * n * f)
     raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
 
@@ -141,6 +141,6 @@ def _from_fresh_state(function: Callable[..., Tensor], probe: Tensor) -> Callabl
     return loss
 
 
-def _case(op, shape, leaves, others, reference, ours, flops) -> Case:  # noqa: ANN001
+def _case(op, shape, leaves, others, reference, ours, flops) -> Case:
     providers = {"eager": reference, "compiled": torch.compile(reference), **ours}
     return Case(op=op, shape=shape, leaves=leaves, others=others, providers=providers, effective_flops=flops)

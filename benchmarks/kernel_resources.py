@@ -1,11 +1,11 @@
-"""Registers, shared memory, spills and instruction counts of every kernel variant, compiled for GPUs not there.
+"""Registers, shared memory, spills and instructions of every kernel variant, compiled for GPUs not there.
 
     python benchmarks/kernel_resources.py --arch 80 90 100 --dim 64 128 256 512 --dtype bfloat16 --csv FILE
 
-prints a markdown table, and writes the same as CSV. The variants are the launchers' own, with class means. Counts are
-static (instructions in the code, not executed); one loop over tiles is in the code three times, for the diagonal,
-the activations and the class means, and more often where the compiler peels iterations. "exp / element" is
-MUFU.EX2 over the elements of these three loops that a thread has: 1 is one exponential an element.
+prints a markdown table, and writes the same as CSV. The variants are the launchers' own, with class means. Counts
+are static: instructions in the code, not executed. A loop over tiles is in the code three times, for the
+diagonal, the activations and the class means, and more often where the compiler peels iterations.
+exp_per_element is MUFU.EX2 over the elements a thread has in these three loops: 1 is one exponential an element.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from allnc.kernels.aot import (
 
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 COLUMNS = (
-    "kernel", "mode", "arch", "dtype", "precision", "D", "block_m", "block_n", "block_d", "block_g", "warps", "stages",
-    "registers", "spill_bytes", "shared_bytes", "shared_limit", "instructions", "tensor_core", "ex2", "exp_per_element",
-    "ffma", "shuffles", "async_copies", "atomics",
+    "kernel", "mode", "arch", "dtype", "precision", "D", "block_m", "block_n", "block_d", "block_g", "warps",
+    "stages", "registers", "spill_bytes", "shared_bytes", "shared_limit", "instructions", "tensor_core", "ex2",
+    "exp_per_element", "ffma", "shuffles", "async_copies", "atomics",
 )  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def row(variant: Variant, used: Resources) -> dict[str, object]:
     blocks = [constants.get(f"BLOCK_{name}", "") for name in "MNDG"]
     launch = [variant.options.get(name, "") for name in ("num_warps", "num_stages")]
     values = [
-        variant.kernel, variant.mode, variant.arch, variant.dtype, variant.precision, variant.dim, *blocks, *launch,
+        variant.kernel, variant.mode, variant.arch, variant.dtype, variant.precision, variant.dim, *blocks,
+        *launch,
         used.registers, used.stack, used.shared, SHARED_LIMIT[variant.arch], used.instructions,
         sum(counts[kind] for kind in TENSOR_CORES), counts["MUFU.EX2"], per_element,
         counts["FFMA"], counts["SHFL"], counts["LDGSTS"], counts["RED"],
@@ -56,9 +57,7 @@ def row(variant: Variant, used: Resources) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--csv", help="file to write the table to as well")
     arguments = parser.parse_args()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Timing:
 
 
 def time_interleaved(
-    steps: dict[str, list[Step]], device: torch.device, *, seconds: float, min_runs: int
+    steps: Mapping[str, Sequence[Step]], device: torch.device, *, seconds: float, min_runs: int
 ) -> dict[str, Timing]:
     """Time every provider's step, one run of each in turn.
 

@@ -103,7 +103,8 @@ def measure(case: Case, providers: list[str], device: torch.device, options: arg
     verify(case, providers, device)
     rows = []
     for backward in (False, True):
-        steps = {provider: [case.step(provider, backward=backward) for _ in range(_sets(case, device))] for provider in providers}
+        sets = range(_sets(case, device))
+        steps = {provider: [case.step(provider, backward=backward) for _ in sets] for provider in providers}
         timings = time_interleaved(steps, device, seconds=options.seconds, min_runs=options.min_runs)
         for provider in providers:
             timing = timings[provider]

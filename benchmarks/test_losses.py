@@ -14,7 +14,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("op", OPS)
-def test_loss(benchmark, op: str, provider: str, backward: bool) -> None:  # noqa: ANN001
+def test_loss(benchmark, op: str, provider: str, backward: bool) -> None:
     case = make_case(op, SHAPE, DEVICE)
     if provider not in case.providers:
         pytest.skip(f"{op} has no provider {provider}")

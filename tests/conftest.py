@@ -7,8 +7,8 @@ import os
 # Threads that spin while they wait slow each other down many times over when tests share their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its thread pool
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton

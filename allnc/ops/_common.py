@@ -164,7 +164,7 @@ def _validated_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Te
     valid = ((labels >= 0) & (labels < num_classes)) | (labels == ignore_index)
     message = f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index})"
     if labels.device.type == "cuda":
-        torch._assert_async(valid.all(), message)
+        torch._assert_async(valid.all(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(valid.all()):
         wrong = labels[~valid]
         raise ValueError(f"{message}; got {int(wrong[0])} ({wrong.numel()} of {labels.numel()} out of range)")

@@ -107,18 +107,18 @@ def _all_around(
 
 
 @_all_around.register_fake
-def _(z, mu, a, b, temperature, x, y, seen, shifted, deterministic, form, p2p_temperature):  # noqa: ANN001
+def _(z, mu, a, b, temperature, x, y, seen, shifted, deterministic, form, p2p_temperature):
     return torch.empty_like(a), x.new_empty(3), x.new_empty(3, len(x) if form == "softmax" else 0)
 
 
-def _save_for_all_around(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_for_all_around(ctx, inputs, output) -> None:
     z, mu, a, b, temperature, x, y, seen, ctx.shifted, ctx.deterministic, ctx.form, ctx.p2p_temperature = inputs
     lse, _, p2p_lse = output
     ctx.save_for_backward(z, mu, a, b, temperature, x, y, seen, lse, p2p_lse)
     ctx.mark_non_differentiable(p2p_lse)
 
 
-def _all_around_autograd(ctx, grad_lse: Tensor, grad_p2p: Tensor, _grad_p2p_lse: Tensor | None):  # noqa: ANN001, ANN202
+def _all_around_autograd(ctx, grad_lse: Tensor, grad_p2p: Tensor, _grad_p2p_lse: Tensor | None):
     z, mu, a, b, temperature, x, y, seen, lse, p2p_lse = ctx.saved_tensors
     dz, dmu = torch.ops.allnc.hycon_lse_backward(
         grad_lse.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, ctx.deterministic, "triton"
@@ -189,9 +189,7 @@ def all_around(
     check_same_device(z=z, means=means, weights=weights)
     dtype = torch.promote_types(accumulation_dtype(means.dtype), accumulation_dtype(weights.dtype))
     widest = torch.promote_types(dtype, z.dtype)
-    backend_used = resolve_backend(
-        backend, op="all_around", device=z.device, dtype=widest, supported=("cpp", "triton")
-    )
+    backend_used = resolve_backend(backend, op="all_around", device=z.device, dtype=widest, supported=("cpp", "triton"))
     with torch.autocast(z.device.type, enabled=False):
         z = z.contiguous()
         contrast = build_contrast(
@@ -220,7 +218,5 @@ def all_around(
             terms = p2p.unbind()
         else:
             lse = hycon_lse(z, mu, a, b, temperature, backend=backend_used)
-            terms = [
-                p2p_pair(rows[x], None if x == y else rows[y], seen, form, p2p_temperature) for x, y in _PAIRS
-            ]
+            terms = [p2p_pair(rows[x], None if x == y else rows[y], seen, form, p2p_temperature) for x, y in _PAIRS]
         return AllAroundLosses(reduce_contrast(lse, contrast, "mean"), *terms)

@@ -136,7 +136,7 @@ def _hycon_lse(
 
 
 @_hycon_lse.register_fake
-def _(z, mu, a, b, temperature, shifted, deterministic, backend):  # noqa: ANN001
+def _(z, mu, a, b, temperature, shifted, deterministic, backend):
     return torch.empty_like(a)
 
 
@@ -157,9 +157,7 @@ def _hycon_lse_backward(
         from allnc.kernels.hycon import hycon_lse_backward
 
         mu = None if mu is None else mu.to(z.dtype)
-        dz, dmu = hycon_lse_backward(
-            grad, lse, z, mu, a, b, temperature, shifted=shifted, deterministic=deterministic
-        )
+        dz, dmu = hycon_lse_backward(grad, lse, z, mu, a, b, temperature, shifted=shifted, deterministic=deterministic)
         return dz, a.new_empty(0, z.shape[1]) if dmu is None else dmu.to(a.dtype)
     zf = z.to(a.dtype)
     if backend == "cpp":
@@ -171,7 +169,7 @@ def _hycon_lse_backward(
 
 
 @_hycon_lse_backward.register_fake
-def _(grad, lse, z, mu, a, b, temperature, shifted, deterministic, backend):  # noqa: ANN001
+def _(grad, lse, z, mu, a, b, temperature, shifted, deterministic, backend):
     return torch.empty_like(z), a.new_empty(0, z.shape[1]) if mu is None else torch.empty_like(mu)
 
 
@@ -188,12 +186,12 @@ def temperature_gradient(z: Tensor, dz: Tensor, mu: Tensor | None, dmu: Tensor, 
     return -products / (2 * temperature)
 
 
-def _save_for_lse(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_for_lse(ctx, inputs, output) -> None:
     z, mu, a, b, temperature, ctx.shifted, ctx.deterministic, ctx.backend = inputs
     ctx.save_for_backward(z, mu, a, b, temperature, output)
 
 
-def _lse_autograd(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+def _lse_autograd(ctx, grad: Tensor):
     z, mu, a, b, temperature, lse = ctx.saved_tensors
     dz, dmu = torch.ops.allnc.hycon_lse_backward(
         grad.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, ctx.deterministic, ctx.backend
@@ -415,9 +413,7 @@ def hycon(
         Balanced Contrastive Learning, CVPR 2022.
     """
     check_hycon(z, labels, means, seen, temperature, mean_weight, balance, anchor_weight, reduction)
-    backend_used = resolve_backend(
-        backend, op="hycon", device=z.device, dtype=z.dtype, supported=("cpp", "triton")
-    )
+    backend_used = resolve_backend(backend, op="hycon", device=z.device, dtype=z.dtype, supported=("cpp", "triton"))
     with torch.autocast(z.device.type, enabled=False):
         z = z.contiguous()
         contrast = build_contrast(

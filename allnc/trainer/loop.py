@@ -53,6 +53,8 @@ class Run:
         self.device = pick_device(config.train)
         self.dtype = pick_precision(config.train, self.device)
         if self.device.type == "cpu":
+            if config.train.threads is not None:
+                torch.set_num_threads(config.train.threads)
             torch.set_flush_denormal(True)  # denormals of a nearly perfect fit slow CPU kernels tenfold
         seed_everything(config.seed)
         self.train_set, self.test_set = load(config.data)

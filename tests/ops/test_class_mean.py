@@ -58,9 +58,7 @@ def run(case: dict[str, Tensor], backend: Any, **options: Any) -> tuple[Tensor, 
     return value.detach().cpu(), features.grad.cpu(), means.cpu(), seen.cpu()
 
 
-def run_reference(
-    case: dict[str, Tensor], dtype: torch.dtype, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def run_reference(case: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Means, gradient and seen of the reference with features in `dtype`."""
     state = accumulation_dtype(dtype)
     features = case["features"].to(dtype).clone().requires_grad_()
@@ -89,9 +87,7 @@ def check(case: dict[str, Tensor], backend: Any, **options: Any) -> None:
 def test_hand_computed(backend: Any) -> None:
     """Class 0 seen: 0.75·4 + 0.25·mean(1, 3) = 3.5; class 1 new: 6; class 2 absent; the last row ignored."""
     device = device_of(backend)
-    features = torch.tensor(
-        [[1.0, -2.0], [6.0, 0.0], [3.0, -4.0], [9.0, 9.0]], device=device, requires_grad=True
-    )
+    features = torch.tensor([[1.0, -2.0], [6.0, 0.0], [3.0, -4.0], [9.0, 9.0]], device=device, requires_grad=True)
     labels = torch.tensor([0, 1, 0, -100], device=device)
     means = torch.tensor([[4.0, 5.0], [8.0, 8.0], [7.0, 7.0]], device=device)
     seen = torch.tensor([True, False, True], device=device)
@@ -407,6 +403,4 @@ def test_the_extension_checks_its_own_arguments() -> None:
         (4, 1.5, r"momentum must be in \[0, 1\); got 1.5"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.allnc_C.class_mean_ema_forward(
-                *[*arguments[:position], wrong, *arguments[position + 1 :]]
-            )
+            torch.ops.allnc_C.class_mean_ema_forward(*[*arguments[:position], wrong, *arguments[position + 1 :]])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc import _extension, hycon
-from allnc.ops._common import has_triton
+from allnc.ops._common import Backend, has_triton
 from allnc.ops.hycon import hycon_reference
 from tests.tolerances import assert_as_exact
 
@@ -54,7 +54,7 @@ def value_and_gradients(loss_of, case: dict[str, Any], dtype: torch.dtype | None
     return loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def check_against_float64(case: dict[str, Any], backend: str, **options) -> None:
+def check_against_float64(case: dict[str, Any], backend: Backend, **options) -> None:
     want, want_grads = value_and_gradients(hycon_reference, case, torch.float64, **options)
     eager, eager_grads = value_and_gradients(hycon_reference, case, **options)
     got, grads = value_and_gradients(hycon, case, backend=backend, **options)
@@ -64,7 +64,8 @@ def check_against_float64(case: dict[str, Any], backend: str, **options) -> None
     dtype = case["z"].dtype if backend == "triton" else None
     assert_as_exact(got, eager.to(got.dtype), want, scale=scale, dtype=dtype)
     for name, grad in grads.items():
-        assert grad is not None and grad.dtype == case.get(name, options.get(name)).dtype
+        leaf = case.get(name, options.get(name))
+        assert grad is not None and isinstance(leaf, Tensor) and grad.dtype == leaf.dtype
         assert_as_exact(grad, eager_grads[name], want_grads[name], scale=scale)
 
 
@@ -81,7 +82,7 @@ def supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_equals_supcon_without_means_and_balance(backend: str) -> None:
+def test_equals_supcon_without_means_and_balance(backend: Backend) -> None:
     case = make_case(n=12, c=4)
     z, labels = case["z"].double(), case["labels"]
     want = supcon(z, labels, 0.1)
@@ -115,29 +116,31 @@ def test_hand_computed_case(loss_of) -> None:
 @pytest.mark.parametrize("balance", ["class", "none"])
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 0.02, 0.005])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_and_gradients(backend: str, balance: str, temperature: float, dtype: torch.dtype) -> None:
+def test_values_and_gradients(backend: Backend, balance: str, temperature: float, dtype: torch.dtype) -> None:
     check_against_float64(make_case(dtype=dtype), backend, balance=balance, temperature=temperature)
 
 
 @pytest.mark.parametrize("backend", ["eager", *CPU_BACKENDS[1:2]])
-def test_float64_is_exact(backend: str) -> None:
+def test_float64_is_exact(backend: Backend) -> None:
     check_against_float64(make_case(dtype=torch.float64), backend)
     check_against_float64(make_case(dtype=torch.float64), backend, temperature=0.01, balance="none")
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("options", [{"mean_weight": 0.0}, {"mean_weight": 3.5}, {"reduction": "sum"}, {"reduction": "none"}])
-def test_options(backend: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"mean_weight": 0.0}, {"mean_weight": 3.5}, {"reduction": "sum"}, {"reduction": "none"}]
+)
+def test_options(backend: Backend, options: dict[str, Any]) -> None:
     check_against_float64(make_case(), backend, **options)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_learnable_temperature(backend: str) -> None:
+def test_learnable_temperature(backend: Backend) -> None:
     check_against_float64(make_case(), backend, temperature=torch.tensor(0.2))
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_anchor_weights_seen_and_ignored_rows(backend: str) -> None:
+def test_anchor_weights_seen_and_ignored_rows(backend: Backend) -> None:
     case = make_case(n=23, c=6)
     case["labels"][::5] = -100
     seen = torch.tensor([True, False, True, True, False, True])
@@ -152,14 +155,14 @@ def test_anchor_weights_seen_and_ignored_rows(backend: str) -> None:
     [torch.zeros(9, dtype=torch.int64), torch.arange(9), torch.tensor([0, 0, 0, 0, 1, 7, 7, -100, -100])],
     ids=["one class", "all distinct", "absent and ignored"],
 )
-def test_label_distributions(backend: str, labels: Tensor) -> None:
+def test_label_distributions(backend: Backend, labels: Tensor) -> None:
     case = make_case(n=9, c=9, labels=labels)
     check_against_float64(case, backend)
     check_against_float64({"z": case["z"], "labels": labels}, backend)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_ignored_rows_take_no_part(backend: str) -> None:
+def test_ignored_rows_take_no_part(backend: Backend) -> None:
     case = make_case(n=20)
     padded = torch.cat([case["z"], F.normalize(torch.randn(7, 19), dim=1)])
     labels = torch.cat([case["labels"], torch.full((7,), -1)])
@@ -169,13 +172,13 @@ def test_ignored_rows_take_no_part(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_an_ignored_row_nearer_than_all_others_does_not_overflow(backend: str) -> None:
+def test_an_ignored_row_nearer_than_all_others_does_not_overflow(backend: Backend) -> None:
     z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])  # row 2 is ignored, row 1 is opposite to row 0
     check_against_float64({"z": z, "labels": torch.tensor([0, 0, -100])}, backend, temperature=0.02)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_nothing_to_contrast_is_zero_not_nan(backend: str) -> None:
+def test_nothing_to_contrast_is_zero_not_nan(backend: Backend) -> None:
     z = F.normalize(torch.randn(1, 8), dim=1).requires_grad_()
     loss = hycon(z, torch.tensor([3]), backend=backend)
     loss.backward()
@@ -187,7 +190,7 @@ def test_nothing_to_contrast_is_zero_not_nan(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_non_contiguous_inputs(backend: str) -> None:
+def test_non_contiguous_inputs(backend: Backend) -> None:
     case = make_case(n=16, d=8)
     z = case["z"].T.contiguous().T
     means = torch.cat([case["means"], case["means"]], 1)[:, ::2]
@@ -225,7 +228,7 @@ def test_any_shape(backend, n, d, c, temperature, balance, use_means, seed) -> N
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS[:2])
-def test_gradcheck(backend: str) -> None:
+def test_gradcheck(backend: Backend) -> None:
     case = make_case(n=9, d=4, c=3, dtype=torch.float64)
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
@@ -237,7 +240,7 @@ def test_gradcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS[:2])
 @pytest.mark.parametrize("with_means", [True, False])
-def test_opcheck(backend: str, with_means: bool) -> None:
+def test_opcheck(backend: Backend, with_means: bool) -> None:
     z = F.normalize(torch.randn(10, 6), dim=1).requires_grad_()
     mu = F.normalize(torch.randn(3, 6), dim=1).requires_grad_() if with_means else None
     b = torch.ones(3) if with_means else None
@@ -249,7 +252,7 @@ def test_opcheck(backend: str, with_means: bool) -> None:
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS[:2])
 @pytest.mark.parametrize("with_means", [True, False])
-def test_compiles_without_a_graph_break(backend: str, with_means: bool) -> None:
+def test_compiles_without_a_graph_break(backend: Backend, with_means: bool) -> None:
     # aot_eager traces forward and backward without inductor's slow C++ build, which one case is enough for.
     compiler = "inductor" if with_means and backend == "eager" else "aot_eager"
     case = make_case()

@@ -41,9 +41,7 @@ def _case(
     num_classes=st.integers(1, 5),
     dim=st.integers(1, 8),
 )
-def test_matches_reference(
-    data: st.DataObject, num_views: int, num_images: int, num_classes: int, dim: int
-) -> None:
+def test_matches_reference(data: st.DataObject, num_views: int, num_images: int, num_classes: int, dim: int) -> None:
     """Value and gradients for any shape, mask of seen classes and ignored images."""
     h, f, labels, means = _case(num_views, num_images, num_classes, dim, data.draw(st.integers(0, 999)))
     seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes)))
@@ -75,9 +73,7 @@ def test_hand_computed() -> None:
 def test_other_view_is_the_same_image() -> None:
     """Rows are view-major: image b's views are rows b and B + b, not neighbours."""
     f = torch.eye(4).repeat(2, 1)
-    value = hycon_cosine(
-        f, f, torch.zeros(8, dtype=torch.int64), torch.ones(1, 4), seen=torch.zeros(1).bool()
-    )
+    value = hycon_cosine(f, f, torch.zeros(8, dtype=torch.int64), torch.ones(1, 4), seen=torch.zeros(1).bool())
     assert float(value) == -1.0
 
 

@@ -108,9 +108,7 @@ def test_hand_computed() -> None:
         lse, dz, dmu = fused(Case(z, mu, a, b, t, grad), shifted)
         torch.testing.assert_close(lse, torch.tensor([total, 5 + 3.0], dtype=torch.float64).log())
         share, mean_share = 2 / total, 3 * math.exp(2) / total
-        torch.testing.assert_close(
-            dz, 2 * torch.tensor([[mean_share, share], [share, 0]], dtype=torch.float64)
-        )
+        torch.testing.assert_close(dz, 2 * torch.tensor([[mean_share, share], [share, 0]], dtype=torch.float64))
         torch.testing.assert_close(dmu, 2 * torch.tensor([[mean_share, 0]], dtype=torch.float64))
 
 

@@ -140,9 +140,7 @@ def test_rows_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = _leaves(11, 4, with_y=True)
     whole = p2p(*leaves, target="softmax")
     grads = _grads(whole, leaves)
-    monkeypatch.setattr(
-        sys.modules[p2p.__module__], "_CHUNK_ENTRIES", 3 * 11
-    )  # allnc.ops.p2p is the function
+    monkeypatch.setattr(sys.modules[p2p.__module__], "_CHUNK_ENTRIES", 3 * 11)  # allnc.ops.p2p is the function
     chunked = p2p(*leaves, target="softmax")
     assert error(chunked, whole) < 1e-14
     for g, w in zip(_grads(chunked, leaves), grads, strict=True):

@@ -22,7 +22,7 @@ TINY = Config(
     data=DataConfig(max_per_class=60, imbalance_ratio=6, many=40, few=15),
     model=ModelConfig(name="resnet8", width=4, projection_dim=16),
     train=TrainConfig(
-        epochs=4, batch_size=64, precision="fp32", device="cpu", eval_every=2, collapse_every=0
+        epochs=4, batch_size=64, precision="fp32", device="cpu", threads=1, eval_every=2, collapse_every=0
     ),
 )
 
