@@ -34,9 +34,7 @@ def _choices(section: str, config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         allowed = get_args(hint)
         if getattr(hint, "__origin__", None) is Literal and getattr(config, name) not in allowed:
-            raise ValueError(
-                f"{section}.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}"
-            )
+            raise ValueError(f"{section}.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +73,9 @@ class DataConfig:
     subset_seed: int = 0
     image_size: int = 224
     views: int = 2
-    augmentation: Literal[
-        "none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "randaugment"
-    ] = "shift_rotate"
+    augmentation: Literal["none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "randaugment"] = (
+        "shift_rotate"
+    )
     rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     many: int = 100
     few: int = 20
@@ -95,9 +93,7 @@ class DataConfig:
         _number("data.few", self.few, 0, math.inf)
         _number("data.many", self.many, self.few, math.inf)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
-            raise ValueError(
-                "data.root, data.train_list and data.test_list must be given with data.name image_list"
-            )
+            raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
         if self.name == "image_folder" and not self.root:
             raise ValueError(
                 "data.root must be given with data.name image_folder: a folder with train/ and val/ or test/"
@@ -119,9 +115,7 @@ class DataConfig:
                 f"got {self.augmentation}, which is for small images held in memory"
             )
         if self.name in ("digits", "image_list", "image_folder") and self.download:
-            raise ValueError(
-                f"data.download must be false with data.name {self.name}; got true: nothing to download"
-            )
+            raise ValueError(f"data.download must be false with data.name {self.name}; got true: nothing to download")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,9 +155,7 @@ class ModelConfig:
         if self.name.startswith("timm:") and len(self.name) > 5:
             return
         depth = self.name.removeprefix("resnet")
-        if not (
-            self.name.startswith("resnet") and depth.isdecimal() and int(depth) >= 8 and int(depth) % 6 == 2
-        ):
+        if not (self.name.startswith("resnet") and depth.isdecimal() and int(depth) >= 8 and int(depth) % 6 == 2):
             raise ValueError(
                 f"model.name must be resnetD with D = 6n + 2 (resnet8, resnet20, resnet32 ...) or timm:NAME; "
                 f"got {self.name!r} (the large-image ResNet-50 is timm:resnet50)"

@@ -48,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         train(config, folder, Console(), resume=resume)
     except (ValueError, ArgumentError) as error:
-        errors.print(
-            f"allnc.train: error: {error}", style="red", soft_wrap=True, markup=False, highlight=False
-        )
+        errors.print(f"allnc.train: error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         return 2
     except KeyboardInterrupt:
         errors.print("stopped; --out DIR --resume continues after the last whole epoch", highlight=False)
@@ -117,9 +115,7 @@ def _parser(recipes: list[Path]) -> ArgumentParser:
     known = ", ".join(recipe_names())
     parser.add_argument("--config", help=f"recipe ({known}) or YAML file; default {DEFAULT_RECIPE}")
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
-    parser.add_argument(
-        "--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED"
-    )
+    parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
     for flag, meaning in FLAGS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
@@ -180,9 +176,7 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
 def _readable(error: ArgumentError) -> str:
     """Put the parser's message on one line in a reader's words; name the nearest option to an unknown key."""
     message = " ".join(str(error).split())
-    unknown = re.search(
-        r"Group '(\w+)' does not accept option '(\w+)'|Option '([\w.]+)' is not accepted", message
-    )
+    unknown = re.search(r"Group '(\w+)' does not accept option '(\w+)'|Option '([\w.]+)' is not accepted", message)
     if unknown:
         name = unknown[3] or f"{unknown[1]}.{unknown[2]}"
         return f"{name} is not an option{_nearest(name, option_names())}"
@@ -201,9 +195,7 @@ def _readable(error: ArgumentError) -> str:
 def _resumed(words: list[str], folder: Path) -> tuple[Config, Path, bool]:
     others = [name for name in _given(words) if name != "out"]
     if others:
-        raise ValueError(
-            f"--resume continues {folder} with its own config.yaml; remove --{', --'.join(others)}"
-        )
+        raise ValueError(f"--resume continues {folder} with its own config.yaml; remove --{', --'.join(others)}")
     saved = folder / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"--out must be a run folder to resume; got {folder}, which has no config.yaml")

@@ -1,11 +1,11 @@
 """Registers, shared memory, spills and instructions of every kernel variant, compiled for GPUs not there.
 
-    python benchmarks/kernel_resources.py --arch 80 90 100 --dim 64 128 256 512 --dtype bfloat16 --csv FILE
+    python benchmarks/kernel_resources.py --arch 80 90 100 --dim 64 128 256 --dtype bfloat16 --csv FILE
 
 prints a markdown table, and writes the same as CSV. The variants are the launchers' own, with class means. Counts
 are static: instructions in the code, not executed. A loop over tiles is in the code three times, for the
 diagonal, the activations and the class means, and more often where the compiler peels iterations.
-exp_per_element is MUFU.EX2 over the elements a thread has in these three loops: 1 is one exponential an element.
+exp_per_element is MUFU.EX2 over the elements a thread has in these three loops: 1 is one an element.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from allnc.kernels.aot import (
 
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 COLUMNS = (
-    "kernel", "mode", "arch", "dtype", "precision", "D", "block_m", "block_n", "block_d", "block_g", "warps",
-    "stages", "registers", "spill_bytes", "shared_bytes", "shared_limit", "instructions", "tensor_core", "ex2",
+    "kernel", "mode", "arch", "dtype", "precision", "D", "block_m", "block_n", "block_d", "block_g",
+    "warps", "stages", "registers", "spill_bytes", "shared_bytes", "shared_limit", "instructions", "tensor_core", "ex2",
     "exp_per_element", "ffma", "shuffles", "async_copies", "atomics",
 )  # fmt: skip
 

@@ -88,9 +88,7 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
         (["stray"], "unrecognized arguments: stray"),
     ],
 )
-def test_mistakes_are_answered_on_one_line(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_answered_on_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
@@ -149,14 +147,10 @@ def test_ignored_options_are_real_options() -> None:
 
 
 def test_from_dict_refuses_unknown_keys() -> None:
-    with pytest.raises(
-        ValueError, match=r"loss.ema_moment is not an option; did you mean loss.ema_momentum\?"
-    ):
+    with pytest.raises(ValueError, match=r"loss.ema_moment is not an option; did you mean loss.ema_momentum\?"):
         from_dict({"loss": {"ema_moment": 0.5}})
 
 
 def test_literals_are_checked_without_the_parser() -> None:
-    with pytest.raises(
-        ValueError, match=r"train\.precision must be one of auto, fp32, bf16, fp16; got 'fp8'"
-    ):
+    with pytest.raises(ValueError, match=r"train\.precision must be one of auto, fp32, bf16, fp16; got 'fp8'"):
         TrainConfig(precision="fp8")  # pyright: ignore[reportArgumentType]

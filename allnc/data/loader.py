@@ -137,18 +137,14 @@ class _ViewDataset(Dataset[Tensor]):
     def __init__(self, images: ImageSet, config: DataConfig, *, train: bool) -> None:
         size = config.image_size if images.images is None else images.images.shape[-1]
         self.set, self.num_views = images, config.views if train else 1
-        self.first, self.others = image_transforms(
-            config.augmentation, size, images.mean, images.std, train=train
-        )
+        self.first, self.others = image_transforms(config.augmentation, size, images.mean, images.std, train=train)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, seed = key
         image = self._read(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return torch.stack(
-                [(self.first if v == 0 else self.others)(image) for v in range(self.num_views)]
-            )
+            return torch.stack([(self.first if v == 0 else self.others)(image) for v in range(self.num_views)])
 
     def _read(self, index: int) -> Tensor | Image.Image:
         if self.set.images is not None:

@@ -40,8 +40,7 @@ def class_sizes(num_classes: int, largest: int, ratio: float, profile: str = "ex
         raise ValueError(f"profile must be exponential or step; got {profile!r}")
     if sizes[-1] < 1:
         raise ValueError(
-            f"imbalance_ratio must leave an image in the smallest class; got {ratio:g} with {largest} in "
-            "the largest"
+            f"imbalance_ratio must leave an image in the smallest class; got {ratio:g} with {largest} in the largest"
         )
     return sizes
 

@@ -100,13 +100,9 @@ def _digits(seed: int) -> tuple[ImageSet, ImageSet]:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(
-        np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    )  # 0..16 as published
+    images = torch.from_numpy(np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8))  # 0..16 as published
     mean, std = MEAN_STD["digits"]
-    digits = ImageSet(
-        labels=torch.from_numpy(labels).long(), num_classes=10, mean=mean, std=std, images=images
-    )
+    digits = ImageSet(labels=torch.from_numpy(labels).long(), num_classes=10, mean=mean, std=std, images=images)
     by_class = shuffled_by_class(labels, 10, seed)
     test = np.concatenate([positions[:DIGITS_TEST_PER_CLASS] for positions in by_class])
     train = np.concatenate([positions[DIGITS_TEST_PER_CLASS:] for positions in by_class])
@@ -118,9 +114,7 @@ def _read_idx(folder: Path, name: str, magic: bytes) -> np.ndarray:
     path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if raw[:4] != magic:
-        raise ValueError(
-            f"{path} must be an idx file of type {magic.hex()}; got {raw[:4].hex()}: download it again"
-        )
+        raise ValueError(f"{path} must be an idx file of type {magic.hex()}; got {raw[:4].hex()}: download it again")
     rank = magic[3]
     shape = np.frombuffer(raw, ">u4", count=rank, offset=4).astype(int)
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
@@ -241,15 +235,12 @@ def _image_folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     for folder in (root / "train", test_folder):
         if not folder.is_dir():
             raise ValueError(
-                f"data.root must hold train/ and val/ or test/ with a folder for each class; {folder} is "
-                "missing"
+                f"data.root must hold train/ and val/ or test/ with a folder for each class; {folder} is missing"
             )
     try:
         train, test = ImageFolder(str(root / "train")), ImageFolder(str(test_folder))
     except FileNotFoundError as error:  # no class folders, or a class without an image
-        raise ValueError(
-            f"data.root must hold a folder of images for each class; got {root}: {error}"
-        ) from error
+        raise ValueError(f"data.root must hold a folder of images for each class; got {root}: {error}") from error
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[:3]
         raise ValueError(

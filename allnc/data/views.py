@@ -81,9 +81,7 @@ def _shift_rotate(images: Tensor, generator: torch.Generator) -> Tensor:
     angle, scale = draws[0] * math.radians(15), 1 + 0.1 * draws[1]
     cosine, sine = scale * angle.cos(), scale * angle.sin()
     shift = draws[2:] * 0.25  # the image is 2 wide in these coordinates: one pixel in eight
-    rows = (
-        torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(n, 2, 3).to(images.device)
-    )
+    rows = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(n, 2, 3).to(images.device)
     grid = torch.nn.functional.affine_grid(rows, list(images.shape), align_corners=False)
     return torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -115,9 +113,7 @@ def image_transforms(
         # A square of half the side: torchvision's erasing takes the share of the area.
         cutout = v2.RandomErasing(1.0, scale=(CUTOUT**2, CUTOUT**2), ratio=(1.0, 1.0))
         first = v2.Compose([v2.RandomCrop(size, PADDING), v2.RandomHorizontalFlip(), policy, *last, cutout])
-        second = v2.Compose(
-            [v2.RandomResizedCrop(size, (0.2, 1.0)), v2.RandomHorizontalFlip(), *jitter, *last]
-        )
+        second = v2.Compose([v2.RandomResizedCrop(size, (0.2, 1.0)), v2.RandomHorizontalFlip(), *jitter, *last])
         return first, second
     crop = [v2.RandomResizedCrop(size, (0.08, 1.0)), v2.RandomHorizontalFlip()]
     second = v2.Compose([*crop, *jitter, *last])

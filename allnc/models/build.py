@@ -47,13 +47,9 @@ class LongTailModel(nn.Module):
         self.feature_dim = feature_dim
         self.encoder = encoder
         self.classifier = _classifier(feature_dim, num_classes, config)
-        self.uniform_classifier = (
-            _classifier(feature_dim, num_classes, config) if heads == "separate" else None
-        )
+        self.uniform_classifier = _classifier(feature_dim, num_classes, config) if heads == "separate" else None
         hidden = config.projection_hidden or feature_dim
-        self.projection = (
-            Projection(feature_dim, hidden, config.projection_dim) if head == "projection" else None
-        )
+        self.projection = Projection(feature_dim, hidden, config.projection_dim) if head == "projection" else None
         self.predictor = Predictor(feature_dim) if head == "predictor" else None
 
     def forward(self, images: Tensor) -> ModelOutput:
@@ -126,8 +122,7 @@ def _timm_encoder(config: ModelConfig, in_channels: int) -> tuple[nn.Module, int
         if not config.pretrained:
             raise
         raise ValueError(
-            f"model.pretrained could not get weights for {name}: {error}; set model.pretrained false to "
-            "start anew"
+            f"model.pretrained could not get weights for {name}: {error}; set model.pretrained false to start anew"
         ) from error
     # Some architectures keep a wide layer before the classifier even without one.
     width: Any = getattr(encoder, "head_hidden_size", None) or encoder.num_features

@@ -40,9 +40,7 @@ class Projection(nn.Module):
 
     def __init__(self, features: int, hidden: int, dim: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
-        )
+        self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
     def forward(self, features: Tensor) -> Tensor:
         return F.normalize(self.layers(features).float(), dim=1)  # [N, D] unit rows, in fp32 under autocast

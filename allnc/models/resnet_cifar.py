@@ -57,9 +57,7 @@ class CifarResNet(nn.Module):
         ValueError: a depth that is not 6n + 2.
     """
 
-    def __init__(
-        self, depth: int, *, width: int = 16, in_channels: int = 3, shortcut: Literal["A", "B"] = "A"
-    ) -> None:
+    def __init__(self, depth: int, *, width: int = 16, in_channels: int = 3, shortcut: Literal["A", "B"] = "A") -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth must be 6n + 2 (8, 20, 32, 44, 56 ...); got {depth}")

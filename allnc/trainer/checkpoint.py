@@ -41,9 +41,7 @@ def write_json(path: Path, values: Any) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(values, indent=2) + "\n"))
 
 
-def save(
-    folder: Path, config: Config, *, epoch: int, model: dict[str, Tensor], training: dict[str, Any]
-) -> None:
+def save(folder: Path, config: Config, *, epoch: int, model: dict[str, Tensor], training: dict[str, Any]) -> None:
     """Write the checkpoint of an epoch.
 
     Args:
@@ -68,9 +66,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     if not path.is_file():
-        raise ValueError(
-            f"out must be a run folder with a checkpoint to resume; got {folder} without {STATE}"
-        )
+        raise ValueError(f"out must be a run folder with a checkpoint to resume; got {folder} without {STATE}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle raises whatever its bytes happen to mean
@@ -93,7 +89,5 @@ def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} must be a checkpoint; it cannot be read: {error}") from error
     if "config" not in notes:
-        raise ValueError(
-            f"{path} must hold a configuration in its metadata; it does not: another program wrote it"
-        )
+        raise ValueError(f"{path} must hold a configuration in its metadata; it does not: another program wrote it")
     return from_dict(json.loads(notes["config"])), int(notes["epoch"]), tensors

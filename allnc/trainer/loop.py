@@ -61,8 +61,7 @@ class Run:
         self.counts = self.train_set.class_counts
         if int(self.counts.min()) == 0:
             raise ValueError(
-                f"the training set must have an image of every class; class {int(self.counts.argmin())} "
-                "has none"
+                f"the training set must have an image of every class; class {int(self.counts.argmin())} has none"
             )
 
         two_branches = config.loss.name == "allnc"
@@ -94,9 +93,7 @@ class Run:
         self.epoch = 0  # epochs done
         self.seconds = {"total": 0.0, "training": 0.0}
         self.best = 0.0
-        self.final: tuple[dict[str, Any], torch.Tensor] | None = (
-            None  # what was measured after the last epoch
-        )
+        self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of the epochs done."""
@@ -108,9 +105,7 @@ class Run:
             "seconds": self.seconds,
             "best": self.best,
         }
-        checkpoint.save(
-            folder, self.config, epoch=self.epoch, model=self.model.state_dict(), training=training
-        )
+        checkpoint.save(folder, self.config, epoch=self.epoch, model=self.model.state_dict(), training=training)
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint in a run folder."""
@@ -153,9 +148,7 @@ def train(config: Config, folder: Path, console: Console, *, resume: bool = Fals
     if resume:
         run.restore(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(
-        folder / CONFIG, lambda p: p.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    )
+    checkpoint.write_atomic(folder / CONFIG, lambda p: p.write_text(yaml.safe_dump(to_dict(config), sort_keys=False)))
     console.print(_headline(run, folder), soft_wrap=True, highlight=False)
 
     with RunLog(folder, console, epochs=config.train.epochs, done=run.epoch) as log:
@@ -169,9 +162,7 @@ def train(config: Config, folder: Path, console: Console, *, resume: bool = Fals
             run.best = max(run.best, record.get("accuracy", 0.0))
             record["seconds"] = time.perf_counter() - started
             run.seconds["total"] += record["seconds"]
-            log.epoch(
-                record
-            )  # before the checkpoint: a record too many is dropped on resuming, one too few is lost
+            log.epoch(record)  # before the checkpoint: a record too many is dropped on resuming, one too few is lost
             run.save(folder)
         records = log.records
     return _finish(run, folder, records, console)
@@ -249,9 +240,7 @@ def forward(run: Run, batch: Batch, *, progress: float) -> tuple[torch.Tensor, d
 def _check_finite(sums: dict[str, torch.Tensor], epoch: int, step: int) -> None:
     if torch.isfinite(sums["loss"]):
         return
-    broken = [
-        name for name, value in sums.items() if name != "loss" and not torch.isfinite(torch.as_tensor(value))
-    ]
+    broken = [name for name, value in sums.items() if name != "loss" and not torch.isfinite(torch.as_tensor(value))]
     raise DivergenceError(
         f"the loss must stay finite; got {float(sums['loss'])} by epoch {epoch}, step {step}"
         f"{' in ' + ', '.join(broken) if broken else ''}: lower train.lr, lengthen train.warmup_epochs, set "
@@ -304,8 +293,7 @@ def _finish(run: Run, folder: Path, records: list[dict[str, Any]], console: Cons
     checkpoint.write_json(folder / SUMMARY, summary)
     console.print(final_table(summary))
     console.print(
-        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s in training; all of it "
-        f"in {folder}",
+        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s in training; all of it in {folder}",
         soft_wrap=True,
         highlight=False,
     )

@@ -96,9 +96,7 @@ def read_records(path: Path) -> list[Record]:
 def epoch_line(record: Record, epochs: int) -> str:
     """Format one epoch: loss and its parts, eta, lr, accuracy by shot."""
     parts = "; ".join(
-        " ".join(
-            f"{label} {record[name]:.3f}" for name, label in group.items() if record.get(name) is not None
-        )
+        " ".join(f"{label} {record[name]:.3f}" for name, label in group.items() if record.get(name) is not None)
         for group in PARTS
         if any(name in record for name in group)
     )

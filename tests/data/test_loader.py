@@ -20,9 +20,7 @@ def digits(**changes: object) -> tuple[ImageSet, DataConfig]:
     return load(config)[0], config
 
 
-def loader(
-    images: ImageSet, config: DataConfig, *, two_batches: bool = False, batch_size: int = 16
-) -> TrainLoader:
+def loader(images: ImageSet, config: DataConfig, *, two_batches: bool = False, batch_size: int = 16) -> TrainLoader:
     return TrainLoader(images, config, batch_size=batch_size, seed=3, two_batches=two_batches, device=CPU)
 
 
@@ -91,9 +89,7 @@ def test_views_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     images = _on_disk(tmp_path)
     batches = []
     for workers in (0, 2):
-        config = DataConfig(
-            name="image_folder", root="x", augmentation="randaugment", image_size=16, workers=workers
-        )
+        config = DataConfig(name="image_folder", root="x", augmentation="randaugment", image_size=16, workers=workers)
         torch.manual_seed(workers)
         batches.append(list(loader(images, config, batch_size=3).epoch(0)))
     assert len(batches[0]) == 2

@@ -20,9 +20,7 @@ COUNTS = torch.tensor([16, 4, 1])
     ],
 )
 def test_class_probabilities_by_hand(sampler: str, expected: list[float]) -> None:
-    torch.testing.assert_close(
-        class_probabilities(COUNTS, sampler), torch.tensor(expected, dtype=torch.float64)
-    )
+    torch.testing.assert_close(class_probabilities(COUNTS, sampler), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_a_class_without_images_is_never_drawn() -> None:
@@ -38,9 +36,7 @@ def test_unknown_sampler() -> None:
 def test_drawn_frequencies(sampler: str) -> None:
     labels = torch.repeat_interleave(torch.arange(3), COUNTS)
     size = 60_000
-    drawn = torch.bincount(
-        labels[rebalanced_order(labels, COUNTS, sampler, size, seed=0, epoch=0)], minlength=3
-    )
+    drawn = torch.bincount(labels[rebalanced_order(labels, COUNTS, sampler, size, seed=0, epoch=0)], minlength=3)
     expected = class_probabilities(COUNTS, sampler)
     deviation = (expected * (1 - expected) / size).sqrt()
     assert ((drawn / size - expected).abs() < 4 * deviation).all()

@@ -79,9 +79,7 @@ def test_broken_idx_file(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path(FASHION_FOLDERS[0]).is_dir(), reason="no dataset-fashion-mnist package here")
 def test_fashion_mnist_long_tailed() -> None:
-    config = DataConfig(
-        name="fashion_mnist", imbalance_ratio=100, max_per_class=1500, augmentation="crop_flip_cutout"
-    )
+    config = DataConfig(name="fashion_mnist", imbalance_ratio=100, max_per_class=1500, augmentation="crop_flip_cutout")
     train, test = load(config)
     assert train.class_counts.tolist() == [1500, 899, 539, 323, 193, 116, 69, 41, 25, 15]
     assert test.class_counts.tolist() == [1000] * 10
@@ -145,9 +143,7 @@ def test_image_lists(tmp_path: Path) -> None:
         ("a.png 0\n", "a.png 1\n", "data.test_list must have labels below 1, as data.train_list; got 1"),
     ],
 )
-def test_broken_lists_are_refused_before_training(
-    train: str, test: str, message: str, tmp_path: Path
-) -> None:
+def test_broken_lists_are_refused_before_training(train: str, test: str, message: str, tmp_path: Path) -> None:
     _picture(tmp_path / "a.png", 1)
     with pytest.raises(ValueError, match=message):
         load(_lists(tmp_path, train, test))

@@ -34,9 +34,7 @@ def test_the_generator_decides_everything(kind: str) -> None:
     other = augment_batch(images, kind, MEAN, STD, random(4))
     assert first.shape == images.shape and first.dtype == torch.float32
     assert not torch.equal(first, other)
-    assert not torch.equal(
-        first[0], augment_batch(images[:1].repeat(2, 1, 1, 1), kind, MEAN, STD, random(3))[1]
-    )
+    assert not torch.equal(first[0], augment_batch(images[:1].repeat(2, 1, 1, 1), kind, MEAN, STD, random(3))[1])
 
 
 def test_crop_and_flip_give_windows_of_the_padded_image() -> None:

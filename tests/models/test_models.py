@@ -12,9 +12,7 @@ from allnc.models import LongTailModel, NormalisedClassifier, build_model
 SMALL = ModelConfig(name="resnet8", width=4, projection_dim=6)
 
 
-def build(
-    config: ModelConfig = SMALL, *, head: str | None = None, two_branches: bool = True
-) -> LongTailModel:
+def build(config: ModelConfig = SMALL, *, head: str | None = None, two_branches: bool = True) -> LongTailModel:
     return build_model(
         config,
         in_channels=1,
@@ -55,9 +53,7 @@ def test_shared_heads_are_one_and_separate_heads_two() -> None:
     output = model(images)
     assert not torch.equal(output.logits_uniform, output.logits_rebalance)
     expected = F.linear(output.features, model.classifier_weight, model.classifier_bias)
-    torch.testing.assert_close(
-        output.logits_rebalance, expected
-    )  # the weight that P2P and the metrics see predicts
+    torch.testing.assert_close(output.logits_rebalance, expected)  # the weight that P2P and the metrics see predicts
     assert build(config, two_branches=False).uniform_classifier is None
 
 
@@ -81,9 +77,7 @@ def test_a_timm_encoder_with_a_wide_layer_before_the_classifier() -> None:
 
 
 def test_an_unknown_timm_model() -> None:
-    with pytest.raises(
-        ValueError, match=r"model\.name must be a model that timm knows; got 'resnet5000'; near it: "
-    ):
+    with pytest.raises(ValueError, match=r"model\.name must be a model that timm knows; got 'resnet5000'; near it: "):
         build(ModelConfig(name="timm:resnet5000"))
 
 

@@ -9,9 +9,7 @@ from allnc.models import CifarResNet
 from allnc.models.resnet_cifar import PadShortcut
 
 
-@pytest.mark.parametrize(
-    ("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)]
-)
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)])
 def test_parameters_are_the_published_ones(depth: int, parameters: int) -> None:
     classifier = 64 * 10 + 10
     assert sum(p.numel() for p in CifarResNet(depth).parameters()) + classifier == parameters

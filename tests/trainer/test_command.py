@@ -14,9 +14,7 @@ from allnc.trainer.checkpoint import load_weights
 
 
 @pytest.mark.slow
-def test_the_command_learns_and_measures_the_same_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_learns_and_measures_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     assert main(["--train.epochs", "12", "--train.eval_every", "3", "--out", str(folder)]) == 0
     shown = capsys.readouterr().out

@@ -64,9 +64,7 @@ def stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     [LossConfig(hycon="cosine", backend="eager"), LossConfig(hycon="softmax", backend="eager")],
     ids=["cosine", "softmax"],
 )
-def test_resuming_gives_the_same_bits(
-    loss: LossConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_gives_the_same_bits(loss: LossConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(TINY, data={"rebalance_sampler": "reversed"}, model={"heads": "separate"})
     config = dataclasses.replace(config, loss=loss)
     straight = loop.train(config, tmp_path / "straight", quiet())
@@ -80,13 +78,9 @@ def test_resuming_gives_the_same_bits(
     (_, _, ours), (_, _, theirs) = load_weights(tmp_path / "straight"), load_weights(tmp_path / "parts")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     timed = ("seconds", "images_per_second")
-    assert {k: v for k, v in straight.items() if k not in timed} == {
-        k: v for k, v in resumed.items() if k not in timed
-    }
+    assert {k: v for k, v in straight.items() if k not in timed} == {k: v for k, v in resumed.items() if k not in timed}
     for a, b in zip(records(tmp_path / "straight"), records(tmp_path / "parts"), strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {
-            k: v for k, v in b.items() if k != "seconds"
-        }
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
 def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:
@@ -96,9 +90,7 @@ def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:
     assert first == again and len(records(tmp_path)) == 1
 
 
-def test_a_record_without_its_checkpoint_is_written_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_without_its_checkpoint_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = loop.Run.save
 
     def killed(run: loop.Run, folder: Path) -> None:
@@ -136,9 +128,7 @@ def test_the_same_seed_repeats_and_another_differs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ce", "logit_adjusted", "focal", "class_balanced", "ldam"])
 def test_every_baseline_trains_with_one_head(name: str) -> None:
-    config = changed(
-        TINY, loss={"name": name}, model={"heads": "separate"}, data={"rebalance_sampler": "reversed"}
-    )
+    config = changed(TINY, loss={"name": name}, model={"heads": "separate"}, data={"rebalance_sampler": "reversed"})
     run = loop.Run(config)
     assert run.model.uniform_classifier is None and run.model.predictor is None and not run.loader.two_batches
     batch = next(iter(run.loader.epoch(0)))
@@ -189,9 +179,7 @@ def test_a_loss_that_diverges_is_named_and_the_checkpoint_stays(
         )
 
     monkeypatch.setattr(loop, "forward", broken)
-    with pytest.raises(
-        loop.DivergenceError, match=r"got nan by epoch 2, step 4 in .*hycon.*: lower train\.lr"
-    ):
+    with pytest.raises(loop.DivergenceError, match=r"got nan by epoch 2, step 4 in .*hycon.*: lower train\.lr"):
         loop.train(TINY, tmp_path, quiet())
     _, epoch, weights = load_weights(tmp_path)
     assert epoch == 1 and all(w.isfinite().all() for w in weights.values())
