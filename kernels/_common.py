@@ -100,9 +100,7 @@ def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> 
     width = padded_dim(dim)
     group = min(width, 256)
     if precision == "ieee" and dtype == torch.float32:
-        return Blocks(
-            block_m=64, block_n=32, block_d=min(32, width), block_g=group, num_warps=8, num_stages=1
-        )
+        return Blocks(block_m=64, block_n=32, block_d=min(32, width), block_g=group, num_warps=8, num_stages=1)
     row_bytes = width * dtype.itemsize
     if row_bytes > 512:
         chunk = 128 // dtype.itemsize

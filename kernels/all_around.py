@@ -31,7 +31,6 @@ from allnc.kernels._common import (
     architecture,
     device_guard,
     matmul_precision,
-    padded_dim,
     pointer,
     similarity,
 )
@@ -172,18 +171,16 @@ def all_around_constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `all_around_fwd_kernel`.
 
-    P2P's tiles are 64 x 64 over chunks of 32 columns, small enough to need fewer registers and less shared
-    memory than most of HyCon's, whose warps and stages the launch takes.
+    P2P's tiles are 64 x 64 over chunks of 16 columns: with the warps and stages of HyCon's tiles, whose launch it
+    shares, they need no more registers and shared memory than those (chunks of 32 spill on sm_100).
     """
-    constants, options = forward_constants(
-        dim, dtype, has_mu=has_mu, shifted=shifted, triangle=triangle, arch=arch
-    )
+    constants, options = forward_constants(dim, dtype, has_mu=has_mu, shifted=shifted, triangle=triangle, arch=arch)
     constants |= {
         "F": features,
         "ETF": target == "etf",
         "P2P_PRECISION": matmul_precision(p2p_dtype),
         "BLOCK_C": 64,
-        "BLOCK_F": min(32, padded_dim(features)),
+        "BLOCK_F": 16,
     }
     return constants, options
 

@@ -119,9 +119,7 @@ def _modes(
         choice = {"has_mu": True, "shifted": shifted, "triangle": triangle, "arch": arch}
         yield "hycon_fwd", mode, hycon.forward_constants(dim, dtype, **choice)
         for target in ("etf", "softmax"):
-            chosen = all_around.all_around_constants(
-                dim, dtype, features, torch.float32, target=target, **choice
-            )
+            chosen = all_around.all_around_constants(dim, dtype, features, torch.float32, target=target, **choice)
             yield "all_around_fwd", f"{mode}, {target}", chosen
     yield "hycon_finish", "triangle", (hycon.finish_constants(), {})
     for mode, shifted in (("shifted", True), ("unshifted", False)):
@@ -166,9 +164,7 @@ def resources(variant: Variant) -> Resources:
     )
 
 
-def resources_of_all(
-    chosen: Sequence[Variant], workers: int | None = None
-) -> Iterator[tuple[Variant, Resources]]:
+def resources_of_all(chosen: Sequence[Variant], workers: int | None = None) -> Iterator[tuple[Variant, Resources]]:
     """`resources` of each variant, compiled in `workers` processes (default: one a core)."""
     with ProcessPoolExecutor(workers) as pool:
         yield from zip(chosen, pool.map(resources, chosen), strict=True)
@@ -191,9 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--dtype", type=_dtype, nargs="+", default=[torch.bfloat16])
-    parser.add_argument(
-        "--precision", default="high", choices=["highest", "high", "medium"], help="of float32"
-    )
+    parser.add_argument("--precision", default="high", choices=["highest", "high", "medium"], help="of float32")
     parser.add_argument("--kernel", nargs="+", default=list(_KERNELS), choices=list(_KERNELS))
     parser.add_argument("--mode", nargs="+", help="keep only variants whose mode starts with one of these")
     parser.add_argument("--workers", type=int)
@@ -207,9 +201,7 @@ def chosen_variants(arguments: argparse.Namespace) -> list[Variant]:
 
 
 if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(
-        description="Compile the kernels ahead of time; one JSON line a variant."
-    )
+    _parser = argparse.ArgumentParser(description="Compile the kernels ahead of time; one JSON line a variant.")
     add_arguments(_parser)
     _arguments = _parser.parse_args()
     for _variant, _resources in resources_of_all(chosen_variants(_arguments), _arguments.workers):

@@ -127,9 +127,7 @@ def forward_panel(
             y = 0.0
             if RESIDENT:
                 y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
-            s = similarity(
-                x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
-            )
+            s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
             s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
             a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
             maximum, total, _ = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
@@ -146,9 +144,7 @@ def forward_panel(
         y = 0.0
         if RESIDENT:
             y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
-        s = similarity(
-            x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
-        )
+        s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
         a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
         maximum, total, e = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
         if TRIANGLE:
@@ -162,9 +158,7 @@ def forward_panel(
             y = 0.0
             if RESIDENT:
                 y = load_tile(mu_ptr, first, C, 0, D, BLOCK_N, BLOCK_D)
-            s = similarity(
-                x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
-            )
+            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
             b_columns = tl.load(b_ptr + columns, mask=columns < C, other=0.0)
             maximum, total, _ = add_tile(maximum, total, s, b_columns, scale, SHIFTED)
 
@@ -344,9 +338,7 @@ def hycon_bwd_kernel(
         first = start + tile * BLOCK_N
         columns = first + tl.arange(0, BLOCK_N)
         y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
-        s = similarity(
-            x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
-        )
+        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
         s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
         u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
         k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
@@ -360,9 +352,7 @@ def hycon_bwd_kernel(
         first = tl.where(first >= num_panels * BLOCK_M, first - num_panels * BLOCK_M, first)
         columns = first + tl.arange(0, BLOCK_N)
         y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
-        s = similarity(
-            x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
-        )
+        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
         u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
         k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
         dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
@@ -371,9 +361,7 @@ def hycon_bwd_kernel(
         for first in range(0, num_means, BLOCK_N):
             columns = first + tl.arange(0, BLOCK_N)
             y = load_tile(mu_ptr, first, C, column, D, BLOCK_N, BLOCK_G)
-            s = similarity(
-                x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION
-            )
+            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
             u, b, lse = pair_terms(term_ptr + N, columns, columns < C, num_terms, SHIFTED)
             k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, b, lse, SHIFTED)
             dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)

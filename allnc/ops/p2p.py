@@ -69,7 +69,7 @@ def p2p_reference(
     if target == "etf":
         rho = torch.full_like(cosines, -1 / (num_seen - 1)).masked_fill(same, 1)
         return (cosines - rho).square().sum() / num_seen**2
-    exponents = cosines if y is None else cosines - cosines.diagonal()[:, None]
+    exponents = cosines if y is None else cosines - (X * Y).sum(1, keepdim=True)
     return temperature * torch.logsumexp((exponents / temperature).masked_fill(same, -torch.inf), 1).mean()
 
 

@@ -63,16 +63,12 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (33, 300, 7, 5, torch.float16, 0.01, {"shifted": False}),
     ],
 )
-def test_both_losses(
-    target: str, n: int, d: int, c: int, f: int, dtype: torch.dtype, tau: float, mode
-) -> None:
+def test_both_losses(target: str, n: int, d: int, c: int, f: int, dtype: torch.dtype, tau: float, mode) -> None:
     case = make_case(n, d, c, dtype)
     seen = (torch.arange(c) % 4 != 1).to(DEVICE)
     x, y = classes(c, f, seen)
     lse, values = run(case, x, y, seen, target, tau=tau, **mode)
-    assert_as_exact(
-        lse, dense_lse(case, tau, torch.float32), dense_lse(case, tau, torch.float64), scale=1 / tau
-    )
+    assert_as_exact(lse, dense_lse(case, tau, torch.float32), dense_lse(case, tau, torch.float64), scale=1 / tau)
     want = p2p_dense(x, y, seen, target, torch.float64)
     assert_as_exact(values, p2p_dense(x, y, seen, target, torch.float32), want)
 
