@@ -82,9 +82,7 @@ def version_lines() -> Iterator[tuple[str, str]]:
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     installed = has_triton()
-    triton = (
-        importlib.metadata.version("triton") if installed else "not installed; pip install triton (Linux)"
-    )
+    triton = importlib.metadata.version("triton") if installed else "not installed; pip install triton (Linux)"
     yield "Triton", triton + (" (interpreted: TRITON_INTERPRET=1)" if triton_interprets() else "")
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():
@@ -110,9 +108,7 @@ def backend_table() -> tuple[Table, list[str]]:
         for device in ("cpu", "cuda"):
             usable = device == "cpu" or torch.cuda.is_available()
             cells.append(
-                resolve_backend(
-                    "auto", op=op, device=torch.device(device), dtype=torch.float32, supported=supported
-                )
+                resolve_backend("auto", op=op, device=torch.device(device), dtype=torch.float32, supported=supported)
                 if usable
                 else "-"
             )

@@ -77,9 +77,7 @@ def test_decision(
         ("cpu", {"torch": "2.10.0"}, "torch 2.10.0"),
     ],
 )
-def test_what_cannot_be_built_is_an_error(
-    requested: str, changes: dict[str, str | None], message: str
-) -> None:
+def test_what_cannot_be_built_is_an_error(requested: str, changes: dict[str, str | None], message: str) -> None:
     with pytest.raises(build.BuildError, match=re.escape(message)):
         build.decide(requested, tools(**changes))
 
@@ -149,9 +147,7 @@ def test_only_the_stable_abi_is_used() -> None:
     """No C++ symbol of torch is needed, so that the extension loads in other versions of torch."""
     module = _extension.extension()
     assert module is not None and module.__file__ is not None
-    listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", module.__file__], capture_output=True, text=True
-    )
+    listing = subprocess.run(["nm", "-D", "--undefined-only", module.__file__], capture_output=True, text=True)
     symbols = [line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()]
     assert "torch_library_impl" in symbols, "the list is read rightly"
     of_torch = [s for s in symbols if s.startswith("_Z") and re.search(r"(3c10|2at|5torch)\d", s)]
@@ -206,9 +202,7 @@ def load_again() -> tuple[ModuleType | None, str | None]:
         (ModuleNotFoundError("no _C", name="allnc._C"), "is not built"),
     ],
 )
-def test_extension_that_does_not_load(
-    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extension_that_does_not_load(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> ModuleType:
         raise error
 

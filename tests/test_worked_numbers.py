@@ -35,9 +35,7 @@ def test_normalised_simplex_gram(num_classes: int) -> None:
     vectors = simplex(num_classes, num_classes)
     gram = vectors @ vectors.T
     assert torch.allclose(gram / torch.linalg.matrix_norm(gram), etf)
-    assert torch.allclose(
-        torch.linalg.vector_norm(vectors, dim=1), torch.ones(num_classes, dtype=torch.float64)
-    )
+    assert torch.allclose(torch.linalg.vector_norm(vectors, dim=1), torch.ones(num_classes, dtype=torch.float64))
 
 
 def test_floor_of_the_squared_form() -> None:

@@ -211,15 +211,11 @@ class AllNC(nn.Module):
             return None
         if self.hycon is not None:
             if z is None:
-                raise ValueError(
-                    "z must be given with hycon='softmax'; got None. Give the model a projection head"
-                )
+                raise ValueError("z must be given with hycon='softmax'; got None. Give the model a projection head")
             return self.hycon(z, labels)
         if h is None:
             raise ValueError("h must be given with hycon='cosine'; got None. Give the model a predictor head")
-        return hycon_cosine(
-            h, features, labels, means, num_views=num_views, seen=seen, ignore_index=IGNORE_INDEX
-        )
+        return hycon_cosine(h, features, labels, means, num_views=num_views, seen=seen, ignore_index=IGNORE_INDEX)
 
     def extra_repr(self) -> str:
         return f"hycon={self.form!r}, hycon_weight={self.hycon_weight}, alpha={self.alpha}"

@@ -115,9 +115,7 @@ class HyConCosine(ClassMeans):
     Source: ours, after AllNC (arXiv 2408.07253); see `allnc.hycon_cosine`.
     """
 
-    def __init__(
-        self, num_classes: int, dim: int, *, momentum: float = 0.9, backend: Backend = "auto"
-    ) -> None:
+    def __init__(self, num_classes: int, dim: int, *, momentum: float = 0.9, backend: Backend = "auto") -> None:
         super().__init__(num_classes, dim, momentum=momentum, gradient="exact", backend=backend)
 
     def forward(self, h: Tensor, f: Tensor, labels: Tensor, num_views: int = 2) -> Tensor:

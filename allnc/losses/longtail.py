@@ -186,18 +186,14 @@ class LDAM(nn.Module):
 
     margin: Tensor
 
-    def __init__(
-        self, class_counts: Tensor | Sequence[int], *, max_margin: float = 0.5, scale: float = 1.0
-    ) -> None:
+    def __init__(self, class_counts: Tensor | Sequence[int], *, max_margin: float = 0.5, scale: float = 1.0) -> None:
         super().__init__()
         check_interval("max_margin", max_margin, 0, open_low=True)
         check_interval("scale", scale, 0, open_low=True)
         relative = checked_counts(class_counts).pow(-0.25)
         present = torch.as_tensor(class_counts).cpu() > 0
         self.scale = scale
-        self.register_buffer(
-            "margin", (max_margin * relative / relative[present].max()).clamp(max=max_margin).float()
-        )
+        self.register_buffer("margin", (max_margin * relative / relative[present].max()).clamp(max=max_margin).float())
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N]."""
@@ -221,6 +217,4 @@ def long_tail_loss(name: LongTail, class_counts: Tensor | Sequence[int], *, gamm
     check_choice("name", name, LONG_TAIL)
     if name == "focal":
         return Focal(len(class_counts), gamma=gamma)
-    return {"logit_adjusted": LogitAdjusted, "class_balanced": ClassBalanced, "ldam": LDAM}[name](
-        class_counts
-    )
+    return {"logit_adjusted": LogitAdjusted, "class_balanced": ClassBalanced, "ldam": LDAM}[name](class_counts)

@@ -70,9 +70,7 @@ class CollapseAccumulator:
         self.means = torch.zeros(num_classes, dim, **f64)  # [C, F]
         self.traces = torch.zeros(num_classes, **f64)  # [C], tr S_c
         self.nearest = torch.zeros(2, **f64)  # samples of the second pass: disagreeing, all
-        self.kept: list[
-            tuple[Tensor, Tensor]
-        ] = []  # features [N, F] and predictions [N] of batches with logits
+        self.kept: list[tuple[Tensor, Tensor]] = []  # features [N, F] and predictions [N] of batches with logits
         self.expected: Tensor | None = None  # [C], the announced class counts
         self.class_weight: Tensor | None = None  # [C], weight of S_c in the one matrix kept
         if within == "pooled":
@@ -103,9 +101,7 @@ class CollapseAccumulator:
         """
         if logits is not None:
             check_shape("logits", logits, (labels.shape[0], self.num_classes))
-            self.kept.append(
-                (features.detach().to(self.counts.device), logits.argmax(1).to(self.counts.device))
-            )
+            self.kept.append((features.detach().to(self.counts.device), logits.argmax(1).to(self.counts.device)))
         features, labels = self._checked(features, labels)
         counts = torch.zeros_like(self.counts).index_add_(0, labels, torch.ones_like(features[:, 0]))
         means = torch.zeros_like(self.means).index_add_(0, labels, features) / counts.clamp(min=1)[:, None]
@@ -159,9 +155,7 @@ class CollapseAccumulator:
         features, predictions = self._checked(features, predictions, name="predictions")
         self.nearest += self._disagreement(features, predictions)
 
-    def compute(
-        self, weight: Tensor, bias: Tensor | None = None, *, center: Center = "class"
-    ) -> dict[str, float]:
+    def compute(self, weight: Tensor, bias: Tensor | None = None, *, center: Center = "class") -> dict[str, float]:
         """The measures of everything folded in so far; "nc4" only with logits or after the second pass.
 
         Args:

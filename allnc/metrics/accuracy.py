@@ -67,19 +67,9 @@ def shot_accuracy(
     Source: Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019.
     """
     check_labels(labels, labels.shape[0] if isinstance(labels, Tensor) and labels.dim() == 1 else -1)
-    if (
-        not isinstance(predictions, Tensor)
-        or predictions.dtype != torch.int64
-        or predictions.shape != labels.shape
-    ):
-        got = (
-            f"{predictions.dtype} {list(predictions.shape)}"
-            if isinstance(predictions, Tensor)
-            else predictions
-        )
-        raise ValueError(
-            f"predictions must be int64 of shape {list(labels.shape)}; got {got}. Use logits.argmax(1)"
-        )
+    if not isinstance(predictions, Tensor) or predictions.dtype != torch.int64 or predictions.shape != labels.shape:
+        got = f"{predictions.dtype} {list(predictions.shape)}" if isinstance(predictions, Tensor) else predictions
+        raise ValueError(f"predictions must be int64 of shape {list(labels.shape)}; got {got}. Use logits.argmax(1)")
     if len(labels) == 0:
         raise ValueError("labels must hold at least one test image; got none")
     groups = shot_groups(class_counts, many=many, few=few)

@@ -87,9 +87,7 @@ def _class_mean_ema(
             features, labels, means, seen, momentum, ignore_index, deterministic
         )
     with torch.autocast(features.device.type, enabled=False), _deterministic_algorithms(deterministic):
-        return class_mean_ema_reference(
-            features, labels, means, seen, momentum=momentum, ignore_index=ignore_index
-        )
+        return class_mean_ema_reference(features, labels, means, seen, momentum=momentum, ignore_index=ignore_index)
 
 
 @_class_mean_ema.register_fake
@@ -225,9 +223,7 @@ def class_mean_ema(
     return value
 
 
-def _check(
-    features: Tensor, labels: Tensor, means: Tensor, seen: Tensor, momentum: float, gradient: str
-) -> None:
+def _check(features: Tensor, labels: Tensor, means: Tensor, seen: Tensor, momentum: float, gradient: str) -> None:
     check_floating("features", features)
     check_shape("features", features, ("N", "F"))
     check_floating("means", means)

@@ -96,9 +96,7 @@ def centred_unit(x: Tensor, seen: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("allnc::p2p_pair", mutates_args=())
-def _p2p_pair(
-    x: Tensor, y: Tensor | None, seen: Tensor, form: str, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _p2p_pair(x: Tensor, y: Tensor | None, seen: Tensor, form: str, temperature: float) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         other = x if y is None else y
         num_seen = seen.sum().to(x.dtype)
@@ -186,9 +184,7 @@ def _squared_backward(
     return scale * (x @ (y.T @ y) - rho_y), scale * (y @ (x.T @ x) - rho_x)
 
 
-def _softmax_rows(
-    x: Tensor, y: Tensor | None, seen: Tensor, temperature: float
-) -> Iterator[tuple[slice, Tensor]]:
+def _softmax_rows(x: Tensor, y: Tensor | None, seen: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
     """Exponents of the softmax form, some rows at a time; -inf at the own class and at unseen classes."""
     other = x if y is None else y
     num_classes = len(x)
@@ -258,9 +254,7 @@ def check_p2p(x: Tensor, y: Tensor | None, seen: Tensor | None, target: str, tem
         check_seen(seen, num_classes)
     check_choice("target", target, ("auto", "etf", "softmax"))
     if isinstance(temperature, Tensor):
-        raise TypeError(
-            "temperature must be a float; got a torch.Tensor. It is not learnable here: pass its .item()"
-        )
+        raise TypeError("temperature must be a float; got a torch.Tensor. It is not learnable here: pass its .item()")
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0; got {temperature}")
     check_same_device(x=x, y=y, seen=seen)

@@ -115,9 +115,7 @@ def test_allnc_is_its_formula(form: str, progress: float) -> None:
         z_means = _class_means(batch.z, batch.labels)
         on_means = on_means + 1.3 * hycon_reference(batch.z, batch.labels, z_means, seen=seen)
     elif form == "cosine":
-        on_means = on_means + 1.3 * hycon_cosine_reference(
-            batch.h, batch.features, batch.labels, means.detach()
-        )
+        on_means = on_means + 1.3 * hycon_cosine_reference(batch.h, batch.features, batch.labels, means.detach())
     rebalanced = LogitAdjusted(COUNTS)(*batch.rebalance) + 0.9 * ww
     want = eta * F.cross_entropy(*batch.uniform) + (1 - eta) * rebalanced + 0.7 * on_means
 
@@ -182,9 +180,7 @@ def test_p2p_terms_and_their_weights() -> None:
     seen = torch.arange(C) < 4
     means = _class_means(batch.features, batch.labels)
     assert math.isclose(terms.means.item(), p2p_reference(means, seen=seen).item(), rel_tol=1e-9)
-    assert math.isclose(
-        terms.duality.item(), p2p_reference(means, batch.weight, seen=seen).item(), rel_tol=1e-9
-    )
+    assert math.isclose(terms.duality.item(), p2p_reference(means, batch.weight, seen=seen).item(), rel_tol=1e-9)
     assert terms.weights.item() == 0
     assert math.isclose(terms.total.item(), 2 * terms.means.item() + 0.5 * terms.duality.item(), rel_tol=1e-9)
 
@@ -253,9 +249,7 @@ def test_build_passes_every_setting() -> None:
     assert isinstance(loss.gbbn.rebalance_loss, Focal) and loss.gbbn.rebalance_loss.gamma == 3.5
     assert (loss.gbbn.gamma, loss.gbbn.horizon) == (1.2, 0.35)
     assert loss.hycon.means.shape == (C, DIM) and loss.p2p.means.shape == (C, WIDTH)
-    focal = build_loss(
-        LossConfig(name="focal", focal_gamma=3.0), class_counts=COUNTS, feature_dim=1, projection_dim=1
-    )
+    focal = build_loss(LossConfig(name="focal", focal_gamma=3.0), class_counts=COUNTS, feature_dim=1, projection_dim=1)
     assert focal.loss.gamma == 3.0  # pyright: ignore[reportAttributeAccessIssue]
 
 

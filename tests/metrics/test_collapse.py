@@ -115,9 +115,7 @@ def test_collapsed_network_measures_zero(dim: int) -> None:
     labels = torch.arange(5).repeat(3)
     measures = collapse(3 * etf[labels] + 30, labels, 0.2 * etf)
     zero = ["nc1", "trace_ratio", "cdnv", "nc2_means", "nc2_weights", "nc3", "nc3_product", "nc3_cosine"]
-    zero += [
-        f"{name}_{of}" for name in ("equinorm", "cosine_std", "equiangular") for of in ("means", "weights")
-    ]
+    zero += [f"{name}_{of}" for name in ("equinorm", "cosine_std", "equiangular") for of in ("means", "weights")]
     assert all(abs(measures[name]) < 1e-7 for name in zero), measures
     assert math.isclose(measures["cosine_mean_means"], -1 / 4, rel_tol=1e-9)
     biased = collapse(3 * etf[labels] + 30, labels, 0.2 * etf, logits=etf[labels] @ etf.T)
@@ -182,9 +180,7 @@ def test_state_travels_as_tensors() -> None:
     saved.merge_state(total.state())
     assert saved.compute(weight) == total.compute(weight)
     whole = collapse(features, labels, weight)
-    assert all(
-        math.isclose(v, whole[k], rel_tol=1e-9, abs_tol=1e-12) for k, v in total.compute(weight).items()
-    )
+    assert all(math.isclose(v, whole[k], rel_tol=1e-9, abs_tol=1e-12) for k, v in total.compute(weight).items())
     assert whole["nc4"] > 0
 
 

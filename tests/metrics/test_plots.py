@@ -52,9 +52,7 @@ def test_absent_classes_stay_grey(tmp_path: Path, figures: list[Figure]) -> None
 
 
 def test_many_classes(tmp_path: Path) -> None:
-    plot_angles(
-        torch.randn(120, 16), torch.randn(120, 16), tmp_path / "angles.png", class_counts=range(1, 121)
-    )
+    plot_angles(torch.randn(120, 16), torch.randn(120, 16), tmp_path / "angles.png", class_counts=range(1, 121))
     assert (tmp_path / "angles.png").stat().st_size > 10_000
 
 
