@@ -17,15 +17,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from cases import OPS, PROVIDERS, Case, Shape, make_case
+from measure import peak_memory, time_interleaved
 from rich.console import Console
 from rich.table import Table
 
-if __package__ in (None, ""):  # started as a file, `python benchmarks/run.py`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import allnc
-from benchmarks.cases import OPS, PROVIDERS, Case, Shape, make_case
-from benchmarks.measure import peak_memory, time_interleaved
 
 CHECKED_ROWS = 1024  # rows of the inputs on which providers are compared with float64
 # Largest difference from float64, relative to the largest entry: the types' rounding times the depth of the sums.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from benchmarks.cases import OPS, PROVIDERS, Shape, make_case
+from cases import OPS, PROVIDERS, Shape, make_case
 
 SHAPE = Shape(N=2048, D=128, C=100, F=256)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -495,20 +495,17 @@ def hycon_lse_backward(
     temperature: Tensor,
     *,
     shifted: bool,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `hycon_lse_forward` with respect to z and mu.
+    """Gradients of `hycon_lse_forward` with respect to z and mu; no atomics, so equal calls are equal bit for bit.
 
     Args:
         grad_lse: [N] float32, dL/dlse.
         lse: [N] float32, the forward's result.
         z, mu, a, b, temperature, shifted: as in the forward.
-        deterministic: taken for symmetry with the forward; there are no atomics here, always deterministic.
 
     Returns:
         dz [N, D] in z's type and dmu [C, D] in mu's, or None without mu.
     """
-    del deterministic
     z, a = z.contiguous(), a.contiguous()
     mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
     grad_lse, lse = grad_lse.contiguous(), lse.contiguous()

@@ -112,7 +112,7 @@ def _(z, mu, a, b, temperature, x, y, seen, shifted, deterministic, form, p2p_te
 
 
 def _save_for_all_around(ctx, inputs, output) -> None:
-    z, mu, a, b, temperature, x, y, seen, ctx.shifted, ctx.deterministic, ctx.form, ctx.p2p_temperature = inputs
+    z, mu, a, b, temperature, x, y, seen, ctx.shifted, _, ctx.form, ctx.p2p_temperature = inputs
     lse, _, p2p_lse = output
     ctx.save_for_backward(z, mu, a, b, temperature, x, y, seen, lse, p2p_lse)
     ctx.mark_non_differentiable(p2p_lse)
@@ -121,7 +121,7 @@ def _save_for_all_around(ctx, inputs, output) -> None:
 def _all_around_autograd(ctx, grad_lse: Tensor, grad_p2p: Tensor, _grad_p2p_lse: Tensor | None):
     z, mu, a, b, temperature, x, y, seen, lse, p2p_lse = ctx.saved_tensors
     dz, dmu = torch.ops.allnc.hycon_lse_backward(
-        grad_lse.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, ctx.deterministic, "triton"
+        grad_lse.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, "triton"
     )
     pair = torch.ops.allnc.p2p_pair_backward
     rest = (seen, ctx.form, ctx.p2p_temperature)

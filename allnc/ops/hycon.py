@@ -150,14 +150,13 @@ def _hycon_lse_backward(
     b: Tensor | None,
     temperature: Tensor,
     shifted: bool,
-    deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from allnc.kernels.hycon import hycon_lse_backward
 
         mu = None if mu is None else mu.to(z.dtype)
-        dz, dmu = hycon_lse_backward(grad, lse, z, mu, a, b, temperature, shifted=shifted, deterministic=deterministic)
+        dz, dmu = hycon_lse_backward(grad, lse, z, mu, a, b, temperature, shifted=shifted)
         return dz, a.new_empty(0, z.shape[1]) if dmu is None else dmu.to(a.dtype)
     zf = z.to(a.dtype)
     if backend == "cpp":
@@ -169,7 +168,7 @@ def _hycon_lse_backward(
 
 
 @_hycon_lse_backward.register_fake
-def _(grad, lse, z, mu, a, b, temperature, shifted, deterministic, backend):
+def _(grad, lse, z, mu, a, b, temperature, shifted, backend):
     return torch.empty_like(z), a.new_empty(0, z.shape[1]) if mu is None else torch.empty_like(mu)
 
 
@@ -187,14 +186,14 @@ def temperature_gradient(z: Tensor, dz: Tensor, mu: Tensor | None, dmu: Tensor, 
 
 
 def _save_for_lse(ctx, inputs, output) -> None:
-    z, mu, a, b, temperature, ctx.shifted, ctx.deterministic, ctx.backend = inputs
+    z, mu, a, b, temperature, ctx.shifted, _, ctx.backend = inputs  # the backward is deterministic in any case
     ctx.save_for_backward(z, mu, a, b, temperature, output)
 
 
 def _lse_autograd(ctx, grad: Tensor):
     z, mu, a, b, temperature, lse = ctx.saved_tensors
     dz, dmu = torch.ops.allnc.hycon_lse_backward(
-        grad.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, ctx.deterministic, ctx.backend
+        grad.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, ctx.backend
     )
     dtemperature = temperature_gradient(z, dz, mu, dmu, temperature) if ctx.needs_input_grad[4] else None
     return dz, dmu if mu is not None else None, None, None, dtemperature, None, None, None

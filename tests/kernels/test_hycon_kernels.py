@@ -81,9 +81,9 @@ def dense_gradients(case: Case, temperature: float, dtype: torch.dtype) -> tuple
 
 def run(case: Case, mode: Mode) -> tuple[Tensor, Tensor, Tensor | None]:
     tau = torch.tensor(mode.temperature, device=DEVICE)
-    flags = {"shifted": mode.shifted, "deterministic": mode.deterministic}
-    lse = hycon_lse_forward(case.z, case.mu, case.a, case.b, tau, **flags)
-    dz, dmu = hycon_lse_backward(case.grad, lse, case.z, case.mu, case.a, case.b, tau, **flags)
+    inputs = (case.z, case.mu, case.a, case.b, tau)
+    lse = hycon_lse_forward(*inputs, shifted=mode.shifted, deterministic=mode.deterministic)
+    dz, dmu = hycon_lse_backward(case.grad, lse, *inputs, shifted=mode.shifted)
     return lse, dz, dmu
 
 
