@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Threads that spin while they wait slow each other down many times over when tests share their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its thread pool
+
+# torch.compile keys its cache by the forward graph alone: after a change of an op's backward, an entry of an earlier
+# run would be used and call the old one. A folder of its own for each run, removed at its end.
+_compiled = tempfile.TemporaryDirectory(prefix="allnc-compiled-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 import pytest
 import torch
