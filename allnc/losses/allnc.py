@@ -27,7 +27,7 @@ from allnc.losses.hycon import HyCon
 from allnc.losses.longtail import LongTail
 from allnc.losses.p2p import P2P
 from allnc.ops._common import Backend, check_choice
-from allnc.ops.hycon import Balance
+from allnc.ops.contrast import Balance
 from allnc.ops.hycon_cosine import hycon_cosine
 from allnc.ops.p2p import Target
 

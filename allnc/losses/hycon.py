@@ -9,7 +9,8 @@ from torch import Tensor
 
 from allnc.losses.base import IGNORE_INDEX, ClassMeans, MeanGradient, check_interval
 from allnc.ops._common import Backend, check_choice
-from allnc.ops.hycon import Balance, hycon
+from allnc.ops.contrast import Balance
+from allnc.ops.hycon import hycon
 from allnc.ops.hycon_cosine import hycon_cosine
 
 

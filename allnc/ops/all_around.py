@@ -23,17 +23,9 @@ from allnc.ops._common import (
     check_shape,
     resolve_backend,
 )
-from allnc.ops.hycon import (
-    Balance,
-    build_contrast,
-    check_hycon,
-    hycon_lse,
-    hycon_reference,
-    reduce_contrast,
-    temperature_gradient,
-    temperature_tensor,
-    uses_constant_shift,
-)
+from allnc.ops.contrast import Balance, build_contrast, check_hycon, reduce_contrast
+from allnc.ops.hycon import hycon_reference
+from allnc.ops.hycon_lse import hycon_lse, temperature_gradient, temperature_tensor, uses_constant_shift
 from allnc.ops.p2p import Target, centred_unit, p2p_pair, p2p_reference, pair_form
 
 # Pairs of (means or weights) in the order of AllAroundLosses.
@@ -121,7 +113,7 @@ def _save_for_all_around(ctx, inputs, output) -> None:
 def _all_around_autograd(ctx, grad_lse: Tensor, grad_p2p: Tensor, _grad_p2p_lse: Tensor | None):
     z, mu, a, b, temperature, x, y, seen, lse, p2p_lse = ctx.saved_tensors
     dz, dmu = torch.ops.allnc.hycon_lse_backward(
-        grad_lse.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, "triton"
+        grad_lse.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, len(z), "triton"
     )
     pair = torch.ops.allnc.p2p_pair_backward
     rest = (seen, ctx.form, ctx.p2p_temperature)

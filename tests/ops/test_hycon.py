@@ -208,23 +208,37 @@ def test_autocast_changes_nothing() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@settings(max_examples=60, deadline=None)
+LABELS = {
+    "any": lambda n, c, generator: torch.randint(0, c, (n,), generator=generator),
+    "one class": lambda n, c, generator: torch.full((n,), c - 1),
+    "all distinct": lambda n, c, generator: torch.arange(n),
+    "mostly one": lambda n, c, generator: torch.randint(-9, c, (n,), generator=generator).clamp(min=0),
+    "all ignored": lambda n, c, generator: torch.full((n,), -100),
+}
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     n=st.integers(1, 70),
     d=st.integers(1, 40),
     c=st.integers(1, 12),
-    temperature=st.sampled_from([1.0, 0.3, 0.1, 0.05, 0.02, 0.005]),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    distribution=st.sampled_from(list(LABELS)),
+    coldness=st.integers(0, 1000),  # temperatures from 1 to 0.005
     balance=st.sampled_from(["class", "none"]),
     use_means=st.booleans(),
+    ignored=st.sampled_from([0.0, 0.1, 0.6]),
     seed=st.integers(0, 2**20),
 )
 @pytest.mark.parametrize("backend", CPU_BACKENDS[:2])
-def test_any_shape(backend, n, d, c, temperature, balance, use_means, seed) -> None:
-    case = make_case(n, d, c, seed=seed)
-    case["labels"][torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.1] = -100
+def test_any_shape(backend, n, d, c, dtype, distribution, coldness, balance, use_means, ignored, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = LABELS[distribution](n, c, generator)
+    labels = labels.where(torch.rand(n, generator=generator) >= ignored, -100)
+    case = make_case(n, d, max(c, n) if distribution == "all distinct" else c, dtype=dtype, seed=seed, labels=labels)
     if not use_means:
         case["means"] = None
-    check_against_float64(case, backend, temperature=temperature, balance=balance)
+    check_against_float64(case, backend, temperature=0.005 ** (coldness / 1000), balance=balance)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS[:2])

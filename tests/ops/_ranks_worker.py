@@ -1,0 +1,117 @@
+"""One of several processes of tests/ops/test_hycon_ranks.py: runs every case in groups of 1 to W ranks, saves results.
+
+python -m tests.ops._ranks_worker RANK WORLD FOLDER BACKEND...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from allnc import hycon
+
+N, D, C = 61, 19, 7
+
+# How many of the N rows each rank of a group brings.
+SIZES = {1: [61], 2: [40, 21], 3: [1, 37, 23], 4: [20, 0, 33, 8]}
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "without means": {"means": None, "balance": "none"},
+    "small temperature": {"temperature": 0.01},
+    "learnable temperature": {"temperature": torch.tensor(0.2)},
+    "weights, seen, sum": {"anchor_weight": True, "seen": True, "reduction": "sum", "mean_weight": 2.5},
+    "values": {"reduction": "none"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+}
+
+
+def make_case(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Per-row tensors (z, labels, maybe anchor_weight) and everything else, the same in every process."""
+    options = dict(CASES[name])
+    dtype = options.pop("dtype", torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    z = F.normalize(torch.randn(N, D, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+    labels = torch.randint(0, C, (N,), generator=generator)
+    labels[::9] = -100
+    means = torch.randn(C, D, generator=generator, dtype=torch.float64).to(dtype)
+    rows = {"z": z, "labels": labels}
+    if options.pop("anchor_weight", False):
+        rows["anchor_weight"] = torch.rand(N, generator=generator)
+    if options.pop("seen", False):
+        options["seen"] = torch.arange(C) != 2
+    return rows, {"means": means, **options}
+
+
+def run(rows: dict[str, Tensor], options: dict[str, Any], **keywords: Any) -> dict[str, Tensor]:
+    """Loss, and gradients with respect to z, the means and the temperature where there are such."""
+    leaves = {k: v for k, v in {**rows, **options}.items() if k in ("z", "means", "temperature")}
+    leaves = {k: v.clone().requires_grad_() for k, v in leaves.items() if isinstance(v, Tensor)}
+    loss = hycon(**{**rows, **options, **leaves, **keywords})
+    probe = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)  # "none": unlike weights
+    (loss * probe).sum().backward()
+    return {"loss": loss.detach(), **{k: v.grad for k, v in leaves.items() if v.grad is not None}}
+
+
+def message_of(function, *arguments: Any, **keywords: Any) -> str:
+    try:
+        function(*arguments, **keywords)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def wrong_calls(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
+    """What each rank is told when rank 1 alone gives a wrong or another argument."""
+    rows, options = make_case("plain")
+    wrong = dict(rows, labels=rows["labels"].int()) if rank == 1 else rows
+    unlike = {**options, "temperature": 0.2 if rank == 1 else 0.1}
+    os.environ["ALLNC_DEBUG"] = "1"
+    means = message_of(hycon, **rows, means=(2 if rank == 1 else 1) * options["means"], group=group)
+    os.environ["ALLNC_DEBUG"] = "0"
+    return {
+        "means": means,
+        "labels": message_of(hycon, **wrong, **options, group=group),
+        "temperature": message_of(hycon, **rows, **unlike, group=group),
+        "empty": message_of(hycon, rows["z"][:0], rows["labels"][:0], group=group),
+        "not a group": message_of(hycon, rows["z"], rows["labels"], group="world"),
+        "still in step": message_of(hycon, **rows, **options, group=group),
+    }
+
+
+def main(rank: int, world: int, folder: Path, backends: list[str]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    results: dict[Any, Any] = {}
+    for size, sizes in SIZES.items():
+        group = dist.new_group(list(range(size)))
+        if rank >= size:
+            results["outside"] = message_of(hycon, torch.ones(1, 1), torch.zeros(1).long(), group=group)
+            continue
+        start = sum(sizes[:rank])
+        own = slice(start, start + sizes[rank])
+        for name in CASES:
+            rows, options = make_case(name)
+            local = {k: v[own] for k, v in rows.items()}
+            for backend in backends:
+                if backend != "triton" or options["means"] is None or options["means"].dtype != torch.float64:
+                    results[size, name, backend] = run(local, options, group=group, backend=backend)
+        if size == world:
+            results["wrong calls"] = wrong_calls(rank, group)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

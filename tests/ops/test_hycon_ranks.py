@@ -1,0 +1,87 @@
+"""HyCon across ranks: 1 to 4 gloo processes with uneven batches against one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allnc import _extension
+from allnc.ops._common import has_triton
+from tests.ops._ranks_worker import CASES, SIZES, make_case, run
+from tests.tolerances import assert_as_exact
+
+WORLD = max(SIZES)
+BACKENDS = ["eager", *(["cpp"] if _extension.has_cpp() else []), *(["triton"] if has_triton() else [])]
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the processes of this test interpret Triton on the CPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each of the four processes saved."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.ops._ranks_worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([*command, str(rank), str(WORLD), str(folder), *BACKENDS], env=environment)
+        for rank in range(WORLD)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * WORLD
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_one_process(ranks: list[dict[Any, Any]], size: int, name: str, backend: str) -> None:
+    rows, options = make_case(name)
+    if backend == "triton" and rows["z"].dtype == torch.float64:
+        pytest.skip("the Triton backend does not take float64")
+    exact_rows = {k: v.double() if v.is_floating_point() else v for k, v in rows.items()}
+    exact_options = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()
+    }
+    want = run(exact_rows, exact_options, backend="eager")
+    alone = run(rows, options, backend=backend)
+    together = [ranks[rank][size, name, backend] for rank in range(size)]
+    scale = 1 / float(options.get("temperature", 0.1))
+    low = rows["z"].dtype if backend == "triton" else None
+    for one in together:
+        assert_as_exact(one["loss"], alone["loss"], want["loss"], scale=scale, dtype=low)
+    dz = torch.cat([one["z"] for one in together])
+    assert_as_exact(dz, alone["z"], want["z"], scale=scale)
+    for leaf in ("means", "temperature"):
+        if leaf in want:
+            total = torch.stack([one[leaf].double() for one in together]).sum(0)
+            assert_as_exact(total, alone[leaf], want[leaf], scale=scale, dtype=alone[leaf].dtype)
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(ranks: list[dict[Any, Any]]) -> None:
+    for rank, result in enumerate(ranks):
+        told = result["wrong calls"]
+        own = "ValueError: labels must be int64; got torch.int32. Convert with labels.long()"
+        other = "RuntimeError: rank 1 was given arguments it cannot take; its own error says which"
+        assert told["labels"] == (own if rank == 1 else other)
+        here, there = (0.2, "0.1 on rank 0") if rank == 1 else (0.1, "0.2 on rank 1")
+        message = f"ValueError: temperature must be the same on every rank; got {here} here and {there}"
+        assert told["temperature"] == message
+        assert told["means"].startswith("ValueError: means must be the same on every rank; got entries that differ by")
+        assert told["empty"] == "ValueError: z must have at least one row on some rank; got none on all ranks"
+        assert told["not a group"].startswith("TypeError: group must be a torch.distributed process group")
+        assert told["not a group"].count("got str") == 1
+        assert told["still in step"] == "no error"
+    assert "the group of another process" in ranks[3]["outside"]
