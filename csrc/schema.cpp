@@ -11,11 +11,13 @@ STABLE_TORCH_LIBRARY(allnc_C, m) {
   m.def(
       "class_mean_ema_backward(Tensor grad_value, Tensor labels, Tensor counts, Tensor seen_before, float momentum, "
       "bool straight_through, int ignore_index, ScalarType features_dtype) -> Tensor");
-  // z [N, D], mu [C, D], a [N], b [C] -> lse [N]
+  // z [N, D], mu [C, D], a [N], b [C] -> lse [N]; of `parts` shares of the work only the one numbered `part`: the
+  // log of the partial sums, -inf where it met nothing; logsumexp over the parts is the whole
   m.def(
-      "hycon_lse_forward(Tensor z, Tensor? mu, Tensor a, Tensor? b, Tensor temperature, bool shifted) -> Tensor");
-  // -> gradients of z [N, D] and mu [C, D] ([0, D] without mu)
+      "hycon_lse_forward(Tensor z, Tensor? mu, Tensor a, Tensor? b, Tensor temperature, bool shifted, int part=0, "
+      "int parts=1) -> Tensor");
+  // -> gradients of z[:own] [own, D] (-1: of all rows) and of mu by the anchors in z[:own] [C, D] ([0, D] without mu)
   m.def(
       "hycon_lse_backward(Tensor grad_lse, Tensor lse, Tensor z, Tensor? mu, Tensor a, Tensor? b, "
-      "Tensor temperature, bool shifted) -> (Tensor, Tensor)");
+      "Tensor temperature, bool shifted, int own=-1) -> (Tensor, Tensor)");
 }

@@ -1,7 +1,7 @@
 // Work on one pair of row blocks of the HyCon primitive, compiled once for each vector instruction set.
 // hycon.cpp owns the schedule and the memory; hycon_tiles_isa.h has the code.
 //
-// All rows of the problem (z, then mu) lie in one sequence, each part padded with zero rows to whole panels:
+// All rows of the problem lie in one sequence of sections (hycon.cpp), each padded with zero rows to whole panels:
 // R padded rows, D columns, panel = 48 rows, block = up to 4 panels.
 #pragma once
 
@@ -18,18 +18,19 @@ constexpr int64_t kAlignment = 64;  // bytes, of every pointer below
 // With u, w and e as in hycon.cpp. Padding rows have weight 0 and u = 0.
 template <class T>
 struct Problem {
-  int64_t dim;      // D
-  int64_t stride;   // elements from row to row of `rows` and `grad`
-  T scale;          // log2(e) / temperature if shifted, else 1 / temperature
+  int64_t dim;        // D
+  int64_t stride;     // elements from row to row of `rows` and `grad`
+  T scale;            // log2(e) / temperature if shifted, else 1 / temperature
   bool shifted;
-  const T* panels;  // [R / 48, D, 48]: the rows, transposed panel by panel
-  const T* rows;    // [R, stride]: the rows; backward only
-  const T* weight;  // [R]: w if shifted, else log w
-  const T* u;       // [R]: g exp(1/temperature - lse) if shifted, else g; backward only
-  const T* level;   // [R]: lse, +inf where the row takes no part; backward, unshifted only
-  T* sum;           // [R]: sums of exponentials; forward only
-  T* max;           // [R]: the largest exponent so far, -inf for none; forward, unshifted only
-  T* grad;          // [R, stride]: temperature times the gradient; backward only
+  const T* panels;    // [R / 48, D, 48]: the rows, transposed panel by panel
+  const T* rows;      // [R, stride]: the rows; backward only
+  const T* weight;    // [R]: w if shifted, else log w
+  const T* u;         // [R]: g exp(1/temperature - lse) if shifted, else g; backward only
+  const T* level;     // [R]: lse, +inf where the row takes no part; backward, unshifted only
+  T* sum;             // [R]: sums of exponentials; forward only
+  T* max;             // [R]: the largest exponent so far, -inf for none; forward, unshifted only
+  int64_t grad_rows;  // rows from here on get no gradient
+  T* grad;            // [grad_rows, stride]: temperature times the gradient; backward only
 };
 
 struct Block {
@@ -41,7 +42,7 @@ constexpr int64_t kScratch = kMaxBlock * kMaxBlock;
 
 template <class T>
 struct Tiles {
-  // Both add what the pair (i, j) contributes to the rows of i and, unless i is j, to those of j.
+  // Both add what the pair (i, j) contributes to the rows of i and, unless j is i or gets no gradient, to those of j.
   void (*forward)(const Problem<T>& problem, Block i, Block j, T* scratch);
   void (*backward)(const Problem<T>& problem, Block i, Block j, T* scratch);
 };

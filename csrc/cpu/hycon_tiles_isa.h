@@ -313,7 +313,7 @@ void backward(const Problem<T>& p, Block i, Block j, T* scratch) {
                              : (diagonal ? coefficients<T, false, true> : coefficients<T, false, false>);
   run(p, i, j, scratch);
   product<T, kMaxBlock>(p, i, j, scratch, 1);
-  if (!diagonal) product<T, 1>(p, j, i, scratch, kMaxBlock);
+  if (!diagonal && j.first < p.grad_rows) product<T, 1>(p, j, i, scratch, kMaxBlock);
 }
 
 template <class T>

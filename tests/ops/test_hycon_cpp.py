@@ -159,6 +159,61 @@ def test_any_shape(n: int, d: int, c: int, thousandths: int, zeros: float, doubl
     check(make_case(n, d, c, t, dtype=dtype, zeros=zeros, seed=seed), 2 / t <= SHIFT_LIMIT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
+def test_parts_make_the_whole(parts: int, dtype: torch.dtype) -> None:
+    # From fewer pairs of blocks than parts (a part meets nothing: -inf) to many.
+    for n, d, c in ((1, 3, 2), (49, 5, 0), (130, 20, 50), (777, 16, 0), (1000, 7, 300)):
+        for t, shifted in ((0.1, True), (0.1, False), (0.005, False)):
+            case = make_case(n, d, c, t, dtype=dtype)
+            lse = [torch.ops.allnc_C.hycon_lse_forward(*case[:5], shifted, part, parts) for part in range(parts)]
+            assert_as_exact(
+                torch.stack(lse).logsumexp(0),
+                dense(case, dtype)[0],
+                dense(case, torch.float64)[0],
+                scale=1 / t,
+            )
+
+
+@pytest.mark.parametrize("c", [0, 3])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7, 200])
+def test_parts_are_even(parts: int, c: int) -> None:
+    # With z = 0 and weights of 1 the sum of a row is the number of columns that it met, in blocks of 192 rows; each
+    # mean counts a million.
+    n = 192 * 16
+    one = torch.ones(n, dtype=torch.float64)
+    means = (torch.zeros(192 * c, 1, dtype=torch.float64), 1e6 * one[: 192 * c]) if c else (None, None)
+    inputs = (torch.zeros(n, 1, dtype=torch.float64), means[0], one, means[1], one[0], True)
+    lse = torch.stack([torch.ops.allnc_C.hycon_lse_forward(*inputs, part, parts) for part in range(parts)])
+    met = lse.exp().round()  # [parts, N]
+    assert torch.equal(met.sum(0), (n - 1 + 1e6 * 192 * c) * one)
+    anchors, with_means = met.remainder(1e6), met.div(1e6, rounding_mode="floor")
+    with_itself = (anchors.remainder(192) == 191).double()
+    visits = (anchors + with_itself) / 2 + with_itself * 192 / 2 + with_means  # a pair of anchors counts for both
+    pairs = visits.sum(1) / 192**2
+    total = 16 * 17 // 2 + 16 * c
+    assert pairs.tolist() == [total * (part + 1) // parts - total * part // parts for part in range(parts)]
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (60, 1, 130), (193, 47), (1000, 30, 1), (96, 96, 96, 96)])
+def test_shares_of_the_rows_make_the_whole_gradient(sizes: tuple[int, ...], shifted: bool) -> None:
+    for d, c in ((5, 0), (33, 70)):
+        case = make_case(sum(sizes), d, c)
+        lse, *eager = dense(case, torch.float32)
+        reference = dense(case, torch.float64)[1:]
+        all_dz, all_dmu = [], torch.zeros(c, d)
+        for rank, own in enumerate(sizes):
+            order = torch.arange(sum(sizes)).roll(-sum(sizes[:rank]))  # every rank has all rows, its own first
+            z, a, grad, level = (x[order] for x in (case.z, case.a, case.grad, lse))
+            dz, dmu = torch.ops.allnc_C.hycon_lse_backward(grad, level, z, case.mu, a, case.b, case.t, shifted, own)
+            assert dz.shape == (own, d)
+            all_dz.append(dz)
+            all_dmu += dmu
+        assert_as_exact(torch.cat(all_dz), eager[0], reference[0], scale=10)
+        assert_as_exact(all_dmu, eager[1], reference[1], scale=10)
+
+
 @pytest.mark.parametrize("shifted", [True, False])
 def test_close_rows_at_small_temperature(shifted: bool) -> None:
     # Exponents reach 1 / t = 200 beside others near -200: only a running maximum covers both. Asking for the
@@ -236,6 +291,19 @@ def test_wrong_arguments(change: dict[str, Tensor | None], message: str) -> None
         torch.ops.allnc_C.hycon_lse_forward(*case[:5], True)
 
 
+@pytest.mark.parametrize("share", [(-1, 2), (2, 2), (0, 0)])
+def test_wrong_part(share: tuple[int, int]) -> None:
+    with pytest.raises(RuntimeError, match=rf"part must be in \[0, parts\); got {share[0]} of {share[1]}"):
+        torch.ops.allnc_C.hycon_lse_forward(*make_case(60, 8, 3)[:5], True, *share)
+
+
+@pytest.mark.parametrize("own", [-2, 0, 61])
+def test_wrong_own(own: int) -> None:
+    case = make_case(60, 8, 3)
+    with pytest.raises(RuntimeError, match=rf"own must be in \[1, 60\], or -1 for all; got {own}"):
+        torch.ops.allnc_C.hycon_lse_backward(case.grad, case.a, *case[:5], True, own)
+
+
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -247,11 +315,18 @@ def restore_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("restore_threads")
 def test_bit_equal_for_any_number_of_threads(shifted: bool) -> None:
     case = make_case(1500, 64, 30)
+
+    def compute() -> tuple[Tensor, ...]:
+        lse, dz, dmu = fused(case, shifted)
+        parts = [torch.ops.allnc_C.hycon_lse_forward(*case[:5], shifted, part, 3) for part in range(3)]
+        share = torch.ops.allnc_C.hycon_lse_backward(case.grad, lse, *case[:5], shifted, 700)
+        return (lse, dz, dmu, *parts, *share)
+
     torch.set_num_threads(1)
-    want = fused(case, shifted)
+    want = compute()
     for threads in (2, 3, 4, 4, 4, 8):
         torch.set_num_threads(threads)
-        for x, y in zip(fused(case, shifted), want, strict=True):
+        for x, y in zip(compute(), want, strict=True):
             assert torch.equal(x, y)
 
 
@@ -267,7 +342,12 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_reads_no_uninitialised_memory() -> None:
     for shifted in (True, False):
-        check(make_case(250, 21, 13), shifted)
+        case = make_case(250, 21, 13)
+        check(case, shifted)
+        lse, dz, dmu = fused(case, shifted)
+        share = torch.ops.allnc_C.hycon_lse_backward(case.grad, lse, *case[:5], shifted, 100)
+        torch.testing.assert_close(share[0], dz[:100])
+        assert share[1].isfinite().all() and dmu.isfinite().all()
 
 
 def run_in_subprocess(code: str, **environment: str) -> str:
