@@ -21,9 +21,11 @@ Legend: N activations, D columns of the projection, C classes, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import rivals
 import torch
@@ -39,7 +41,6 @@ from work import (
     TRIANGLE_AND_SQUARE,
     Contrast,
     Work,
-    best_pair_work,
     class_mean_work,
     pair_work,
 )
@@ -196,7 +197,7 @@ def _contrast_case(op: str, shape: Shape, device: torch.device, generator: torch
     labels = torch.arange(n, device=device) % (n // 2) if op == "pairs" else long_tailed_labels(generator, n, shape.C)
     reference, ours = partial(hycon_reference, **options), partial(allnc.hycon, **options)
     works = {name: _contrast_work(algorithm, n, c, d) for name, algorithm in _algorithms(device, shape.dtype).items()}
-    providers = dict(_our_providers("hycon", shape, device, reference, ours, works))
+    providers = _our_providers("hycon", shape, device, reference, ours, works)
     if op in ("supcon", "pairs"):
         providers |= _rival_providers(op, shape, device, reference)
     return Case(
@@ -230,105 +231,85 @@ _EAGER_MATRICES, _COMPILED_MATRICES, _DENSE_MATRICES = (5.0, 6.0), (2.0, 2.5), (
 
 def _our_providers(
     op: str, shape: Shape, device: torch.device, reference: Loss, ours: Loss, works: dict[str, WorkOf]
-) -> Iterator[tuple[str, Provider]]:
+) -> dict[str, Provider]:
     """Eager, compiled and what is ours. `works` holds what is known of eager, compiled, dense and fused."""
-    yield "eager", Provider(compute=reference, reference=reference, work=works.get("eager"), matrices=_EAGER_MATRICES)
-    # Compiled anew for each case: torch.compile falls back to eager after some shapes of one function.
-    torch._dynamo.reset()
-    yield (
-        "compiled",
-        Provider(
-            compute=torch.compile(lambda **inputs: reference(**inputs), dynamic=False),
-            reference=reference,
-            work=works.get("compiled"),
-            matrices=_COMPILED_MATRICES,
-        ),
-    )
-    if op in ("hycon", "all_around"):
-        yield (
-            "dense",
-            Provider(
-                compute=partial(ours, backend="eager"),
-                reference=reference,
-                work=works.get("dense"),
-                matrices=_DENSE_MATRICES,
-            ),
-        )
-    fused = Provider(
-        compute=ours, reference=reference, work=works.get("fused"), note=f"backend {_backend(op, device, shape.dtype)}"
-    )
-    yield "fused", fused
+
+    def provider(name: str, compute: Loss, matrices: tuple[float, float] = (0.0, 0.0), **others: Any) -> Provider:
+        return Provider(compute=compute, reference=reference, work=works.get(name), matrices=matrices, **others)
+
+    note = f"backend {_backend(op, device, shape.dtype)}"
+    providers = {
+        "eager": provider("eager", reference, _EAGER_MATRICES),
+        "compiled": provider("compiled", _compiled(reference), _COMPILED_MATRICES),
+        "fused": provider("fused", ours, note=note),
+    }
     if op in ("hycon", "all_around"):
         unusable = "" if device.type == "cuda" else "unsupported: CUDA graphs need a CUDA device"
         if not unusable and shape.N > GRAPH_ROWS:
             unusable = f"skipped: graphs are timed up to N = {GRAPH_ROWS}, beyond which launches do not matter"
-        yield (
-            "fused-graph",
-            Provider(
-                compute=ours, reference=reference, work=fused.work, note=fused.note, graph=True, unusable=unusable
-            ),
-        )
+        providers["dense"] = provider("dense", partial(ours, backend="eager"), _DENSE_MATRICES)
+        providers["fused-graph"] = provider("fused", ours, note=note, graph=True, unusable=unusable)
+    return providers
 
 
-def _rival_providers(op: str, shape: Shape, device: torch.device, reference: Loss) -> Iterator[tuple[str, Provider]]:
+def _compiled(reference: Loss) -> Loss:
+    """torch.compile of `reference`, anew for each case: after some shapes of one function it falls back to eager."""
+
+    @functools.cache
+    def compiled() -> Loss:
+        torch._dynamo.reset()
+        return torch.compile(lambda **inputs: reference(**inputs), dynamic=False)
+
+    return lambda **inputs: compiled()(**inputs)
+
+
+def _rival_providers(op: str, shape: Shape, device: torch.device, reference: Loss) -> dict[str, Provider]:
     """The packages of rivals.py that have a loss for this op."""
     n, d = shape.N, shape.D
     unusable = {name: rivals.unusable(name, n=n, d=d, device=device) for name in rivals.MODULES}
-
-    yield (
-        "pytorch-metric-learning",
-        Provider(
+    providers = {
+        "pytorch-metric-learning": Provider(
             compute=rivals.metric_learning,
             reference=reference,
             work=_contrast_work(AUTOGRAD, n, 0, d),
             matrices=(10.8, 12.0),
             unusable=unusable["pytorch-metric-learning"],
-        ),
-    )
-    if op == "supcon":
-        return
-    yield (
-        "inf-cl",
-        Provider(
+        )
+    }
+    if op == "pairs":
+        providers["inf-cl"] = Provider(
             compute=rivals.inf_cl,
             reference=rivals.inf_cl_reference,
             work=_contrast_work(INF_CL, n, 0, d),
             unusable=unusable["inf-cl"],
             note="its sum holds the anchor itself; TF32",
             check_as=torch.float16,  # TF32 has float16's mantissa
-        ),
-    )
-    yield (
-        "siglip-kernel",
-        Provider(
+        )
+        providers["siglip-kernel"] = Provider(
             compute=rivals.siglip,
             reference=rivals.siglip_reference,
             work=_contrast_work(SIGLIP, n, 0, d),
             unusable=unusable["siglip-kernel"],
             note="sigmoid loss; its forward also forms the gradients",
-        ),
-    )
+        )
+    return providers
 
 
 def _pair_case(op: str, shape: Shape, device: torch.device, generator: torch.Generator) -> Case:
     c, f = shape.C, shape.F
     leaves = {name: torch.randn(c, f, generator=generator, device=device).to(shape.dtype) for name in ("x", "y")}
-    eager = partial(_pair_terms, pair_work, c, f, 1)
+
+    def eager(backward: bool) -> Work:
+        return pair_work(c, f, backward=backward)
+
     return Case(
         op=op,
         shape=shape,
         leaves=leaves,
-        providers=dict(
-            _our_providers(op, shape, device, p2p_reference, allnc.p2p, {"eager": eager, "compiled": eager})
-        ),
+        providers=_our_providers(op, shape, device, p2p_reference, allnc.p2p, {"eager": eager, "compiled": eager}),
         effective_flops=6.0 * c * c * f,
-        best=partial(_pair_terms, best_pair_work, c, f, 1),
+        best=eager,
     )
-
-
-def _pair_terms(work: Callable[..., Work], c: int, f: int, terms: int, backward: bool) -> Work:
-    one = work(c, f, backward=backward)
-    return Work(flops=terms * one.flops, exps=terms * one.exps)
 
 
 def _all_around_case(op: str, shape: Shape, device: torch.device, generator: torch.Generator) -> Case:
@@ -340,22 +321,25 @@ def _all_around_case(op: str, shape: Shape, device: torch.device, generator: tor
     leaves = {"z": unit_rows(generator, n, d).to(shape.dtype), "proj_means": noise(c, d)}
     leaves |= {"means": noise(c, f), "weights": noise(c, f)}
 
-    def eager(backward: bool) -> Work:
-        return AUTOGRAD.work(n, c, d, backward=backward) + _pair_terms(pair_work, c, f, 3, backward)
+    def with_pairs(contrast: Contrast) -> WorkOf:
+        """HyCon and P2P of the means, of the classifier, and of one with the other."""
 
-    def best(backward: bool) -> Work:
-        return BEST[device.type].work(n, c, d, backward=backward) + _pair_terms(best_pair_work, c, f, 3, backward)
+        def work(backward: bool) -> Work:
+            pairs = pair_work(c, f, backward=backward)
+            return contrast.work(n, c, d, backward=backward) + pairs + pairs + pairs
 
-    works = {"eager": eager, "compiled": eager}
+        return work
+
+    works = {"eager": with_pairs(AUTOGRAD), "compiled": with_pairs(AUTOGRAD)}
     reference, ours = partial(_summed, all_around_reference), partial(_summed, allnc.all_around)
     return Case(
         op=op,
         shape=shape,
         leaves=leaves,
         others={"labels": long_tailed_labels(generator, n, c)},
-        providers=dict(_our_providers(op, shape, device, reference, ours, works)),
+        providers=_our_providers(op, shape, device, reference, ours, works),
         effective_flops=6.0 * n * d * (n + c) + 18.0 * c * c * f,
-        best=best,
+        best=with_pairs(BEST[device.type]),
     )
 
 
@@ -385,7 +369,7 @@ def _class_mean_case(op: str, shape: Shape, device: torch.device, generator: tor
         shape=shape,
         leaves={"features": features},
         others={"labels": long_tailed_labels(generator, n, c)},
-        providers=dict(_our_providers(op, shape, device, reference, ours, works)),
+        providers=_our_providers(op, shape, device, reference, ours, works),
         effective_flops=2.0 * n * f,
         best=work,
         cotangent=cotangent,

@@ -7,7 +7,6 @@ with the 20th and 80th percentile. On CUDA, time is taken with events, and the L
 from __future__ import annotations
 
 import ctypes
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +102,6 @@ def peak_memory(step: Step, device: torch.device) -> float | None:
     On CUDA: the caching allocator's peak. On Linux CPUs: the process's peak resident set, reset before the step;
     pages the allocator kept from before are returned first, so that they do not hide what the step needs.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

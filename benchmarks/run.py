@@ -216,7 +216,8 @@ def measure(
                 continue
             step, statuses[provider], value = prepared(case, provider, device, backward=backward)
             if step is None or value is None:
-                release_memory(device)
+                if statuses[provider] == NO_MEMORY:
+                    release_memory(device)
                 continue
             eager = value if provider == "eager" else eager
             other = "" if eager is None else disagreement(case, provider, value, eager, dtype_name)

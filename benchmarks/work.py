@@ -59,16 +59,12 @@ BEST = {"cpu": TRIANGLE, "cuda": Contrast((1, 4), (0.5, 1), (2, 6), (1, 1))}
 
 
 def pair_work(c: int, f: int, *, backward: bool) -> Work:
-    """P2P with C x C matrices and autograd: one product forward, two backward; exponentials in its softmax form."""
+    """P2P with C x C matrices and autograd: one product forward, two backward; exponentials in its softmax form.
+
+    No less is known: the squared form's F x F matrices take more wherever it is used, at F >= C - 1.
+    """
     exps = float(c) * c * (2 if backward else 1) if f < c - 1 else 0.0
     return Work(flops=(6.0 if backward else 2.0) * c * c * f, exps=exps)
-
-
-def best_pair_work(c: int, f: int, *, backward: bool) -> Work:
-    """The least known for P2P: the pairs, or, for its squared form, the F x F matrices if they are smaller."""
-    pairs = pair_work(c, f, backward=backward)
-    closed = Work(flops=(8.0 if backward else 4.0) * c * f * f)
-    return min(pairs, closed, key=lambda work: work.flops) if pairs.exps == 0 else pairs
 
 
 def class_mean_work(n: int, c: int, f: int, itemsize: int, *, backward: bool) -> Work:
