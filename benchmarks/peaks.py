@@ -131,7 +131,7 @@ def _multiply_add_rate(type_name: str, threads: int) -> float | None:
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (2**30 if device.type == "cuda" else 2**27,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2.0 * source.numel() / _shortest(lambda: target.copy_(source), device)
 
