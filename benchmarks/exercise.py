@@ -1,7 +1,7 @@
 """Run the fused ops forward and backward and nothing else: `python benchmarks/exercise.py`.
 
-For tools that watch kernels: compute-sanitizer and ncu slow every kernel down many times; this keeps to ours, at few shapes. Results are not compared
-with anything here (the tests and run.py do that), only their being finite.
+For tools that watch kernels: compute-sanitizer and ncu slow every kernel down many times; this keeps to ours, at few
+shapes. Results are not compared with anything here (the tests and run.py do that); they must only be finite.
 """
 
 from __future__ import annotations

@@ -176,6 +176,12 @@ for stage in "${stages[@]}"; do
     : >"$log"
     "$stage"
 done
+case " ${stages[*]} " in
+    *" bench "* | *" class_mean "* | *" compiled "*)
+        echo "== forward and backward"
+        "$python" benchmarks/table.py $(find "$out" -name '*.csv' ! -name ncu.csv | sort) | tee "$out/table.txt"
+        ;;
+esac
 echo "== summary"
 printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
 exit $failed

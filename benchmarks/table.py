@@ -1,8 +1,12 @@
-"""Rows of the results: their columns, the table on the terminal, the CSV file of an op."""
+"""Rows of the results: their columns, the table on the terminal, the CSV file of an op.
+
+`python benchmarks/table.py FILE...` prints the forward-and-backward rows of CSV files, a short line each.
+"""
 
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -114,3 +118,23 @@ def print_table(console: Console, rows: Iterable[Row], place: Row) -> None:
         )  # fmt: skip
         previous = group
     console.print(table)
+
+
+def main() -> None:
+    """Print CSV files for people."""
+    for path in sys.argv[1:]:
+        with open(path, newline="") as file:
+            for line in csv.DictReader(file):
+                if line["pass"] != "forward+backward":
+                    continue
+                sizes = " ".join(f"{key}={line[key]}" for key in ("N", "D", "C", "F") if line[key])
+                name = f"{line['op']} {sizes} {line['dtype']} {line['provider']}: "
+                if line["status"] == "ok":
+                    times = f", {line['x_eager']}x eager" if line["x_eager"] else ""
+                    print(f"{name}{line['median_ms']} ms{times}, {line['fraction_of_limit']} of the limit")
+                else:
+                    print(name + line["status"])
+
+
+if __name__ == "__main__":
+    main()

@@ -221,7 +221,9 @@ def test_a_value_that_is_wrong_only_at_full_size_is_not_timed() -> None:
     assert rows["dense", "forward"]["median_ms"] == ""
 
 
-def test_a_tiny_run_writes_every_column(tmp_path: Path) -> None:
+def test_a_tiny_run_writes_every_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = {"--n": 64, "--d": 16, "--classes": 8, "--features": 12, "--seconds": 0, "--min-runs": 1}
     command = [str(word) for pair in sizes.items() for word in pair]
     providers = ["dense", "fused", "pytorch-metric-learning", "inf-cl", "siglip-kernel"]
@@ -244,6 +246,13 @@ def test_a_tiny_run_writes_every_column(tmp_path: Path) -> None:
                 assert row["gb_per_s"] if op == "class_mean_ema" else row["effective_gflops"]
             else:
                 assert row["provider"] in providers[2:]
+    monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "pairs-float32.csv")])
+    capsys.readouterr()
+    table.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(providers)
+    assert lines[0].startswith("pairs N=64 D=16 float32 eager: ") and "of the limit" in lines[0]
+    assert lines[-1] == "pairs N=64 D=16 float32 siglip-kernel: unsupported: needs a CUDA device"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
