@@ -1,14 +1,12 @@
 """Time and memory of one step, measured so that figures of different providers can be compared.
 
 Providers are interleaved (A B C, A B C, ...), because the speed of shared machines drifts; the figure is the median
-with the 20th and 80th percentile. On CUDA, time is taken with events and the inputs rotate through more memory than
-the L2 cache holds.
+with the 20th and 80th percentile. On CUDA, time is taken with events, and the L2 cache is overwritten before each run.
 """
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-Step = Callable[[], object]
+Step = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +28,20 @@ class Timing:
     runs: int
 
 
+def warm_up(variants: Sequence[Step], device: torch.device) -> torch.Tensor:
+    """Compile, allocate and load: the first runs, which are not counted. Returns what the first one returned."""
+    value = variants[0]()
+    for step in variants[1:]:
+        step()
+    if device.type == "cuda":
+        for _ in range(3):
+            variants[0]()
+        torch.cuda.synchronize(device)
+    return value
+
+
 def time_interleaved(
-    steps: Mapping[str, Sequence[Step]], device: torch.device, *, seconds: float, min_runs: int
+    steps: Mapping[str, Sequence[Step]], device: torch.device, *, seconds: float, min_runs: int, warmed: bool = False
 ) -> dict[str, Timing]:
     """Time every provider's step, one run of each in turn.
 
@@ -40,26 +50,37 @@ def time_interleaved(
         device: where the steps run.
         seconds: time to spend on the counted rounds, beyond which no new round starts once `min_runs` are done.
         min_runs: rounds to do in any case.
+        warmed: every step was passed to `warm_up` already.
 
     Returns:
         Provider -> Timing.
     """
-    for variants in steps.values():
-        for step in variants[:2]:  # compile, allocate, warm up
-            step()
+    if not warmed:
+        for variants in steps.values():
+            warm_up(variants, device)
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    cache = _cache_filler(device)
     started = time.perf_counter()
-    while len(next(iter(samples.values()))) < min_runs or time.perf_counter() - started < seconds:
+    while steps and (len(next(iter(samples.values()))) < min_runs or time.perf_counter() - started < seconds):
         for name, variants in steps.items():
             step = variants[len(samples[name]) % len(variants)]
-            samples[name].append(_time_once(step, device))
+            samples[name].append(_time_once(step, device, cache))
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def _time_once(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
+def _cache_filler(device: torch.device) -> torch.Tensor | None:
+    """A tensor of twice the L2 cache of a GPU: writing it leaves nothing of a step's inputs there."""
+    if device.type != "cuda":
+        return None
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(max(size, 2**20), dtype=torch.uint8, device=device)
+
+
+def _time_once(step: Step, device: torch.device, cache: torch.Tensor | None) -> float:
+    if cache is not None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
+        cache.zero_()
+        torch.cuda.synchronize(device)  # the launches of the step count: a small batch is bound by them
         begin.record()
         step()
         end.record()
@@ -81,7 +102,6 @@ def peak_memory(step: Step, device: torch.device) -> float | None:
     On CUDA: the caching allocator's peak. On Linux CPUs: the process's peak resident set, reset before the step;
     pages the allocator kept from before are returned first, so that they do not hide what the step needs.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -105,3 +125,18 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     raise OSError(f"/proc/self/status has no {field}")
+
+
+def available_memory() -> float | None:
+    """Bytes of main memory a new allocation can have, of the machine or of this control group; None if not known."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = float(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        return free if limit == "max" else min(free, float(limit) - used)
+    except OSError:
+        return free
