@@ -62,7 +62,7 @@ from allnc.kernels._common import (
 
 # float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g|
 # is 2^14: |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
-_HALF_SCALE = tl.constexpr(16384.0)
+HALF_SCALE = tl.constexpr(16384.0)
 _LEAST_GRAD = tl.constexpr(1e-30)  # keeps the scale finite where all of g is 0
 
 
@@ -290,7 +290,7 @@ def hycon_bwd_terms_kernel(
     used = (grad != 0) & (lse != float("-inf"))
     lse = tl.where(used, lse, float("inf"))
     if SCALED:
-        grad *= _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
+        grad *= HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
     stored = index < N + C
     if SHIFTED:
         exponent = (1.0 / tl.load(temperature_ptr) - lse) * LOG2_E
@@ -465,7 +465,7 @@ def hycon_bwd_kernel(
     )  # fmt: skip
     factor = 1.0 / tl.load(temperature_ptr)
     if SCALED:
-        factor *= tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD) / _HALF_SCALE
+        factor *= tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD) / HALF_SCALE
     dx_ptr = dz_ptr
     if HAS_MU:
         if of_mean:
@@ -474,7 +474,7 @@ def hycon_bwd_kernel(
 
 
 # Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.
-_PROGRAMS = 264
+PROGRAMS = 264
 _VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vectors
 
 
@@ -532,7 +532,7 @@ def finish_constants() -> dict[str, Any]:
 def num_splits(num_panels: int, tiles_per_panel: int, parts: int = 1) -> int:
     """Programs that share a part's tiles of a panel of the triangle: enough for the device, at most one a tile."""
     tiles = triton.cdiv((num_panels // 2 + 1) * tiles_per_panel, parts)
-    return max(1, min(_PROGRAMS // num_panels, tiles))
+    return max(1, min(PROGRAMS // num_panels, tiles))
 
 
 def finish_triangle(sums: Tensor, temperature: Tensor) -> None:
