@@ -62,7 +62,7 @@ from allnc.kernels._common import (
 
 # float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g|
 # is 2^14: |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
-_HALF_SCALE = tl.constexpr(16384.0)
+HALF_SCALE = tl.constexpr(16384.0)
 _LEAST_GRAD = tl.constexpr(1e-30)  # keeps the scale finite where all of g is 0
 
 
@@ -290,7 +290,7 @@ def hycon_bwd_terms_kernel(
     used = (grad != 0) & (lse != float("-inf"))
     lse = tl.where(used, lse, float("inf"))
     if SCALED:
-        grad *= _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
+        grad *= HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
     stored = index < N + C
     if SHIFTED:
         exponent = (1.0 / tl.load(temperature_ptr) - lse) * LOG2_E
@@ -303,9 +303,9 @@ def hycon_bwd_terms_kernel(
 
 
 @triton.jit
-def pair_terms(term_ptr, index, valid, num_terms, SHIFTED: tl.constexpr):
+def pair_terms(u_ptr, term_ptr, index, valid, num_terms, SHIFTED: tl.constexpr):
     """The terms of rows or columns; those past the end bring nothing."""
-    u = tl.load(term_ptr + index, mask=valid, other=0.0)
+    u = tl.load(u_ptr + index, mask=valid, other=0.0)
     if SHIFTED:
         a = tl.load(term_ptr + num_terms + index, mask=valid, other=0.0)
         lse = u
@@ -331,6 +331,112 @@ def pair_coefficient(
     return tl.exp2(of_row) * row_u[:, None] + tl.exp2(of_column) * column_u[None, :]
 
 
+@triton.jit
+def backward_panel(
+    panel,
+    column,
+    u_ptr,
+    term_ptr,
+    z_ptr,
+    mu_ptr,
+    temperature_ptr,
+    N,
+    C,
+    own,
+    D: tl.constexpr,
+    HAS_MU: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """Σ_j K_ij y_j [BLOCK_M, BLOCK_G] of a panel of the own rows or, counted on from those, of μ, from `column` on."""
+    num_own = tl.cdiv(own, BLOCK_M)
+    # A panel's diagonal is in TILES tiles, the ones from `base` on; the sizes divide each other.
+    UNIT: tl.constexpr = BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N
+    TILES: tl.constexpr = UNIT // BLOCK_N
+    of_mean = panel >= num_own
+    x_ptr = z_ptr
+    num_x = own
+    num_y = N
+    num_means = C
+    num_diagonal = TILES
+    num_terms = N
+    x_first = 0
+    if HAS_MU:
+        num_terms = N + C
+        if of_mean:  # a panel of μ: against the own rows of z, no diagonal, no other means
+            x_ptr = mu_ptr
+            num_x = C
+            num_y = own
+            num_means = 0
+            panel -= num_own
+            num_diagonal = 0
+            x_first = N
+
+    inverse_temperature = 1.0 / tl.load(temperature_ptr)
+    start = panel * BLOCK_M
+    base = start
+    if BLOCK_N > BLOCK_M:
+        base = start // UNIT * UNIT
+    rows = start + tl.arange(0, BLOCK_M)
+    row_u, row_a, row_lse = pair_terms(u_ptr, term_ptr, x_first + rows, rows < num_x, num_terms, SHIFTED)
+    x = 0.0
+    if RESIDENT:
+        x = load_tile(x_ptr, start, num_x, 0, D, BLOCK_M, BLOCK_D)
+    dx = tl.zeros([BLOCK_M, BLOCK_G], dtype=tl.float32)
+
+    for tile in range(num_diagonal):
+        first = base + tile * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
+        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
+        u, a, lse = pair_terms(u_ptr, term_ptr, columns, columns < N, num_terms, SHIFTED)
+        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
+
+    # A panel of z starts behind its diagonal; a panel of μ visits all of its z from the first.
+    origin = tl.where(of_mean, 0, base + UNIT)
+    num_units = tl.cdiv(num_y, UNIT)
+    num_others = num_units - tl.where(of_mean, 0, 1)
+    for item in range(num_others * TILES):
+        first = origin + item * BLOCK_N
+        first = tl.where(first >= num_units * UNIT, first - num_units * UNIT, first)
+        columns = first + tl.arange(0, BLOCK_N)
+        y = load_tile(z_ptr, first, num_y, column, D, BLOCK_N, BLOCK_G)
+        s = similarity(
+            x, y, x_ptr, z_ptr, start, first, num_x, num_y,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION,
+        )  # fmt: skip
+        u, a, lse = pair_terms(u_ptr, term_ptr, columns, columns < num_y, num_terms, SHIFTED)
+        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
+
+    if HAS_MU:
+        for first in range(0, num_means, BLOCK_N):
+            columns = first + tl.arange(0, BLOCK_N)
+            y = load_tile(mu_ptr, first, C, column, D, BLOCK_N, BLOCK_G)
+            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+            u, b, lse = pair_terms(u_ptr, term_ptr, N + columns, columns < C, num_terms, SHIFTED)
+            k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, b, lse, SHIFTED)
+            dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
+    return dx, start, num_x, of_mean
+
+
+@triton.jit
+def store_tile(pointer, x, start, num_rows, column, D: tl.constexpr):
+    """Writes x [ROWS, COLUMNS], narrowed, to rows from `start` and columns from `column` of a [num_rows, D] matrix."""
+    rows = tl.arange(0, x.shape[0])
+    columns = column + tl.arange(0, x.shape[1])
+    mask = (start + rows < num_rows)[:, None] & (columns < D)[None, :]
+    origin = pointer + tl.cast(start, tl.int64) * D
+    tl.store(origin + (rows[:, None] * D + columns[None, :]), narrow(x, pointer.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["N", "C", "own"])
 def hycon_bwd_kernel(
     term_ptr,
@@ -354,88 +460,23 @@ def hycon_bwd_kernel(
     BLOCK_G: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    num_own = tl.cdiv(own, BLOCK_M)  # panels whose gradient is asked for: those of the first `own` rows
-    TILES: tl.constexpr = BLOCK_M // BLOCK_N
-    panel = tl.program_id(0)
-    of_mean = panel >= num_own
-    x_ptr = z_ptr
-    dx_ptr = dz_ptr
-    num_x = own
-    num_y = N
-    num_means = C
-    num_diagonal = TILES
-    num_terms = N
-    x_terms = term_ptr
-    if HAS_MU:
-        num_terms = N + C
-        if of_mean:  # a panel of μ: against the own rows of z, no diagonal, no other means
-            x_ptr = mu_ptr
-            dx_ptr = dmu_ptr
-            num_x = C
-            num_y = own
-            num_means = 0
-            panel -= num_own
-            num_diagonal = 0
-            x_terms = term_ptr + N
-
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
-    factor = 1.0
-    if SCALED:
-        factor = _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
-    start = panel * BLOCK_M
-    rows = start + tl.arange(0, BLOCK_M)
     column = 0 if RESIDENT else tl.program_id(1) * BLOCK_G
-    row_u, row_a, row_lse = pair_terms(x_terms, rows, rows < num_x, num_terms, SHIFTED)
-    x = 0.0
-    if RESIDENT:
-        x = load_tile(x_ptr, start, num_x, 0, D, BLOCK_M, BLOCK_D)
-    dx = tl.zeros([BLOCK_M, BLOCK_G], dtype=tl.float32)
-
-    for tile in range(num_diagonal):
-        first = start + tile * BLOCK_N
-        columns = first + tl.arange(0, BLOCK_N)
-        y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
-        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-        s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
-        u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
-        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
-        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
-
-    # A panel of z starts at its right neighbour; a panel of μ visits all of its z from the first.
-    origin = tl.where(of_mean, 0, start + BLOCK_M)
-    num_panels = tl.cdiv(num_y, BLOCK_M)
-    num_others = num_panels - tl.where(of_mean, 0, 1)
-    for item in range(num_others * TILES):
-        first = origin + item * BLOCK_N
-        first = tl.where(first >= num_panels * BLOCK_M, first - num_panels * BLOCK_M, first)
-        columns = first + tl.arange(0, BLOCK_N)
-        y = load_tile(z_ptr, first, num_y, column, D, BLOCK_N, BLOCK_G)
-        s = similarity(
-            x, y, x_ptr, z_ptr, start, first, num_x, num_y,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION,
-        )  # fmt: skip
-        u, a, lse = pair_terms(term_ptr, columns, columns < num_y, num_terms, SHIFTED)
-        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
-        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
-
+    dx, start, num_x, of_mean = backward_panel(
+        tl.program_id(0), column, term_ptr, term_ptr, z_ptr, mu_ptr, temperature_ptr, N, C, own,
+        D, HAS_MU, SHIFTED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G, RESIDENT,
+    )  # fmt: skip
+    factor = 1.0 / tl.load(temperature_ptr)
+    if SCALED:
+        factor *= tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD) / HALF_SCALE
+    dx_ptr = dz_ptr
     if HAS_MU:
-        for first in range(0, num_means, BLOCK_N):
-            columns = first + tl.arange(0, BLOCK_N)
-            y = load_tile(mu_ptr, first, C, column, D, BLOCK_N, BLOCK_G)
-            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-            u, b, lse = pair_terms(term_ptr + N, columns, columns < C, num_terms, SHIFTED)
-            k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, b, lse, SHIFTED)
-            dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
-
-    dx *= inverse_temperature / factor
-    out_columns = column + tl.arange(0, BLOCK_G)
-    mask = (rows < num_x)[:, None] & (out_columns < D)[None, :]
-    offsets = tl.arange(0, BLOCK_M)[:, None] * D + out_columns[None, :]
-    tl.store(dx_ptr + tl.cast(start, tl.int64) * D + offsets, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+        if of_mean:
+            dx_ptr = dmu_ptr
+    store_tile(dx_ptr, dx * factor, start, num_x, column, D)
 
 
 # Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.
-_PROGRAMS = 264
+PROGRAMS = 264
 _VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vectors
 
 
@@ -493,7 +534,7 @@ def finish_constants() -> dict[str, Any]:
 def num_splits(num_panels: int, tiles_per_panel: int, parts: int = 1) -> int:
     """Programs that share a part's tiles of a panel of the triangle: enough for the device, at most one a tile."""
     tiles = triton.cdiv((num_panels // 2 + 1) * tiles_per_panel, parts)
-    return max(1, min(_PROGRAMS // num_panels, tiles))
+    return max(1, min(PROGRAMS // num_panels, tiles))
 
 
 def finish_triangle(sums: Tensor, temperature: Tensor) -> None:

@@ -145,7 +145,7 @@ def test_more_columns_than_stay_on_chip(d: int, dtype: torch.dtype, mode: Mode) 
 def test_triangle_meets_every_pair_once_for_any_split(
     panels: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hycon, "_PROGRAMS", programs)
+    monkeypatch.setattr(hycon, "PROGRAMS", programs)
     case = make_case(64 * panels - 9, 8, 70)
     lse = hycon_lse_forward(*case[:4], torch.tensor(0.1, device=DEVICE), shifted=True, deterministic=False)
     assert_as_exact(lse, dense_lse(case, 0.1, torch.float32), dense_lse(case, 0.1, torch.float64))
