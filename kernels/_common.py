@@ -109,6 +109,13 @@ def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> 
     return Blocks(block_m=block_m, block_n=64, block_d=width, block_g=group, num_warps=8, num_stages=2)
 
 
+def wave_blocks(dtype: torch.dtype, precision: str, arch: int) -> Blocks:
+    """Sizes of the tiles of K in row waves."""
+    if precision == "ieee" and dtype == torch.float32:
+        return Blocks(block_m=64, block_n=64, block_d=32, block_g=0, num_warps=8, num_stages=2)
+    return Blocks(block_m=128, block_n=128, block_d=128 // dtype.itemsize, block_g=0, num_warps=8, num_stages=3)
+
+
 @triton.jit
 def matmul(x, y, accumulator, PRECISION: tl.constexpr):
     if INTERPRETED:  # the interpreter holds bfloat16 as integers and would multiply those

@@ -30,12 +30,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from allnc.kernels import all_around, hycon
+from allnc.kernels import all_around, hycon, waves
 
 TRITON_TYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 # Arguments that have the type of the activations; the other pointers are float32, except `seen`.
-_IN_INPUT_TYPE = {"z_ptr", "mu_ptr", "dz_ptr", "dmu_ptr"}
+_IN_INPUT_TYPE = {"z_ptr", "mu_ptr", "dz_ptr", "dmu_ptr", "rows_ptr", "k_ptr"}
 _OTHER_TYPES = {"seen_ptr": "*i1", "p2p_temperature": "fp32"}
 _KINDS = ("HGMMA", "HMMA", "UTCHMMA", "MUFU.EX2", "FFMA", "SHFL", "LDGSTS", "RED")
 
@@ -72,6 +72,7 @@ _KERNELS: dict[str, Any] = {
     "hycon_finish": hycon.hycon_finish_kernel,
     "hycon_bwd_terms": hycon.hycon_bwd_terms_kernel,
     "hycon_bwd": hycon.hycon_bwd_kernel,
+    "hycon_wave": waves.hycon_wave_kernel,
     "all_around_fwd": all_around.all_around_fwd_kernel,
 }
 
@@ -144,6 +145,8 @@ def resources(variant: Variant) -> Resources:
             attributes[(index,)] = [["tt.divisibility", 16]]  # as torch's allocator aligns
         else:
             signature[name] = "i32"
+            if name == "width":
+                attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, variant.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=variant.options)
     with tempfile.TemporaryDirectory() as folder:
