@@ -55,8 +55,8 @@ def read_code(text: str) -> Code:
             name, operands = instruction.groups()
             target = _TARGET.search(operands)
             # A branch to itself ends a kernel. Branches to one label are one loop, up to the last of them.
-            if name.startswith("BRA") and target and labels.get(target[1], len(names)) < len(names):
-                spans[labels[target[1]]] = len(names)
+            if target and name.startswith("BRA") and (start := labels.get(target[1], len(names))) < len(names):
+                spans[start] = len(names)
             names.append(name)
     owner = [-1] * len(names)  # innermost loop of each instruction
     starts = sorted(spans)
