@@ -71,42 +71,122 @@ def padded_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def forward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
-    """Sizes of the forward's tiles.
+class Tile(NamedTuple):
+    """One entry of the tables below."""
 
-    128 x 128 is the largest product whose accumulator (64 registers a thread in 8 warps) leaves room for the
-    two sums; half of it where sm_100, which reads whole rows from tensor memory, would run out of registers.
-    A resident panel of 128 rows and two tiles in flight must fit the 163 KiB of sm_80, which halves BLOCK_N
-    at 512 bytes a row and ends residence above. float32 products without tensor cores unroll into one FMA
-    each: short chunks keep them in registers.
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Tiles by architecture and by the bytes of a row, so that a first call need not search. They were chosen from compiled
+# code: no spills, and as many independent blocks on a multiprocessor as registers and shared memory allow, because
+# one block's exponentials then run beside another's products. What they are worth on a GPU is a prediction;
+# `python -m allnc.kernels.tune` measures the alternatives and prints the rows to paste here. Rows are at most 512 bytes
+# where they stay on chip; CHUNKED is for longer ones, which are loaded CHUNK_BYTES at a time.
+CHUNKED = 0
+CHUNK_BYTES = {80: 64, 90: 128, 100: 128}  # sm_80 holds a chunk in registers too: half of it leaves room for two blocks
+
+FORWARD = {
+    80: {
+        128: Tile(128, 64, 8, 2),  # 128 registers: two blocks; a third stage takes 160, and one block is left
+        256: Tile(128, 64, 8, 2),  # as above
+        512: Tile(128, 64, 8, 2),  # the panel and two tiles are 97 KiB, as much as sm_86 and sm_89 have
+        CHUNKED: Tile(128, 128, 8, 4),  # 64 columns of sums less would load half as much again for a product
+    },
+    90: {
+        128: Tile(128, 64, 8, 3),  # 124 registers: two blocks, where 128 x 128 takes 250: one
+        256: Tile(128, 64, 8, 3),  # 126 registers, 81 KiB: two blocks
+        512: Tile(128, 64, 8, 2),  # 129 KiB: one block; 128 x 32 has two, but products of 32 columns starve
+        CHUNKED: Tile(128, 128, 8, 3),  # 96 KiB; smaller tiles would ask more of the L2 cache than it delivers
+    },
+    100: {
+        128: Tile(128, 128, 8, 2),  # 128 x 64 spills in triangle mode
+        256: Tile(128, 64, 8, 2),  # 128 x 128 spills: a thread reads whole rows from tensor memory
+        512: Tile(128, 64, 8, 2),
+        CHUNKED: Tile(128, 64, 8, 3),  # as above
+    },
+}
+
+BACKWARD = {
+    80: {
+        128: Tile(64, 64, 4, 2),  # 162 registers, 4 warps: three blocks, where 128 x 64 has one of 8 warps
+        256: Tile(64, 64, 4, 2),  # 228 registers: two blocks
+        512: Tile(64, 64, 8, 2),  # the panel is in registers too, and 4 warps spill in unshifted mode
+    },
+    90: {
+        128: Tile(128, 64, 8, 2),  # 126 registers: two blocks
+        256: Tile(64, 64, 4, 2),  # 164 registers, 4 warps: three blocks, where 128 x 64 has one of 8 warps
+        512: Tile(128, 64, 8, 2),  # 232 registers, 128 of them sums; 64 rows in 4 warps spill in unshifted mode
+    },
+    100: {
+        128: Tile(64, 64, 8, 2),  # two exponentials of unshifted mode need too many registers for 128 rows
+        256: Tile(64, 64, 8, 2),
+        512: Tile(64, 64, 8, 2),
+    },
+}
+
+# Tiles of K in row waves: at most 128 registers, two blocks; 128 x 256 would leave one, which forms K, a third of the
+# time at 512 columns, while nothing multiplies.
+WAVES = {
+    80: {CHUNKED: Tile(128, 128, 8, 4)},
+    90: {CHUNKED: Tile(128, 128, 8, 3)},
+    100: {CHUNKED: Tile(128, 128, 8, 3)},
+}
+
+
+def table_arch(arch: int) -> int:
+    """The architecture whose rows hold for `arch`: 80, 90 or 100.
+
+    Consumer GPUs (8.6, 8.9, 12.x) have sm_80's tensor-core instructions and 99 KiB of shared memory, within which
+    the rows of 80 stay.
     """
-    width = padded_dim(dim)
-    if precision == "ieee" and dtype == torch.float32:
-        return Blocks(block_m=64, block_n=64, block_d=min(32, width), block_g=0, num_warps=8, num_stages=2)
-    row_bytes = width * dtype.itemsize
-    if row_bytes > 512:
-        width = 128 // dtype.itemsize
-    block_n = 64 if row_bytes == 512 or (arch >= 100 and row_bytes > 128) else 128
-    return Blocks(block_m=128, block_n=block_n, block_d=width, block_g=0, num_warps=8, num_stages=2)
+    return {9: 90, 10: 100, 11: 100}.get(arch // 10, 80)
+
+
+def row_class(dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a padded row, at least 128, as the tables have them; CHUNKED above 512."""
+    row_bytes = max(128, padded_dim(dim) * dtype.itemsize)
+    return row_bytes if row_bytes <= 512 else CHUNKED
+
+
+def uses_waves(dim: int, dtype: torch.dtype) -> bool:
+    """Whether rows are too long for the backward to keep a panel and its gradient on chip."""
+    return row_class(dim, dtype) == CHUNKED
+
+
+def forward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
+    """Sizes of the forward's tiles."""
+    if precision == "ieee" and dtype == torch.float32:  # one FMA a product: short chunks keep them in registers
+        return Blocks(block_m=64, block_n=64, block_d=min(32, padded_dim(dim)), block_g=0, num_warps=8, num_stages=2)
+    return _blocks(FORWARD, dim, dtype, arch, group=0)
 
 
 def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
-    """Sizes of the backward's tiles.
-
-    The gradient's accumulator BLOCK_M x BLOCK_G decides: 128 x 256 takes 128 of the 255 registers of a
-    thread. sm_80 keeps the panel itself in registers too, so that rows of 512 bytes leave room for 64 of them
-    only; on sm_100 the two exponentials of unshifted mode need more than there are for any panel of 128 rows.
-    """
+    """Sizes of the backward's tiles; up to 256 columns of the gradient a program."""
     width = padded_dim(dim)
     group = min(width, 256)
     if precision == "ieee" and dtype == torch.float32:
         return Blocks(block_m=64, block_n=32, block_d=min(32, width), block_g=group, num_warps=8, num_stages=1)
-    row_bytes = width * dtype.itemsize
-    if row_bytes > 512:
+    if uses_waves(dim, dtype):
         chunk = 128 // dtype.itemsize
         return Blocks(block_m=64, block_n=chunk, block_d=chunk, block_g=group, num_warps=8, num_stages=2)
-    block_m = 64 if arch >= 100 or (arch < 90 and row_bytes == 512) else 128
-    return Blocks(block_m=block_m, block_n=64, block_d=width, block_g=group, num_warps=8, num_stages=2)
+    return _blocks(BACKWARD, dim, dtype, arch, group)
+
+
+def wave_blocks(dtype: torch.dtype, precision: str, arch: int) -> Blocks:
+    """Sizes of the tiles of K in row waves."""
+    if precision == "ieee" and dtype == torch.float32:
+        return Blocks(block_m=64, block_n=64, block_d=32, block_g=0, num_warps=8, num_stages=2)
+    return _blocks(WAVES, 1024, dtype, arch, group=0)
+
+
+def _blocks(table: dict[int, dict[int, Tile]], dim: int, dtype: torch.dtype, arch: int, group: int) -> Blocks:
+    arch, row = table_arch(arch), row_class(dim, dtype)
+    tile = table[arch][row]
+    columns = CHUNK_BYTES[arch] // dtype.itemsize if row == CHUNKED else padded_dim(dim)
+    return Blocks(tile.block_m, tile.block_n, columns, group, tile.num_warps, tile.num_stages)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Compiles the kernels for a GPU that need not be there, and reads what they use from the machine code.
 
 `variants` asks the launchers' own functions for block sizes and options, so that what is compiled here is
-what would be launched. `resources` gives registers, stack (spills), shared memory and instruction counts of a
-variant.
+what would be launched. `resources` gives registers, stack (spills), shared memory and instruction counts of a variant,
+`predicted` what the formulas say that one trip through its loop over tiles holds, `blocks_per_multiprocessor` how many
+of its blocks run at once.
 
     python -m allnc.kernels.aot --arch 90 --dim 64 128 --dtype bfloat16
 
@@ -12,14 +13,13 @@ prints them as JSON, one line a variant. TRITON_INTERPRET must not be set: an in
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import functools
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,16 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from allnc.kernels import all_around, hycon
+from allnc.kernels import all_around, hycon, waves
+from allnc.kernels._common import uses_waves
+from allnc.kernels.sass import TENSOR_CORES, Section, read_code
 
 TRITON_TYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 # Arguments that have the type of the activations; the other pointers are float32, except `seen`.
-_IN_INPUT_TYPE = {"z_ptr", "mu_ptr", "dz_ptr", "dmu_ptr"}
+_IN_INPUT_TYPE = {"z_ptr", "mu_ptr", "dz_ptr", "dmu_ptr", "rows_ptr", "k_ptr"}
 _OTHER_TYPES = {"seen_ptr": "*i1", "p2p_temperature": "fp32"}
-_KINDS = ("HGMMA", "HMMA", "UTCHMMA", "MUFU.EX2", "FFMA", "SHFL", "LDGSTS", "RED")
+_ALIGNED = {"width"}  # a multiple of 64, which the launcher's specialisation sees
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide
 
@@ -58,13 +60,40 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resources:
-    """What a variant's code uses: registers a thread, bytes a block, static instruction counts."""
+    """What a variant's code uses: registers a thread, bytes a block, tensor memory columns, instructions in the code.
+
+    `loops` are those of allnc.kernels.sass that multiply on tensor cores or take exponentials.
+    """
 
     registers: int
     stack: int
     shared: int
+    tensor_memory: int
     instructions: int
     counts: dict[str, int]
+    loops: list[Section]
+    outside: Section
+
+    def fullest(self, count: Callable[[Section], int]) -> int:
+        """The most of something in one loop; in the code that is in no loop where none has any."""
+        return max(map(count, self.loops), default=0) or count(self.outside)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one trip through a variant's loops must hold, from its tile and the formulas.
+
+    Attributes:
+        products: multiply-adds that each warp (sm_80) or group of four warps (sm_90) issues in the loop that ends a
+            tile, and in the one over chunks of columns; 0 for a loop that has none.
+        issued: tensor-core instructions of these loops on sm_100, whose code does not show their shape: each takes the
+            whole tile and 32 bytes of depth.
+        exponentials: EX2 a thread and tile; in the running-maximum forward without the few that rescale the sums.
+    """
+
+    products: tuple[int, int]
+    issued: tuple[int, int]
+    exponentials: int
 
 
 _KERNELS: dict[str, Any] = {
@@ -72,6 +101,7 @@ _KERNELS: dict[str, Any] = {
     "hycon_finish": hycon.hycon_finish_kernel,
     "hycon_bwd_terms": hycon.hycon_bwd_terms_kernel,
     "hycon_bwd": hycon.hycon_bwd_kernel,
+    "hycon_wave": waves.hycon_wave_kernel,
     "all_around_fwd": all_around.all_around_fwd_kernel,
 }
 
@@ -124,8 +154,11 @@ def _modes(
     yield "hycon_finish", "triangle", (hycon.finish_constants(), {})
     for mode, shifted in (("shifted", True), ("unshifted", False)):
         backward = hycon.backward_constants(dim, dtype, has_mu=True, shifted=shifted, arch=arch)
-        yield "hycon_bwd", mode, backward
         yield "hycon_bwd_terms", mode, (hycon.terms_constants(backward[0]), {})
+        if uses_waves(dim, dtype):
+            yield "hycon_wave", mode, waves.wave_constants(dim, dtype, shifted=shifted, arch=arch)
+        else:
+            yield "hycon_bwd", mode, backward
 
 
 def resources(variant: Variant) -> Resources:
@@ -144,24 +177,54 @@ def resources(variant: Variant) -> Resources:
             attributes[(index,)] = [["tt.divisibility", 16]]  # as torch's allocator aligns
         else:
             signature[name] = "i32"
+            if name in _ALIGNED:
+                attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, variant.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=variant.options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-        code = _output(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
+        code = read_code(_output(knobs.nvidia.nvdisasm.path, "-c", str(cubin)))
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
-    counts = collections.Counter("MUFU.EX2" if n.startswith("MUFU.EX2") else n.split(".")[0] for n in names)
-    counts["RED"] += counts["REDG"]  # the same instruction's name on newer architectures
     return Resources(
         registers=used["REG"],
         stack=used["STACK"] + used["LOCAL"],
         shared=compiled.metadata.shared,
-        instructions=len(names),
-        counts={kind: counts[kind] for kind in _KINDS},
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        instructions=code.instructions,
+        counts=code.total.counts,
+        loops=[loop for loop in code.loops if any(loop.counts[kind] for kind in (*TENSOR_CORES, "MUFU.EX2"))],
+        outside=code.outside,
     )
+
+
+def predicted(variant: Variant) -> Prediction:
+    """The loops of hycon_fwd, hycon_bwd and hycon_wave, by formula: S, the exponentials of S, and K times z."""
+    constants = variant.constants
+    rows, columns, chunk = (constants[f"BLOCK_{name}"] for name in "MND")
+    gradient = constants.get("BLOCK_G", 0)  # columns of K z
+    warps = variant.options["num_warps"]
+    tile = rows * columns // (warps if variant.arch == 80 else warps // 4)
+    depth = 32 // {"fp32": 4}.get(variant.dtype, 2)  # columns one instruction of sm_100 takes
+    once = gradient and columns // depth
+    per_element = 1 if variant.kernel == "hycon_fwd" or constants["SHIFTED"] else 2
+    exponentials = per_element * rows * columns // (32 * warps)
+    if constants.get("RESIDENT"):
+        return Prediction((tile * (chunk + gradient), 0), (chunk // depth + once, 0), exponentials)
+    return Prediction((tile * gradient, tile * chunk), (once, chunk // depth), exponentials)
+
+
+def blocks_per_multiprocessor(variant: Variant, used: Resources) -> int:
+    """Blocks that run on one multiprocessor at once, as registers, shared and tensor memory and threads allow."""
+    warps = variant.options.get("num_warps", 4)
+    a_warp = -(-used.registers * 32 // 256) * 256  # registers are given to a warp in units of 256
+    limits = [65536 // (a_warp * warps), 64 // warps, 32]
+    # Of the shared memory every block takes 1 KiB more than it asks for.
+    limits.append((SHARED_LIMIT[variant.arch] + 1024) // (used.shared + 1024))
+    if used.tensor_memory:
+        limits.append(512 // used.tensor_memory)
+    return min(limits)
 
 
 def resources_of_all(chosen: Sequence[Variant], workers: int | None = None) -> Iterator[tuple[Variant, Resources]]:

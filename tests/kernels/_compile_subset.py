@@ -8,25 +8,32 @@ import json
 
 import torch
 
-from allnc.kernels.aot import Variant, resources_of_all, variants
+from allnc.kernels.aot import Variant, blocks_per_multiprocessor, predicted, resources_of_all, variants
 
 ARCHS = (80, 90, 100)
 
 
 def subset() -> list[Variant]:
-    """The main kernels on every architecture, and the sizes nearest to the limits; a minute on two cores."""
+    """The main kernels on every architecture, and the sizes nearest to the limits; a minute on one core."""
     both = ("hycon_fwd", "hycon_bwd")
     common = variants(ARCHS, [128], [torch.bfloat16], "high", both)
     widest = variants(ARCHS, [256], [torch.float16], "high", ("hycon_bwd",))
+    panels = variants([80], [256], [torch.bfloat16], "high", ("hycon_fwd",))
+    chunks = variants([80, 90], [1024], [torch.bfloat16], "high", ("hycon_fwd",))
+    waves = variants(ARCHS, [1024], [torch.bfloat16], "high", ("hycon_wave",))
     exact = variants([90], [128], [torch.float32], "highest", both)
     small = ("hycon_finish", "hycon_bwd_terms", "all_around_fwd")
     others = variants([90], [64], [torch.bfloat16], "high", small)
     wanted = ("triangle", "shifted", "square")
-    chosen = [v for v in itertools.chain(common, widest) if v.mode in wanted]
-    chosen += [v for v in exact if v.mode in ("triangle", "shifted")]
+    chosen = [*waves, *(v for v in itertools.chain(common, widest) if v.mode in wanted)]
+    chosen += [v for v in itertools.chain(panels, chunks, exact) if v.mode in ("triangle", "shifted")]
     return chosen + [v for v in others if v.mode.startswith(("triangle", "shifted"))]
 
 
 if __name__ == "__main__":
     for variant, used in resources_of_all(subset()):
-        print(json.dumps(dataclasses.asdict(variant) | dataclasses.asdict(used)), flush=True)
+        row = dataclasses.asdict(variant) | dataclasses.asdict(used)
+        row["blocks"] = blocks_per_multiprocessor(variant, used)
+        if variant.kernel in ("hycon_fwd", "hycon_bwd", "hycon_wave"):
+            row["predicted"] = dataclasses.asdict(predicted(variant))
+        print(json.dumps(row), flush=True)
