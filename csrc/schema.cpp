@@ -11,8 +11,9 @@ STABLE_TORCH_LIBRARY(allnc_C, m) {
   m.def(
       "class_mean_ema_backward(Tensor grad_value, Tensor labels, Tensor counts, Tensor seen_before, float momentum, "
       "bool straight_through, int ignore_index, ScalarType features_dtype) -> Tensor");
-  // z [N, D], mu [C, D], a [N], b [C] -> lse [N]; of `parts` shares of the work only the one numbered `part`: the
-  // log of the partial sums, -inf where it met nothing; logsumexp over the parts is the whole
+  // z [N, D], mu [C, D], a [N], b [C] -> lse [N]; all of one type, or z bfloat16 and the rest float32. Of `parts`
+  // shares of the work only the one numbered `part` is done: the log of the partial sums, -inf where it met nothing;
+  // logsumexp over the parts is the whole.
   m.def(
       "hycon_lse_forward(Tensor z, Tensor? mu, Tensor a, Tensor? b, Tensor temperature, bool shifted, int part=0, "
       "int parts=1) -> Tensor");
