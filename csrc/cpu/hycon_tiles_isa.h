@@ -126,6 +126,7 @@ ALLNC_INLINE_TILE const E* packed(const Problem<E>& p, int64_t row) {
 }
 
 // One register tile: out_rv (+)= sum_k a_rk b_kv, v over kVectors vectors, a_rk = a[r * kRowStep + k * a_step].
+// What it adds to is far away where D is large: asked for at the start, needed at the end.
 // Not inlined: constants of a caller's loop would take registers, and one spilled sum halves the speed.
 template <class E, int kVectors, int64_t kRowStep, bool kAccumulate>
 ALLNC_NO_INLINE void multiply(
@@ -135,7 +136,8 @@ ALLNC_NO_INLINE void multiply(
   Vector<T> sum[kTileRows][kVectors];
   ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
     ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = kAccumulate ? at(out + r * out_step + v * kLanes) : Vector<T>{};
+      if (kAccumulate) __builtin_prefetch(out + r * out_step + v * kLanes, 1);
+      sum[r][v] = Vector<T>{};
     }
   }
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
@@ -147,7 +149,10 @@ ALLNC_NO_INLINE void multiply(
     }
   }
   ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) at(out + r * out_step + v * kLanes) = sum[r][v];
+    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) {
+      Vector<T>& at_out = at(out + r * out_step + v * kLanes);
+      at_out = kAccumulate ? at_out + sum[r][v] : sum[r][v];
+    }
   }
 }
 
