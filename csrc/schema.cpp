@@ -3,10 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(allnc_C, m) {
-  // features [N, F], labels [N] int64, means [C, F], seen [C] bool -> value [C, F], seen_after [C], counts [C] int64
+  // features [N, F], labels [N] int64; means [C, F] and seen [C] bool are updated in place
+  // -> value [C, F] (a copy of the new means), seen_before [C], counts [C] int64
   m.def(
-      "class_mean_ema_forward(Tensor features, Tensor labels, Tensor means, Tensor seen, float momentum, "
-      "int ignore_index, bool deterministic) -> (Tensor value, Tensor seen_after, Tensor counts)");
+      "class_mean_ema_forward(Tensor features, Tensor labels, Tensor(a!) means, Tensor(b!) seen, float momentum, "
+      "int ignore_index, bool deterministic) -> (Tensor value, Tensor seen_before, Tensor counts)");
   // grad_value [C, F] -> gradient of the features [N, F]
   m.def(
       "class_mean_ema_backward(Tensor grad_value, Tensor labels, Tensor counts, Tensor seen_before, float momentum, "
