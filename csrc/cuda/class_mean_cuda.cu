@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 4) segment_kernel(
 
 // Heavy classes, from their partial sums. Block (share of the classes, column tile); threads (columns, partial sums).
 template <class A, int V>
-__global__ void __launch_bounds__(kThreads) heavy_kernel(
+__global__ void __launch_bounds__(kThreads, 4) heavy_kernel(
     const A* __restrict__ partial, int64_t columns, Plan plan, Update<A> update) {
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
   const bool inside = column < columns;
