@@ -119,6 +119,19 @@ inline Tensor with_dense_rows(const Tensor& t) {
   return dense ? t : torch::stable::contiguous(t);
 }
 
+// A tensor to be updated in place, dense while it is: what it was made of gets the result at the end if it is not dense.
+class DenseState {
+ public:
+  explicit DenseState(const Tensor& t) : original_(t), dense_(torch::stable::contiguous(t)) {}
+  Tensor& dense() { return dense_; }
+  void write_back() {
+    if (!original_.is_contiguous()) torch::stable::copy_(original_, dense_);
+  }
+
+ private:
+  Tensor original_, dense_;
+};
+
 inline Tensor empty_like_on(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, sizes, type);
 }

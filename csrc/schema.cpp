@@ -3,16 +3,18 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(allnc_C, m) {
-  // features [N, F], labels [N] int64, means [C, F], seen [C] bool -> value [C, F], seen_after [C], counts [C] int64
+  // features [N, F], labels [N] int64; means [C, F] and seen [C] bool are updated in place
+  // -> value [C, F] (a copy of the new means), seen_before [C], counts [C] int64
   m.def(
-      "class_mean_ema_forward(Tensor features, Tensor labels, Tensor means, Tensor seen, float momentum, "
-      "int ignore_index, bool deterministic) -> (Tensor value, Tensor seen_after, Tensor counts)");
+      "class_mean_ema_forward(Tensor features, Tensor labels, Tensor(a!) means, Tensor(b!) seen, float momentum, "
+      "int ignore_index, bool deterministic) -> (Tensor value, Tensor seen_before, Tensor counts)");
   // grad_value [C, F] -> gradient of the features [N, F]
   m.def(
       "class_mean_ema_backward(Tensor grad_value, Tensor labels, Tensor counts, Tensor seen_before, float momentum, "
       "bool straight_through, int ignore_index, ScalarType features_dtype) -> Tensor");
-  // z [N, D], mu [C, D], a [N], b [C] -> lse [N]; of `parts` shares of the work only the one numbered `part`: the
-  // log of the partial sums, -inf where it met nothing; logsumexp over the parts is the whole
+  // z [N, D], mu [C, D], a [N], b [C] -> lse [N]; all of one type, or z bfloat16 and the rest float32. Of `parts`
+  // shares of the work only the one numbered `part` is done: the log of the partial sums, -inf where it met nothing;
+  // logsumexp over the parts is the whole.
   m.def(
       "hycon_lse_forward(Tensor z, Tensor? mu, Tensor a, Tensor? b, Tensor temperature, bool shifted, int part=0, "
       "int parts=1) -> Tensor");

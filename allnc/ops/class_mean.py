@@ -70,14 +70,13 @@ def class_mean_ema_reference(
     return value, seen | present, counts
 
 
-@torch.library.custom_op("allnc::class_mean_ema", mutates_args=())
+@torch.library.custom_op("allnc::class_mean_ema", mutates_args=("means", "seen"))
 def _class_mean_ema(
     features: Tensor,
     labels: Tensor,
     means: Tensor,
     seen: Tensor,
     momentum: float,
-    straight_through: bool,
     ignore_index: int,
     deterministic: bool,
     backend: str,
@@ -86,14 +85,19 @@ def _class_mean_ema(
         return torch.ops.allnc_C.class_mean_ema_forward(
             features, labels, means, seen, momentum, ignore_index, deterministic
         )
+    seen_before = seen.clone()
     with torch.autocast(features.device.type, enabled=False), _deterministic_algorithms(deterministic):
-        return class_mean_ema_reference(features, labels, means, seen, momentum=momentum, ignore_index=ignore_index)
+        value, seen_after, counts = class_mean_ema_reference(
+            features, labels, means, seen, momentum=momentum, ignore_index=ignore_index
+        )
+    means.copy_(value)
+    seen.copy_(seen_after)
+    return value, seen_before, counts
 
 
 @_class_mean_ema.register_fake
-def _(features, labels, means, seen, momentum, straight_through, ignore_index, deterministic, backend):
-    value = means.new_empty(means.shape)
-    return value, torch.empty_like(seen), labels.new_empty(seen.shape)
+def _(features, labels, means, seen, momentum, ignore_index, deterministic, backend):
+    return means.new_empty(means.shape), seen.new_empty(seen.shape), labels.new_empty(seen.shape)
 
 
 @contextlib.contextmanager
@@ -138,30 +142,35 @@ def _(grad_value, labels, counts, seen_before, momentum, straight_through, ignor
     return grad_value.new_empty(len(labels), grad_value.shape[1], dtype=dtype)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    features, labels, _, seen, ctx.momentum, ctx.straight_through, ctx.ignore_index, _, ctx.backend = inputs
-    _, _, counts = output
-    ctx.dtype = features.dtype
-    ctx.save_for_backward(labels, counts, seen.clone())  # a copy: the caller updates `seen` in place
+class _Gradient(torch.autograd.Function):
+    """The value of the update, as it is, with its gradient: an op that updates its arguments can have none itself."""
 
+    @staticmethod
+    def forward(
+        features: Tensor,  # [N, F]
+        value: Tensor,  # [C, F]
+        labels: Tensor,
+        counts: Tensor,
+        seen_before: Tensor,
+        momentum: float,
+        straight_through: bool,
+        ignore_index: int,
+        backend: str,
+    ) -> Tensor:
+        return value.detach()  # a view of it could not be changed in place
 
-def _autograd(ctx, grad_value: Tensor, _grad_seen: object, _grad_counts: object):
-    labels, counts, seen_before = ctx.saved_tensors
-    grad_features = torch.ops.allnc.class_mean_ema_backward(
-        grad_value,
-        labels,
-        counts,
-        seen_before,
-        ctx.momentum,
-        ctx.straight_through,
-        ctx.ignore_index,
-        ctx.dtype,
-        ctx.backend,
-    )
-    return grad_features, None, None, None, None, None, None, None, None
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        features, _, labels, counts, seen_before, *ctx.options, ctx.backend = inputs
+        ctx.dtype = features.dtype
+        ctx.save_for_backward(labels, counts, seen_before)
 
-
-_class_mean_ema.register_autograd(_autograd, setup_context=_save_for_backward)
+    @staticmethod
+    def backward(ctx, grad_value: Tensor):
+        grad_features = torch.ops.allnc.class_mean_ema_backward(
+            grad_value, *ctx.saved_tensors, *ctx.options, ctx.dtype, ctx.backend
+        )
+        return grad_features, None, None, None, None, None, None, None, None
 
 
 def class_mean_ema(
@@ -206,21 +215,14 @@ def class_mean_ema(
     )
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    value, seen_after, _ = torch.ops.allnc.class_mean_ema(
-        features,
-        validated_labels(labels, len(means), ignore_index),
-        means,
-        seen,
-        float(momentum),
-        gradient == "straight_through",
-        ignore_index,
-        deterministic,
-        backend_used,
+    labels = validated_labels(labels, len(means), ignore_index)
+    momentum, straight_through = float(momentum), gradient == "straight_through"
+    value, seen_before, counts = torch.ops.allnc.class_mean_ema(
+        features.detach(), labels, means, seen, momentum, ignore_index, deterministic, backend_used
     )
-    with torch.no_grad():
-        means.copy_(value)
-        seen.copy_(seen_after)
-    return value
+    return _Gradient.apply(
+        features, value, labels, counts, seen_before, momentum, straight_through, ignore_index, backend_used
+    )
 
 
 def _check(features: Tensor, labels: Tensor, means: Tensor, seen: Tensor, momentum: float, gradient: str) -> None:

@@ -45,14 +45,14 @@ ALLNC_MULTIVERSION void sum_rows(
   }
 }
 
-// value [F] = the running mean after a batch whose `count` rows of the class sum to value [F].
+// mean and value [F] = the running mean after a batch whose `count` rows of the class sum to value [F].
 template <class A>
 ALLNC_MULTIVERSION void update_mean(
-    A* __restrict value, const A* __restrict mean, int64_t columns, A count, bool seen, A momentum, A rest) {
+    A* __restrict value, A* __restrict mean, int64_t columns, A count, bool seen, A momentum, A rest) {
   if (seen) {
-    for (int64_t f = 0; f < columns; ++f) value[f] = momentum * mean[f] + rest * (value[f] / count);
+    for (int64_t f = 0; f < columns; ++f) mean[f] = value[f] = momentum * mean[f] + rest * (value[f] / count);
   } else {
-    for (int64_t f = 0; f < columns; ++f) value[f] /= count;
+    for (int64_t f = 0; f < columns; ++f) mean[f] = value[f] = value[f] / count;
   }
 }
 
@@ -122,12 +122,12 @@ void parallel_tasks(int64_t num_tasks, const F& f) {
 
 template <class T>
 void forward(
-    const Tensor& features, const Tensor& means, const bool* seen, const int64_t* counts, const Groups& groups,
-    double momentum, Tensor& value, bool* seen_after) {
+    const Tensor& features, const bool* seen, const int64_t* counts, const Groups& groups, double momentum,
+    Tensor& means, Tensor& value) {
   using A = typename Accumulation<T>::type;
   const int64_t classes = means.size(0), columns = means.size(1), stride = features.stride(0);
   const T* x = static_cast<const T*>(features.const_data_ptr());
-  const A* mean = static_cast<const A*>(means.const_data_ptr());
+  A* mean = static_cast<A*>(means.mutable_data_ptr());
   A* out = static_cast<A*>(value.mutable_data_ptr());
   const A keep = static_cast<A>(momentum), rest = static_cast<A>(1 - momentum);
   const std::unique_ptr<A[]> partials(new A[groups.num_partials * columns]);  // [partials, F]
@@ -144,7 +144,6 @@ void forward(
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(columns, 1));
   torch::stable::parallel_for(0, classes, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      seen_after[c] = seen[c] || counts[c] > 0;
       A* row = out + c * columns;
       if (counts[c] == 0) {
         std::memcpy(row, mean + c * columns, columns * sizeof(A));
@@ -167,20 +166,24 @@ std::tuple<Tensor, Tensor, Tensor> class_mean_ema_forward(
   const auto [rows, classes, columns] = check_class_mean_forward(features, labels, means, seen, momentum);
   features = with_dense_rows(features);
   labels = torch::stable::contiguous(labels);
-  means = torch::stable::contiguous(means);
-  seen = torch::stable::contiguous(seen);
   Tensor value = empty_like_on(means, {classes, columns}, means.scalar_type());
-  Tensor seen_after = empty_like_on(means, {classes}, ScalarType::Bool);
+  Tensor seen_before = empty_like_on(means, {classes}, ScalarType::Bool);
   Tensor counts = empty_like_on(means, {classes}, ScalarType::Long);
   int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   const Groups groups =
       group_rows(static_cast<const int64_t*>(labels.const_data_ptr()), rows, classes, ignore_index, count);
+
+  DenseState means_state(means), seen_state(seen);
+  bool* const is_seen = static_cast<bool*>(seen_state.dense().mutable_data_ptr());
+  bool* const was_seen = static_cast<bool*>(seen_before.mutable_data_ptr());
+  std::memcpy(was_seen, is_seen, classes);
+  for (int64_t c = 0; c < classes; ++c) is_seen[c] = was_seen[c] || count[c] > 0;
   dispatch_floating(features.scalar_type(), "features", [&](auto type) {
-    forward<decltype(type)>(
-        features, means, static_cast<const bool*>(seen.const_data_ptr()), count, groups, momentum, value,
-        static_cast<bool*>(seen_after.mutable_data_ptr()));
+    forward<decltype(type)>(features, was_seen, count, groups, momentum, means_state.dense(), value);
   });
-  return {value, seen_after, counts};
+  means_state.write_back();
+  seen_state.write_back();
+  return {value, seen_before, counts};
 }
 
 // Asks for huge pages behind a large buffer that was just allocated: writing it for the first time otherwise costs a

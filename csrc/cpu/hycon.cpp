@@ -21,11 +21,16 @@
 // pairs of a round share no rows and run in parallel, without a lock on rows and without accumulators per thread. Rows
 // see their partners in the same order whatever the number of threads: results are bit-equal on every run and thread
 // count. Processes that share a forward pass take a part each, a stretch of that order: whole rounds stay together.
+//
+// Sums, weights and exponentials are of type T, float or double. z is of type Z, which is T or bfloat16; products are
+// made of elements E (hycon_tiles.h), which are T or, if z is bfloat16 and the processor has instructions for it, pairs
+// of bfloat16; mu and K are then rounded to it too.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <atomic>
@@ -46,6 +51,7 @@ namespace allnc {
 namespace cpu {
 namespace {
 
+using torch::headeronly::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -193,10 +199,10 @@ class Schedule {
 };
 
 // The tensors of a call, checked.
-template <class T>
+template <class Z, class T>
 struct Arguments {
   Sizes sizes;
-  const T* z;
+  const Z* z;
   const T* mu;  // null without means
   const T* a;
   const T* b;
@@ -205,8 +211,8 @@ struct Arguments {
 
 void check(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(
-      t.scalar_type() == type, name, " must be float32, or float64 if a is; got ScalarType ",
-      static_cast<int>(t.scalar_type()));
+      t.scalar_type() == type, name, " must be float32, or float64 if a is (z also bfloat16, if a is float32); got ",
+      "ScalarType ", static_cast<int>(t.scalar_type()));
   STD_TORCH_CHECK(
       t.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions; got ", t.dim());
   int64_t dim = 0;
@@ -217,8 +223,8 @@ void check(const Tensor& t, const char* name, ScalarType type, std::initializer_
   }
 }
 
-template <class T>
-Arguments<T> check_arguments(
+template <class Z, class T>
+Arguments<Z, T> check_arguments(
     const Tensor& z, const std::optional<Tensor>& mu, const Tensor& a, const std::optional<Tensor>& b,
     const Tensor& temperature, int64_t own) {
   STD_TORCH_CHECK(z.dim() == 2, "z must have 2 dimensions; got ", z.dim());
@@ -230,7 +236,7 @@ Arguments<T> check_arguments(
   if (own == -1) own = anchors;
   const Sizes sizes(own, anchors - own, mu ? mu->size(0) : 0, z.size(1));
   const ScalarType type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  check(z, "z", type, {anchors, sizes.dim});
+  check(z, "z", std::is_same_v<Z, BFloat16> ? ScalarType::BFloat16 : type, {anchors, sizes.dim});
   check(a, "a", type, {anchors});
   if (mu) {
     check(*mu, "mu", type, {sizes.means, sizes.dim});
@@ -240,53 +246,60 @@ Arguments<T> check_arguments(
       temperature.numel() == 1 && temperature.scalar_type() == type,
       "temperature must be one element of the type of a");
   const auto data = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
-  return {sizes, data(z), mu ? data(*mu) : nullptr, data(a), b ? data(*b) : nullptr, *data(temperature)};
+  return {sizes, static_cast<const Z*>(z.const_data_ptr()), mu ? data(*mu) : nullptr, data(a), b ? data(*b) : nullptr, *data(temperature)};
 }
 
 // z and mu brought into the layout of the tiles.
-template <class T>
+template <class E>
 struct Packed {
-  Problem<T> problem;
+  Problem<E> problem;
   bool finite;  // no NaN or infinity in any input
 };
 
-// out [D, 48] = x [rows, D] transposed, zero beyond; returns the largest squared norm (NaN if there is any).
-template <class T>
-T pack_panel(const T* x, int64_t rows, int64_t dim, T* out) {
+// One value of an E.
+template <class E>
+using Value = std::conditional_t<std::is_same_v<E, BFloat16Pair>, BFloat16, E>;
+
+// out [D / kPack, 48] = x [rows, D] transposed, zero beyond; returns the largest squared norm (NaN if there is any).
+template <class E, class X>
+Sum<E> pack_panel(const X* x, int64_t rows, int64_t dim, E* out) {
+  constexpr int64_t kValues = kPack<E>;
+  using T = Sum<E>;
+  auto* const values = reinterpret_cast<Value<E>*>(out);
+  if (rows < kPanel || dim % kValues != 0) std::fill_n(out, (dim + kValues - 1) / kValues * kPanel, E(0));
   T largest = 0;
   for (int64_t r = 0; r < rows; ++r) {
     T norm = 0;
     for (int64_t k = 0; k < dim; ++k) {
-      const T value = x[r * dim + k];
-      out[k * kPanel + r] = value;
+      const T value = static_cast<T>(x[r * dim + k]);
+      values[(k / kValues * kPanel + r) * kValues + k % kValues] = static_cast<Value<E>>(value);
       norm += value * value;
     }
     largest = norm <= largest ? largest : norm;
     if (norm != norm) return norm;
   }
-  for (int64_t k = 0; k < dim && rows < kPanel; ++k) {
-    std::fill(out + k * kPanel + rows, out + (k + 1) * kPanel, T(0));
-  }
   return largest;
 }
 
-// out [48, stride] = x [rows, D], zero beyond.
-template <class T>
-void pad_rows(const T* x, int64_t rows, int64_t dim, int64_t stride, T* out) {
-  for (int64_t r = 0; r < kPanel; ++r) {
-    const int64_t copied = r < rows ? dim : 0;
-    std::copy_n(x + r * dim, copied, out + r * stride);
-    std::fill(out + r * stride + copied, out + (r + 1) * stride, T(0));
+// out [48 / kPack, stride] = x [rows, D], zero beyond.
+template <class E, class X>
+void pack_rows(const X* x, int64_t rows, int64_t dim, int64_t stride, E* out) {
+  constexpr int64_t kValues = kPack<E>;
+  auto* const values = reinterpret_cast<Value<E>*>(out);
+  std::fill_n(out, kPanel / kValues * stride, E(0));
+  for (int64_t r = 0; r < rows; ++r) {
+    Value<E>* const row = values + r / kValues * stride * kValues + r % kValues;
+    for (int64_t k = 0; k < dim; ++k) row[k * kValues] = static_cast<Value<E>>(static_cast<Sum<E>>(x[r * dim + k]));
   }
 }
 
-// Calls f(panel, x, rows): `rows` rows from x on make panel number `panel`.
-template <class T, class F>
-void for_each_panel(const Arguments<T>& in, const F& f) {
+// Calls f(panel, x, rows): `rows` rows from x on, of z or of mu, make panel number `panel`.
+template <class Z, class T, class F>
+void for_each_panel(const Arguments<Z, T>& in, const F& f) {
   const Sizes& sizes = in.sizes;
   torch::stable::parallel_for(0, sizes.rows / kPanel, 8, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const auto visit = [&](const T* x, int64_t row, int64_t count) {
+      const auto visit = [&](const auto* x, int64_t row, int64_t count) {
         f(panel, x + row * sizes.dim, std::min(kPanel, count - row));
       };
       const int64_t row = panel * kPanel;
@@ -302,8 +315,8 @@ void for_each_panel(const Arguments<T>& in, const F& f) {
 }
 
 // Sums of e_ij w_j and factors exp(1/t - lse_i) must stay far from the ends of T's range; S within the shift.
-template <class T>
-bool shift_is_safe(const Arguments<T>& in, T largest_norm) {
+template <class Z, class T>
+bool shift_is_safe(const Arguments<Z, T>& in, T largest_norm) {
   T smallest = 1;
   const auto visit = [&](const T* w, int64_t count) {
     for (int64_t k = 0; k < count; ++k) smallest = w[k] > 0 && w[k] < smallest ? w[k] : smallest;
@@ -314,22 +327,25 @@ bool shift_is_safe(const Arguments<T>& in, T largest_norm) {
   return largest_norm <= T(1.01) && 2.02 / in.temperature - std::log(static_cast<double>(smallest)) < room;
 }
 
-template <class T>
-Packed<T> pack(const Arguments<T>& in, bool shifted, bool with_gradient, Workspace<T>& workspace) {
+template <class E, class Z, class T>
+Packed<E> pack(const Arguments<Z, T>& in, bool shifted, bool with_gradient, Workspace<T>& workspace) {
+  static_assert(sizeof(E) == sizeof(T), "one workspace serves both");
   const Sizes& sizes = in.sizes;
-  Problem<T> p{};
+  Problem<E> p{};
   p.dim = sizes.dim;
+  p.depth = (sizes.dim + kPack<E> - 1) / kPack<E>;
   p.stride = sizes.stride(sizeof(T));
 
-  T* const panels = workspace.take(sizes.rows * sizes.dim);
-  T* const rows = with_gradient ? workspace.take(sizes.rows * p.stride) : nullptr;
+  const auto take = [&](int64_t count) { return reinterpret_cast<E*>(workspace.take(count)); };
+  E* const panels = take(sizes.rows * p.depth);
+  E* const rows = with_gradient ? take(sizes.rows / kPack<E> * p.stride) : nullptr;
   p.grad_rows = with_gradient ? sizes.other_offset : 0;
   p.grad = with_gradient ? workspace.take(p.grad_rows * p.stride) : nullptr;
   std::vector<T> norms(sizes.rows / kPanel);
-  for_each_panel(in, [&](int64_t panel, const T* x, int64_t count) {
-    norms[panel] = pack_panel(x, count, sizes.dim, panels + panel * kPanel * sizes.dim);
+  for_each_panel(in, [&](int64_t panel, const auto* x, int64_t count) {
+    norms[panel] = pack_panel(x, count, sizes.dim, panels + panel * kPanel * p.depth);
     if (!with_gradient) return;
-    pad_rows(x, count, sizes.dim, p.stride, rows + panel * kPanel * p.stride);
+    pack_rows(x, count, sizes.dim, p.stride, rows + panel * kPanel / kPack<E> * p.stride);
     if (panel * kPanel < p.grad_rows) std::fill_n(p.grad + panel * kPanel * p.stride, kPanel * p.stride, T(0));
   });
   p.panels = panels;
@@ -356,24 +372,25 @@ Packed<T> pack(const Arguments<T>& in, bool shifted, bool with_gradient, Workspa
 }
 
 // Visits this part's pairs of blocks with forward or backward tile code.
-template <class T, class F>
+template <class E, class F>
 void run(
-    const Problem<T>& p, const Sizes& sizes, int64_t part, int64_t parts, F tile_code, Workspace<T>& workspace) {
+    const Problem<E>& p, const Sizes& sizes, int64_t part, int64_t parts, F tile_code, Workspace<Sum<E>>& workspace) {
   const Schedule schedule(sizes);
   // A thread for each 2 million multiply-adds, some 20 us: with less to do it costs more than it helps.
   const int64_t useful = sizes.own * (sizes.rows - sizes.own / 2) / parts * sizes.dim / (1 << 21) + 1;
   const int64_t workers = std::min<int64_t>({torch::stable::get_num_threads(), useful, schedule.count()});
-  T* const scratch = workspace.take(workers * kScratch);
+  Sum<E>* const scratch = workspace.take(workers * kScratch<E>);
   schedule.for_each_pair(workers, part, parts, [&](Block i, Block j, int64_t worker) {
-    tile_code(p, i, j, scratch + worker * kScratch);
+    tile_code(p, i, j, scratch + worker * kScratch<E>);
   });
 }
 
-template <class T>
-void lse_forward(const Arguments<T>& in, bool shifted, int64_t part, int64_t parts, const Tensor& like, T* lse) {
+template <class E, class Z, class T>
+void lse_forward(
+    const Arguments<Z, T>& in, bool shifted, int64_t part, int64_t parts, const Tensor& like, T* lse) {
   Workspace<T> workspace(like);
   const Sizes& sizes = in.sizes;
-  auto [p, finite] = pack(in, shifted, false, workspace);
+  auto [p, finite] = pack<E>(in, shifted, false, workspace);
   if (!finite) {
     std::fill_n(lse, sizes.own, std::numeric_limits<T>::quiet_NaN());
     return;
@@ -382,7 +399,7 @@ void lse_forward(const Arguments<T>& in, bool shifted, int64_t part, int64_t par
   p.max = workspace.take(sizes.rows);
   std::fill_n(p.sum, sizes.rows, T(0));
   std::fill_n(p.max, sizes.rows, -std::numeric_limits<T>::infinity());
-  run(p, sizes, part, parts, tiles<T>().forward, workspace);
+  run(p, sizes, part, parts, tiles<E>()->forward, workspace);
   for (int64_t i = 0; i < sizes.own; ++i) {
     const double sum = std::log(static_cast<double>(p.sum[i]));  // -inf where nothing was met
     lse[i] = static_cast<T>(sum + (p.shifted ? 1 / in.temperature : p.max[i]));
@@ -390,25 +407,25 @@ void lse_forward(const Arguments<T>& in, bool shifted, int64_t part, int64_t par
 }
 
 // out [count, D] = grad / temperature without the padding.
-template <class T>
-void write_gradient(const Problem<T>& p, int64_t offset, int64_t count, double temperature, T* out) {
-  const T factor = static_cast<T>(1 / temperature);
+template <class E, class G>
+void write_gradient(const Problem<E>& p, int64_t offset, int64_t count, double temperature, G* out) {
+  const Sum<E> factor = static_cast<Sum<E>>(1 / temperature);
   torch::stable::parallel_for(0, count, 512, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* grad = p.grad + (offset + row) * p.stride;
-      for (int64_t k = 0; k < p.dim; ++k) out[row * p.dim + k] = grad[k] * factor;
+      const Sum<E>* grad = p.grad + (offset + row) * p.stride;
+      for (int64_t k = 0; k < p.dim; ++k) out[row * p.dim + k] = static_cast<G>(grad[k] * factor);
     }
   });
 }
 
-template <class T>
+template <class E, class Z, class T>
 void lse_backward(
-    const Arguments<T>& in, const T* grad_lse, const T* lse, bool shifted, const Tensor& like, T* dz, T* dmu) {
+    const Arguments<Z, T>& in, const T* grad_lse, const T* lse, bool shifted, const Tensor& like, Z* dz, T* dmu) {
   Workspace<T> workspace(like);
   const Sizes& sizes = in.sizes;
-  auto [p, finite] = pack(in, shifted, true, workspace);
+  auto [p, finite] = pack<E>(in, shifted, true, workspace);
   if (!finite) {
-    std::fill_n(dz, sizes.own * sizes.dim, std::numeric_limits<T>::quiet_NaN());
+    std::fill_n(dz, sizes.own * sizes.dim, static_cast<Z>(std::numeric_limits<T>::quiet_NaN()));
     std::fill_n(dmu, sizes.means * sizes.dim, std::numeric_limits<T>::quiet_NaN());
     return;
   }
@@ -426,9 +443,17 @@ void lse_backward(
   }
   p.u = u;
   p.level = level;
-  run(p, sizes, 0, 1, tiles<T>().backward, workspace);
+  run(p, sizes, 0, 1, tiles<E>()->backward, workspace);
   write_gradient(p, 0, sizes.own, in.temperature, dz);
   write_gradient(p, sizes.mean_offset, sizes.means, in.temperature, dmu);
+}
+
+// Calls f(Z, T, E) with a value of each type that a call with these tensors takes.
+template <class F>
+auto dispatch(const Tensor& z, const Tensor& a, const F& f) {
+  if (a.scalar_type() == ScalarType::Double) return f(double{}, double{}, double{});
+  if (z.scalar_type() != ScalarType::BFloat16) return f(float{}, float{}, float{});
+  return tiles<BFloat16Pair>() ? f(BFloat16{}, float{}, BFloat16Pair{}) : f(BFloat16{}, float{}, float{});
 }
 
 std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
@@ -443,14 +468,13 @@ Tensor hycon_lse_forward(
   mu = contiguous(mu);
   a = torch::stable::contiguous(a);
   b = contiguous(b);
-  const auto compute = [&](auto zero) {
-    using T = decltype(zero);
-    const Arguments<T> in = check_arguments<T>(z, mu, a, b, temperature, -1);
+  return dispatch(z, a, [&](auto of_z, auto of_sums, auto of_products) {
+    using T = decltype(of_sums);
+    const auto in = check_arguments<decltype(of_z), T>(z, mu, a, b, temperature, -1);
     Tensor lse = torch::stable::new_empty(a, {in.sizes.own});
-    lse_forward(in, shifted, part, parts, a, static_cast<T*>(lse.mutable_data_ptr()));
+    lse_forward<decltype(of_products)>(in, shifted, part, parts, a, static_cast<T*>(lse.mutable_data_ptr()));
     return lse;
-  };
-  return a.scalar_type() == ScalarType::Double ? compute(double{}) : compute(float{});
+  });
 }
 
 std::tuple<Tensor, Tensor> hycon_lse_backward(
@@ -462,19 +486,19 @@ std::tuple<Tensor, Tensor> hycon_lse_backward(
   mu = contiguous(mu);
   a = torch::stable::contiguous(a);
   b = contiguous(b);
-  const auto compute = [&](auto zero) {
-    using T = decltype(zero);
-    const Arguments<T> in = check_arguments<T>(z, mu, a, b, temperature, own);
+  return dispatch(z, a, [&](auto of_z, auto of_sums, auto of_products) {
+    using Z = decltype(of_z);
+    using T = decltype(of_sums);
+    const auto in = check_arguments<Z, T>(z, mu, a, b, temperature, own);
     check(grad_lse, "grad_lse", a.scalar_type(), {in.sizes.anchors()});
     check(lse, "lse", a.scalar_type(), {in.sizes.anchors()});
     Tensor dz = torch::stable::new_empty(z, {in.sizes.own, in.sizes.dim});
-    Tensor dmu = torch::stable::new_empty(z, {in.sizes.means, in.sizes.dim});
-    lse_backward(
+    Tensor dmu = torch::stable::new_empty(a, {in.sizes.means, in.sizes.dim});
+    lse_backward<decltype(of_products)>(
         in, static_cast<const T*>(grad_lse.const_data_ptr()), static_cast<const T*>(lse.const_data_ptr()), shifted, a,
-        static_cast<T*>(dz.mutable_data_ptr()), static_cast<T*>(dmu.mutable_data_ptr()));
+        static_cast<Z*>(dz.mutable_data_ptr()), static_cast<T*>(dmu.mutable_data_ptr()));
     return std::make_tuple(dz, dmu);
-  };
-  return a.scalar_type() == ScalarType::Double ? compute(double{}) : compute(float{});
+  });
 }
 
 }  // namespace

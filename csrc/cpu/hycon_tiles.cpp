@@ -7,12 +7,36 @@
 
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if !defined(__GNUC__)
 #error "csrc/cpu needs the vector extensions of GCC or Clang"
 #endif
 
 #if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#define ALLNC_ISA avx512bf16
+#define ALLNC_VECTOR_BYTES 64
+#define ALLNC_TILE_ROWS 8
+#define ALLNC_BFLOAT16_PAIRS
+#include "hycon_tiles_isa.h"
+#undef ALLNC_ISA
+#undef ALLNC_VECTOR_BYTES
+#undef ALLNC_TILE_ROWS
+#undef ALLNC_BFLOAT16_PAIRS
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
@@ -29,9 +53,13 @@
 #undef ALLNC_TILE_ROWS
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
@@ -65,35 +93,61 @@ namespace cpu {
 
 namespace {
 
-template <class T>
-Tiles<T> choose() {
 #if defined(__x86_64__)
-  // ALLNC_CPU_ISA takes instruction sets away, so that the tests can reach every version on one machine.
-  const char* limit = std::getenv("ALLNC_CPU_ISA");
-  const bool no_avx512 = limit != nullptr && std::strcmp(limit, "avx512") != 0;
-  const bool no_avx2 = no_avx512 && std::strcmp(limit, "avx2") != 0;
+// Whether the processor has `isa`. ALLNC_CPU_ISA names the highest set to use, so that the tests can reach every version
+// on one machine.
+enum Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+
+bool has(Isa isa) {
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+  if (const char* limit = std::getenv("ALLNC_CPU_ISA")) {
+    for (int lower = kBaseline; lower < isa; ++lower) {
+      if (std::strcmp(limit, kNames[lower]) == 0) return false;
+    }
+  }
   __builtin_cpu_init();
-  if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return avx512::make_tiles<T>();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case kAvx512: return avx512;
+    case kAvx2: return avx2;
+    default: return true;
   }
-  if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::make_tiles<T>();
-  }
+}
 #endif
-  return baseline::make_tiles<T>();
+
+template <class E>
+Tiles<E> choose() {
+#if defined(__x86_64__)
+  if (has(kAvx512)) return avx512::make_tiles<E>();
+  if (has(kAvx2)) return avx2::make_tiles<E>();
+#endif
+  return baseline::make_tiles<E>();
 }
 
 }  // namespace
 
-template <class T>
-const Tiles<T>& tiles() {
-  static const Tiles<T> chosen = choose<T>();
-  return chosen;
+template <class E>
+const Tiles<E>* tiles() {
+  static const Tiles<E> chosen = choose<E>();
+  return &chosen;
 }
 
-template const Tiles<float>& tiles<float>();
-template const Tiles<double>& tiles<double>();
+template const Tiles<float>* tiles<float>();
+template const Tiles<double>* tiles<double>();
+
+template <>
+const Tiles<BFloat16Pair>* tiles<BFloat16Pair>() {
+#if defined(__x86_64__)
+  static const Tiles<BFloat16Pair> chosen = avx512bf16::make_tiles<BFloat16Pair>();
+  static const bool available = has(kAvx512Bf16);
+  return available ? &chosen : nullptr;
+#else
+  return nullptr;
+#endif
+}
 
 }  // namespace cpu
 }  // namespace allnc

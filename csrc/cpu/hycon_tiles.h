@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace allnc {
 namespace cpu {
@@ -15,15 +16,36 @@ constexpr int64_t kPanel = 48;
 constexpr int64_t kMaxBlock = 4 * kPanel;
 constexpr int64_t kAlignment = 64;  // bytes, of every pointer below
 
+// What products are made of, E: float, double, or two bfloat16 that follow each other in the contraction (the first in
+// the low half), which a processor multiplies and adds at once. Sums are T = Sum<E>.
+using BFloat16Pair = int32_t;
+
+template <class E>
+struct SumType {
+  using type = E;
+};
+template <>
+struct SumType<BFloat16Pair> {
+  using type = float;
+};
+template <class E>
+using Sum = typename SumType<E>::type;
+
+// Values in one E.
+template <class E>
+constexpr int64_t kPack = std::is_same_v<E, BFloat16Pair> ? 2 : 1;
+
 // With u, w and e as in hycon.cpp. Padding rows have weight 0 and u = 0.
-template <class T>
+template <class E>
 struct Problem {
+  using T = Sum<E>;
   int64_t dim;        // D
+  int64_t depth;      // D / kPack<E>, rounded up
   int64_t stride;     // elements from row to row of `rows` and `grad`
   T scale;            // log2(e) / temperature if shifted, else 1 / temperature
   bool shifted;
-  const T* panels;    // [R / 48, D, 48]: the rows, transposed panel by panel
-  const T* rows;      // [R, stride]: the rows; backward only
+  const E* panels;    // [R / 48, depth, 48]: the rows, transposed panel by panel
+  const E* rows;      // [R / kPack<E>, stride]: the rows; backward only
   const T* weight;    // [R]: w if shifted, else log w
   const T* u;         // [R]: g exp(1/temperature - lse) if shifted, else g; backward only
   const T* level;     // [R]: lse, +inf where the row takes no part; backward, unshifted only
@@ -37,19 +59,21 @@ struct Block {
   int64_t first, rows;  // multiples of 48
 };
 
-// Elements of the scratch memory one call needs.
-constexpr int64_t kScratch = kMaxBlock * kMaxBlock;
+// Elements (of type T) of the scratch memory one call needs: a block, and for pairs also the block and its transpose
+// rounded to pairs, in half as many elements each.
+template <class E>
+constexpr int64_t kScratch = kPack<E> * kMaxBlock * kMaxBlock;
 
-template <class T>
+template <class E>
 struct Tiles {
   // Both add what the pair (i, j) contributes to the rows of i and, unless j is i or gets no gradient, to those of j.
-  void (*forward)(const Problem<T>& problem, Block i, Block j, T* scratch);
-  void (*backward)(const Problem<T>& problem, Block i, Block j, T* scratch);
+  void (*forward)(const Problem<E>& problem, Block i, Block j, Sum<E>* scratch);
+  void (*backward)(const Problem<E>& problem, Block i, Block j, Sum<E>* scratch);
 };
 
-// The fastest version this processor can run.
-template <class T>
-const Tiles<T>& tiles();
+// The fastest version this processor can run; null for pairs of bfloat16 where it has no instructions for them.
+template <class E>
+const Tiles<E>* tiles();
 
 }  // namespace cpu
 }  // namespace allnc

@@ -1,10 +1,12 @@
 // The tile code of hycon_tiles.h for one instruction set. Included several times by hycon_tiles.cpp, each time with
-// ALLNC_ISA (a namespace), ALLNC_VECTOR_BYTES and ALLNC_TILE_ROWS defined and, around it, the compiler's target set:
-// no include guard, and nothing from the standard library, whose inlined functions would be shared between targets.
+// ALLNC_ISA (a namespace), ALLNC_VECTOR_BYTES, ALLNC_TILE_ROWS and, where there are instructions for pairs of bfloat16,
+// ALLNC_BFLOAT16_PAIRS defined and, around it, the compiler's target set: no include guard, and nothing from the
+// standard library, whose inlined functions would be shared between targets.
 //
 // All products are register tiles of ALLNC_TILE_ROWS x 3 vectors. In the forward pass a tile of dot products goes
-// through the exponential while it is in the L1 cache, so S is never stored. In the backward pass the block of K is stored
-// once (scratch, in the L2 cache) and multiplied with both sides' rows: dz_I += K z_J, dz_J += K^T z_I.
+// through the exponential while it is in the L1 cache, so S is never stored. In the backward pass the block of K is
+// stored once (scratch, in the L2 cache) and multiplied with both sides' rows: dz_I += K z_J, dz_J += K^T z_I.
+// Of pairs of bfloat16 the products alone are made, K being rounded for its products; the rest is float32.
 
 #define ALLNC_INLINE_TILE inline __attribute__((always_inline))
 #define ALLNC_NO_INLINE __attribute__((noinline))
@@ -47,6 +49,13 @@ struct Simd<double> {
       1.018064765923413889e-7,  7.07257041281442351e-9,   4.078071929588336665e-10};
 };
 
+#if defined(ALLNC_BFLOAT16_PAIRS)
+template <>
+struct Simd<BFloat16Pair> {
+  typedef BFloat16Pair Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+};
+#endif
+
 template <class T>
 using Vector = typename Simd<T>::Vector;
 
@@ -77,6 +86,19 @@ ALLNC_INLINE_TILE T horizontal_sum(Vector<T> x) {
   return sum;
 }
 
+template <class E>
+ALLNC_INLINE_TILE Vector<Sum<E>> multiply_add(Vector<E> a, Vector<E> b, Vector<Sum<E>> sum) {
+  return a * b + sum;
+}
+
+#if defined(ALLNC_BFLOAT16_PAIRS)
+template <>
+ALLNC_INLINE_TILE Vector<float> multiply_add<BFloat16Pair>(
+    Vector<BFloat16Pair> a, Vector<BFloat16Pair> b, Vector<float> sum) {
+  return (Vector<float>)_mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 // 2^x for x <= 127 (1023), 0 below 2^-126 (2^-1022) and for -inf; NaN gives anything. Measured error: at most 1.04
 // units in the last place, 1.3 without FMA (float and double, 4e7 points in [-126, 127] and near 0).
 template <class T>
@@ -98,40 +120,46 @@ ALLNC_INLINE_TILE Vector<T> maximum(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }
 
-template <class T>
-ALLNC_INLINE_TILE const T* packed(const Problem<T>& p, int64_t row) {
-  return p.panels + row / kPanel * kPanel * p.dim + row % kPanel;
+template <class E>
+ALLNC_INLINE_TILE const E* packed(const Problem<E>& p, int64_t row) {
+  return p.panels + row / kPanel * kPanel * p.depth + row % kPanel;
 }
 
 // One register tile: out_rv (+)= sum_k a_rk b_kv, v over kVectors vectors, a_rk = a[r * kRowStep + k * a_step].
+// What it adds to is far away where D is large: asked for at the start, needed at the end.
 // Not inlined: constants of a caller's loop would take registers, and one spilled sum halves the speed.
-template <class T, int kVectors, int64_t kRowStep, bool kAccumulate>
+template <class E, int kVectors, int64_t kRowStep, bool kAccumulate>
 ALLNC_NO_INLINE void multiply(
-    const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t depth, T* out, int64_t out_step) {
+    const E* a, int64_t a_step, const E* b, int64_t b_step, int64_t depth, Sum<E>* out, int64_t out_step) {
+  using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
   Vector<T> sum[kTileRows][kVectors];
   ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
     ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = kAccumulate ? at(out + r * out_step + v * kLanes) : Vector<T>{};
+      if (kAccumulate) __builtin_prefetch(out + r * out_step + v * kLanes, 1);
+      sum[r][v] = Vector<T>{};
     }
   }
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    Vector<T> part[kVectors];
+    Vector<E> part[kVectors];
     ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) part[v] = at(b + v * kLanes);
     ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-      const Vector<T> factor = broadcast(a[r * kRowStep]);
-      ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * part[v];
+      const Vector<E> factor = broadcast(a[r * kRowStep]);
+      ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add<E>(factor, part[v], sum[r][v]);
     }
   }
   ALLNC_UNROLL for (int r = 0; r < kTileRows; ++r) {
-    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) at(out + r * out_step + v * kLanes) = sum[r][v];
+    ALLNC_UNROLL for (int v = 0; v < kVectors; ++v) {
+      Vector<T>& at_out = at(out + r * out_step + v * kLanes);
+      at_out = kAccumulate ? at_out + sum[r][v] : sum[r][v];
+    }
   }
 }
 
 // out [kTileRows, kTileColumns] = z_{row + r} . z_{column + v}
-template <class T>
-ALLNC_INLINE_TILE void dot_products(const Problem<T>& p, int64_t row, int64_t column, T* out, int64_t out_step) {
-  multiply<T, kTileVectors, 1, false>(packed(p, row), kPanel, packed(p, column), kPanel, p.dim, out, out_step);
+template <class E>
+ALLNC_INLINE_TILE void dot_products(const Problem<E>& p, int64_t row, int64_t column, Sum<E>* out, int64_t out_step) {
+  multiply<E, kTileVectors, 1, false>(packed(p, row), kPanel, packed(p, column), kPanel, p.depth, out, out_step);
 }
 
 // x where column != row, else `otherwise`; `distance` is the row minus the first lane's column.
@@ -142,8 +170,9 @@ ALLNC_INLINE_TILE Vector<T> replace_self(Vector<T> x, int64_t distance, T otherw
 }
 
 // Forward, shifted: sum_i += e_ij w_j, and sum_j += e_ij w_i off the diagonal, with e = exp(S - 1/temperature).
-template <class T, bool kDiagonal>
-void sum_shifted(const Problem<T>& p, Block i, Block j, T* scratch) {
+template <class E, bool kDiagonal>
+void sum_shifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
+  using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
   const T scale = p.scale;
   T* row_sums = scratch;                   // [i.rows, lanes]: added up over the lanes at the end
@@ -221,8 +250,9 @@ ALLNC_INLINE_TILE void merge_columns(const T* dot, const T* log_weight, int64_t 
 }
 
 // Forward, unshifted: as sum_shifted, relative to each row's running maximum.
-template <class T, bool kDiagonal>
-void sum_unshifted(const Problem<T>& p, Block i, Block j, T* scratch) {
+template <class E, bool kDiagonal>
+void sum_unshifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
+  using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
   for (int64_t column = 0; column < j.rows; column += kTileColumns<T>) {
     for (int64_t row = 0; row < i.rows; row += kTileRows) {
@@ -244,8 +274,9 @@ void sum_unshifted(const Problem<T>& p, Block i, Block j, T* scratch) {
 }
 
 // Backward: K_ij = e_ij (u_i w_j + u_j w_i) to scratch [i.rows, kMaxBlock], 0 where row and column are the same.
-template <class T, bool kShifted, bool kDiagonal>
-void coefficients(const Problem<T>& p, Block i, Block j, T* scratch) {
+template <class E, bool kShifted, bool kDiagonal>
+void coefficients(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
+  using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
   const T scale = p.scale;
   for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
@@ -273,52 +304,93 @@ void coefficients(const Problem<T>& p, Block i, Block j, T* scratch) {
   }
 }
 
-// grad of the rows `out`, in kVectors vectors of columns from `column` on, += K times the rows `in`; K or its
-// transpose: K_rk = coefficient[r * kRowStep + k * step].
-template <class T, int kVectors, int64_t kRowStep>
-void product_columns(const Problem<T>& p, Block out, Block in, const T* coefficient, int64_t step, int64_t column) {
+// K as products take it. K_rk = rows[r * kRowStep + k], its transpose K_kr = columns[r + k * kMaxBlock], in E.
+template <class E>
+struct Factors {
+  static constexpr int64_t kRowStep = kMaxBlock / kPack<E>;
+  const E* rows;
+  const E* columns;
+};
+
+template <class E>
+ALLNC_INLINE_TILE Factors<E> make_factors(Block, Block, Sum<E>* scratch) {
+  return {scratch, scratch};
+}
+
+#if defined(ALLNC_BFLOAT16_PAIRS)
+// K rounded to bfloat16, behind K itself: in pairs along its rows and in pairs along its columns.
+template <>
+ALLNC_INLINE_TILE Factors<BFloat16Pair> make_factors<BFloat16Pair>(Block i, Block j, float* scratch) {
+  using Pairs = Vector<BFloat16Pair>;
+  typedef uint16_t Half __attribute__((vector_size(ALLNC_VECTOR_BYTES / 2), may_alias));  // one bfloat16 of each pair
+  constexpr int kLanes = Simd<float>::kLanes;
+  BFloat16Pair* const rows = reinterpret_cast<BFloat16Pair*>(scratch + kMaxBlock * kMaxBlock);
+  BFloat16Pair* const columns = rows + kMaxBlock * kMaxBlock / 2;
+  for (int64_t row = 0; row < i.rows; row += 2) {
+    const float* const first = scratch + row * kMaxBlock;
+    const float* const second = first + kMaxBlock;
+    BFloat16Pair* const first_rounded = rows + row * kMaxBlock / 2;
+    BFloat16Pair* const second_rounded = first_rounded + kMaxBlock / 2;
+    for (int64_t column = 0; column < j.rows; column += kLanes) {
+      const Half x = (Half)_mm512_cvtneps_pbh((__m512)at(first + column));
+      const Half y = (Half)_mm512_cvtneps_pbh((__m512)at(second + column));
+      *reinterpret_cast<Half*>(first_rounded + column / 2) = x;
+      *reinterpret_cast<Half*>(second_rounded + column / 2) = y;
+      at(columns + row / 2 * kMaxBlock + column) =
+          __builtin_convertvector(x, Pairs) | (__builtin_convertvector(y, Pairs) << 16);
+    }
+  }
+  return {rows, columns};
+}
+#endif
+
+// grad of the rows `out`, in kVectors vectors of columns from `column` on, += K times the rows `in`, where
+// K_rk = coefficient[r * kRowStep + k * step].
+template <class E, int kVectors, int64_t kRowStep>
+void product_columns(const Problem<E>& p, Block out, Block in, const E* coefficient, int64_t step, int64_t column) {
   for (int64_t row = 0; row < out.rows; row += kTileRows) {
-    multiply<T, kVectors, kRowStep, true>(
-        coefficient + row * kRowStep, step, p.rows + in.first * p.stride + column, p.stride, in.rows,
-        p.grad + (out.first + row) * p.stride + column, p.stride);
+    multiply<E, kVectors, kRowStep, true>(
+        coefficient + row * kRowStep, step, p.rows + in.first / kPack<E> * p.stride + column, p.stride,
+        in.rows / kPack<E>, p.grad + (out.first + row) * p.stride + column, p.stride);
   }
 }
 
-template <class T, int64_t kRowStep>
-void product(const Problem<T>& p, Block out, Block in, const T* coefficient, int64_t step) {
-  constexpr int kLanes = Simd<T>::kLanes;
+template <class E, int64_t kRowStep>
+void product(const Problem<E>& p, Block out, Block in, const E* coefficient, int64_t step) {
+  constexpr int kLanes = Simd<Sum<E>>::kLanes;
   int64_t column = 0;
   for (; column + 2 * kLanes < p.dim; column += 3 * kLanes) {
-    product_columns<T, 3, kRowStep>(p, out, in, coefficient, step, column);
+    product_columns<E, 3, kRowStep>(p, out, in, coefficient, step, column);
   }
   if (column + kLanes < p.dim) {
-    product_columns<T, 2, kRowStep>(p, out, in, coefficient, step, column);
+    product_columns<E, 2, kRowStep>(p, out, in, coefficient, step, column);
   } else if (column < p.dim) {
-    product_columns<T, 1, kRowStep>(p, out, in, coefficient, step, column);
+    product_columns<E, 1, kRowStep>(p, out, in, coefficient, step, column);
   }
 }
 
-template <class T>
-void forward(const Problem<T>& p, Block i, Block j, T* scratch) {
+template <class E>
+void forward(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
   const bool diagonal = i.first == j.first;
-  const auto run = p.shifted ? (diagonal ? sum_shifted<T, true> : sum_shifted<T, false>)
-                             : (diagonal ? sum_unshifted<T, true> : sum_unshifted<T, false>);
+  const auto run = p.shifted ? (diagonal ? sum_shifted<E, true> : sum_shifted<E, false>)
+                             : (diagonal ? sum_unshifted<E, true> : sum_unshifted<E, false>);
   run(p, i, j, scratch);
 }
 
-template <class T>
-void backward(const Problem<T>& p, Block i, Block j, T* scratch) {
+template <class E>
+void backward(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
   const bool diagonal = i.first == j.first;
-  const auto run = p.shifted ? (diagonal ? coefficients<T, true, true> : coefficients<T, true, false>)
-                             : (diagonal ? coefficients<T, false, true> : coefficients<T, false, false>);
+  const auto run = p.shifted ? (diagonal ? coefficients<E, true, true> : coefficients<E, true, false>)
+                             : (diagonal ? coefficients<E, false, true> : coefficients<E, false, false>);
   run(p, i, j, scratch);
-  product<T, kMaxBlock>(p, i, j, scratch, 1);
-  if (!diagonal && j.first < p.grad_rows) product<T, 1>(p, j, i, scratch, kMaxBlock);
+  const Factors<E> k = make_factors<E>(i, j, scratch);
+  product<E, Factors<E>::kRowStep>(p, i, j, k.rows, 1);
+  if (!diagonal && j.first < p.grad_rows) product<E, 1>(p, j, i, k.columns, kMaxBlock);
 }
 
-template <class T>
-Tiles<T> make_tiles() {
-  return {&forward<T>, &backward<T>};
+template <class E>
+Tiles<E> make_tiles() {
+  return {&forward<E>, &backward<E>};
 }
 
 }  // namespace ALLNC_ISA

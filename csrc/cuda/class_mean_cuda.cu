@@ -1,15 +1,24 @@
 // class_mean_ema on CUDA: batch means of the classes, moved into their running means. allnc/ops/class_mean.py has the
 // formulas. N rows, C classes, F columns.
 //
-// Rows are grouped by class (their numbers, not the rows themselves), each class's rows are summed in segments of
-// bounded length, and the partial sums of a class are added up in order. Features are read once, 16 bytes a thread,
-// whatever the class sizes; nothing of size N x C exists and the host never waits. The order of rows within a class
-// comes from atomics, or from a stable sort in deterministic mode; everything after it has one fixed order.
+// Rows are grouped by class (their numbers, not the rows themselves) and each class's rows summed in segments of bounded
+// length. Most classes have one segment, whose block also updates the mean; an absent class has one without rows. Only
+// heavier classes go through a buffer of partial sums, added up in order. The launches are
+//     count_kernel        rows of each class; the last block to finish plans: where classes and segments begin
+//     group_kernel        row numbers by class, at the ranks that the counting atomics gave;
+//                         deterministic: a stable radix sort of the labels instead, then split_kernel
+//     segment_kernel      segment sums; finishes light and absent classes
+//     heavy_kernel        finishes the others
+// Features are read once, 16 bytes a thread, whatever the class sizes; nothing of size N x C exists and the host never
+// waits. Everything after the order of rows within a class has one fixed order.
 
 #include <cuda_runtime.h>
 
-#include <array>
 #include <cub/block/block_scan.cuh>
+#include <cub/device/device_radix_sort.cuh>
+
+#include <algorithm>
+#include <vector>
 
 #include "../class_mean.h"
 #include "current_stream.h"
@@ -19,11 +28,9 @@ namespace cuda {
 
 constexpr int kSegmentRows = 64;
 constexpr int kThreads = 256;
-constexpr int kScanThreads = 512;
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
-void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+void check_launch(const char* kernel, cudaError_t error = cudaGetLastError()) {
   STD_TORCH_CHECK(error == cudaSuccess, kernel, " could not be launched: ", cudaGetErrorString(error));
 }
 
@@ -66,75 +73,132 @@ __device__ __forceinline__ bool takes_part(int64_t label, int64_t classes, int64
   return label != ignore_index && label >= 0 && label < classes;
 }
 
-__global__ void count_kernel(
-    const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, unsigned long long* counts) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < rows && takes_part(labels[i], classes, ignore_index)) count_up(counts, labels[i]);
-}
+// Rows order[first] to order[last - 1], all of one class; none for an absent class.
+struct Segment {
+  int64_t class_index, first, last;
+  int64_t partial;  // row of the buffer of partial sums, or -1 for the only segment of its class
+};
 
-// What precedes a class: rows and segments.
+// A class of several segments.
+struct Heavy {
+  int64_t class_index, first_partial, num_partials;
+};
+
+// What precedes a class, and at the end the totals.
 struct Before {
-  int64_t rows, segments;
+  int64_t rows, segments, partials, heavy;
   __host__ __device__ Before operator+(const Before& other) const {
-    return {rows + other.rows, segments + other.segments};
+    return {rows + other.rows, segments + other.segments, partials + other.partials, heavy + other.heavy};
   }
 };
 
-// One block: exclusive sums of the counts -> first_row [C + 1], first_segment [C + 1].
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(
-    const int64_t* counts, const bool* seen, int64_t classes, int64_t* first_row, int64_t* first_segment,
-    bool* seen_after) {
-  using Scan = cub::BlockScan<Before, kScanThreads, cub::BLOCK_SCAN_WARP_SCANS>;  // raking spills registers
+__device__ __forceinline__ Before takes(int64_t count) {
+  const int64_t segments = count <= kSegmentRows ? 1 : (count + kSegmentRows - 1) / kSegmentRows;
+  return {count, segments, segments > 1 ? segments : 0, segments > 1};
+}
+
+struct Plan {
+  int64_t classes;
+  int64_t* counts;    // [C]
+  Before* before;     // [C + 1]
+  Segment* segments;  // [max_segments]
+  Heavy* heavy;       // [max_heavy]
+};
+
+// Segment `number` of a class of `count` rows.
+__device__ __forceinline__ void write_segment(const Plan& plan, int64_t c, int64_t count, Before before, int64_t number) {
+  const int64_t first = before.rows + number * kSegmentRows, class_end = before.rows + count;
+  const int64_t last = first + kSegmentRows < class_end ? first + kSegmentRows : class_end;
+  plan.segments[before.segments + number] = {c, first, last, count > kSegmentRows ? before.partials + number : -1};
+}
+
+// Exclusive sums over the classes, by one block; writes the plan but for later segments of heavy classes, and moves the
+// classes that have rows among the seen ones.
+__device__ void make_plan(const unsigned long long* counter, const Plan& plan, bool* seen, bool* seen_before) {
+  constexpr int kItems = 4;  // classes of a thread
+  using Scan = cub::BlockScan<Before, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;  // raking spills registers
   __shared__ typename Scan::TempStorage storage;
-  Before total{0, 0};
-  for (int64_t base = 0; base < classes; base += kScanThreads) {
-    const int64_t c = base + threadIdx.x;
-    const int64_t count = c < classes ? counts[c] : 0;
-    Before before{0, 0}, chunk{0, 0};
+  Before total{0, 0, 0, 0};
+  for (int64_t base = 0; base < plan.classes; base += kThreads * kItems) {
+    const int64_t own = base + threadIdx.x * kItems;
+    int64_t count[kItems];
+    Before taken{0, 0, 0, 0}, before{0, 0, 0, 0}, chunk{0, 0, 0, 0};
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (own + k >= plan.classes) break;
+      count[k] = static_cast<int64_t>(__ldcg(counter + own + k));  // other blocks' atomics are in the L2 cache
+      taken = taken + takes(count[k]);
+    }
     Scan(storage).ExclusiveScan(
-        Before{count, (count + kSegmentRows - 1) / kSegmentRows}, before, Before{0, 0},
-        [](const Before& x, const Before& y) { return x + y; }, chunk);
-    if (c < classes) {
-      first_row[c] = total.rows + before.rows;
-      first_segment[c] = total.segments + before.segments;
-      seen_after[c] = seen[c] || count > 0;
+        taken, before, Before{0, 0, 0, 0}, [](const Before& x, const Before& y) { return x + y; }, chunk);
+    before = total + before;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t c = own + k;
+      if (c >= plan.classes) break;
+      const Before needs = takes(count[k]);
+      plan.counts[c] = count[k];
+      plan.before[c] = before;
+      write_segment(plan, c, count[k], before, 0);
+      if (needs.heavy) plan.heavy[before.heavy] = {c, before.partials, needs.partials};
+      const bool was_seen = seen[c];
+      seen_before[c] = was_seen;
+      seen[c] = was_seen || count[k] > 0;
+      before = before + needs;
     }
     total = total + chunk;
-    __syncthreads();
+    __syncthreads();  // `storage` is used again
   }
-  if (threadIdx.x == 0) {
-    first_row[classes] = total.rows;
-    first_segment[classes] = total.segments;
+  if (threadIdx.x == 0) plan.before[plan.classes] = total;
+}
+
+// counter [C + 1], zero before: rows of each class, then the number of blocks that have finished. Writes ranks [N],
+// each row's place among those of its class in whatever order the atomics give; or, for a sort (ranks is null), keys
+// [N] = class, C for rows that take no part so that they come last, and row_numbers [N].
+__global__ void __launch_bounds__(kThreads) count_kernel(
+    const int64_t* labels, int64_t rows, int64_t ignore_index, unsigned long long* counter, int64_t* ranks,
+    uint32_t* keys, int64_t* row_numbers, Plan plan, bool* seen, bool* seen_before) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < rows) {
+    const int64_t c = labels[i];
+    const bool used = takes_part(c, plan.classes, ignore_index);
+    const int64_t rank = used ? count_up(counter, c) : 0;
+    if (ranks != nullptr) {
+      ranks[i] = rank;
+    } else {
+      keys[i] = static_cast<uint32_t>(used ? c : plan.classes);
+      row_numbers[i] = i;
+    }
   }
+  __threadfence();  // this block's counts before its ticket
+  __syncthreads();
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) is_last = atomicAdd(counter + plan.classes, 1ull) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  make_plan(counter, plan, seen, seen_before);
 }
 
-// order [N]: row numbers by class, in whatever order the atomics give within a class; segment_class [segments].
-__global__ void group_kernel(
-    const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, const int64_t* first_row,
-    const int64_t* first_segment, unsigned long long* next, int64_t* order, int64_t* segment_class) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= rows || !takes_part(labels[i], classes, ignore_index)) return;
-  const int64_t c = labels[i];
-  const int64_t rank = count_up(next, c);
-  order[first_row[c] + rank] = i;
-  if (rank % kSegmentRows == 0) segment_class[first_segment[c] + rank / kSegmentRows] = c;
+// order [N]: row numbers by class.
+__global__ void __launch_bounds__(kThreads) group_kernel(
+    const int64_t* labels, const int64_t* ranks, int64_t rows, int64_t ignore_index, Plan plan, int64_t* order) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= rows || !takes_part(labels[i], plan.classes, ignore_index)) return;
+  const int64_t c = labels[i], rank = ranks[i];
+  const Before before = plan.before[c];
+  order[before.rows + rank] = i;
+  if (rank > 0 && rank % kSegmentRows == 0) write_segment(plan, c, plan.counts[c], before, rank / kSegmentRows);
 }
 
-// keys [N] = class, or C for rows that take no part, so that a sort puts them last.
-__global__ void key_kernel(
-    const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, int64_t* keys) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < rows) keys[i] = takes_part(labels[i], classes, ignore_index) ? labels[i] : classes;
-}
-
-__global__ void segment_kernel(
-    const int64_t* sorted_keys, int64_t rows, int64_t classes, const int64_t* first_row,
-    const int64_t* first_segment, int64_t* segment_class) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= rows || sorted_keys[i] >= classes) return;
+// The later segments of heavy classes, from the sorted keys.
+__global__ void __launch_bounds__(kThreads) split_kernel(const uint32_t* sorted_keys, int64_t rows, Plan plan) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= rows || sorted_keys[i] >= plan.classes) return;
   const int64_t c = sorted_keys[i];
-  const int64_t rank = i - first_row[c];
-  if (rank % kSegmentRows == 0) segment_class[first_segment[c] + rank / kSegmentRows] = c;
+  const Before before = plan.before[c];
+  const int64_t rank = i - before.rows;
+  if (rank > 0 && rank % kSegmentRows == 0) write_segment(plan, c, plan.counts[c], before, rank / kSegmentRows);
 }
 
 // Adds up the `sum` of the threads of a block that share a column; valid in threads with threadIdx.y == 0.
@@ -152,77 +216,119 @@ __device__ __forceinline__ void reduce_rows(A (&sum)[V]) {
   }
 }
 
-// partial [segments, F]: block (segment, column tile); threads (columns, rows).
+// The running means and what a batch does to them.
+template <class A>
+struct Update {
+  const bool* seen_before;  // [C]
+  A* means;                 // [C, F]: in place
+  A* value;                 // [C, F]: the new means once more
+  A momentum, rest;         // m, 1 - m
+};
+
+// Moves V columns of class c, whose `count` rows sum to `sum`, into the mean.
+template <class A, int V>
+__device__ __forceinline__ void finish(
+    const Update<A>& update, int64_t c, int64_t count, const A (&sum)[V], int64_t columns, int64_t column) {
+  constexpr int kPart = widest_part<A, V>();
+  const bool seen = update.seen_before[c];
+  const A n = static_cast<A>(count);
+#pragma unroll
+  for (int part = 0; part < V; part += kPart) {
+    const int64_t at = c * columns + column + part;
+    Pack<A, kPart> mean;
+    if (count == 0) {
+      mean = load<A, kPart>(update.means + at);
+    } else {
+      Pack<A, kPart> old;
+      if (seen) old = load<A, kPart>(update.means + at);
+#pragma unroll
+      for (int v = 0; v < kPart; ++v) {
+        const A batch = sum[part + v] / n;
+        mean.data[v] = seen ? update.momentum * old.data[v] + update.rest * batch : batch;
+      }
+      store<A, kPart>(update.means + at, mean);
+    }
+    store<A, kPart>(update.value + at, mean);
+  }
+}
+
+// Sums of segments: light and absent classes are finished, the rest goes to partial [partials, F].
+// Block (segment, column tile); threads (columns, rows).
 template <class T, class A, int V>
-__global__ void __launch_bounds__(kThreads, 4) segment_sum_kernel(
-    const T* __restrict__ x, int64_t stride, int64_t columns, int64_t classes, const int64_t* __restrict__ order,
-    const int64_t* __restrict__ first_row, const int64_t* __restrict__ first_segment,
-    const int64_t* __restrict__ segment_class, A* __restrict__ partial) {
-  const int64_t segment = blockIdx.x;
-  if (segment >= first_segment[classes]) return;  // the grid is sized for the worst case
-  const int64_t c = segment_class[segment];
-  const int64_t begin = first_row[c] + (segment - first_segment[c]) * kSegmentRows;
-  const int64_t class_end = first_row[c + 1];
-  const int64_t end = begin + kSegmentRows < class_end ? begin + kSegmentRows : class_end;
+__global__ void __launch_bounds__(kThreads, 4) segment_kernel(
+    const T* __restrict__ x, int64_t stride, int64_t columns, const int64_t* __restrict__ order, Plan plan,
+    A* __restrict__ partial, Update<A> update) {
+  if (blockIdx.x >= plan.before[plan.classes].segments) return;  // the grid is sized for the worst case
+  const Segment segment = plan.segments[blockIdx.x];
+  const int num_rows = static_cast<int>(segment.last - segment.first);
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  __shared__ int64_t row_start[kSegmentRows];
+  if (thread < num_rows) row_start[thread] = order[segment.first + thread] * stride;
+  __syncthreads();
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
   const bool inside = column < columns;
 
   A sum[V] = {};
   if (inside) {
     constexpr int kUnroll = 4;  // loads in flight
-    int64_t r = begin + threadIdx.y;
-    for (; r + (kUnroll - 1) * blockDim.y < end; r += kUnroll * blockDim.y) {
+    const int step = blockDim.y;
+    int r = threadIdx.y;
+    for (; r + (kUnroll - 1) * step < num_rows; r += kUnroll * step) {
       Pack<T, V> pack[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) pack[u] = load<T, V>(x + order[r + u * blockDim.y] * stride + column);
+      for (int u = 0; u < kUnroll; ++u) pack[u] = load<T, V>(x + row_start[r + u * step] + column);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] += static_cast<A>(pack[u].data[v]);
       }
     }
-    for (; r < end; r += blockDim.y) {
-      const Pack<T, V> pack = load<T, V>(x + order[r] * stride + column);
+    for (; r < num_rows; r += step) {
+      const Pack<T, V> pack = load<T, V>(x + row_start[r] + column);
 #pragma unroll
       for (int v = 0; v < V; ++v) sum[v] += static_cast<A>(pack.data[v]);
     }
   }
   reduce_rows<A, V>(sum);
   if (!inside || threadIdx.y != 0) return;
+  if (segment.partial < 0) {
+    finish<A, V>(update, segment.class_index, num_rows, sum, columns, column);
+    return;
+  }
   constexpr int kPart = widest_part<A, V>();
 #pragma unroll
   for (int part = 0; part < V; part += kPart) {
     Pack<A, kPart> pack;
 #pragma unroll
     for (int v = 0; v < kPart; ++v) pack.data[v] = sum[part + v];
-    store<A, kPart>(partial + segment * columns + column + part, pack);
+    store<A, kPart>(partial + segment.partial * columns + column + part, pack);
   }
 }
 
-// value [C, F]: block (class, column tile); threads (columns, segments).
-template <class A>
-__global__ void __launch_bounds__(kThreads) update_kernel(
-    const A* __restrict__ partial, const A* __restrict__ means, const bool* __restrict__ seen,
-    const int64_t* __restrict__ counts, const int64_t* __restrict__ first_segment, int64_t columns, A momentum, A rest,
-    A* __restrict__ value) {
-  const int64_t c = blockIdx.x;
-  const int64_t column = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+// Heavy classes, from their partial sums. Block (share of the classes, column tile); threads (columns, partial sums).
+template <class A, int V>
+__global__ void __launch_bounds__(kThreads, 4) heavy_kernel(
+    const A* __restrict__ partial, int64_t columns, Plan plan, Update<A> update) {
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
   const bool inside = column < columns;
-  const int64_t end = first_segment[c + 1];
-  A sum[1] = {};
-  if (inside) {
+  const int64_t num_heavy = plan.before[plan.classes].heavy;
+  for (int64_t h = blockIdx.x; h < num_heavy; h += gridDim.x) {
+    const Heavy heavy = plan.heavy[h];
+    A sum[V] = {};
+    if (inside) {
 #pragma unroll 4
-    for (int64_t s = first_segment[c] + threadIdx.y; s < end; s += blockDim.y) sum[0] += partial[s * columns + column];
+      for (int64_t s = threadIdx.y; s < heavy.num_partials; s += blockDim.y) {
+        const Pack<A, V> pack = load<A, V>(partial + (heavy.first_partial + s) * columns + column);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += pack.data[v];
+      }
+    }
+    reduce_rows<A, V>(sum);
+    if (inside && threadIdx.y == 0) {
+      finish<A, V>(update, heavy.class_index, plan.counts[heavy.class_index], sum, columns, column);
+    }
+    __syncthreads();  // shared memory is used again
   }
-  reduce_rows<A, 1>(sum);
-  if (!inside || threadIdx.y != 0) return;
-  const int64_t at = c * columns + column;
-  if (counts[c] == 0) {
-    value[at] = means[at];
-    return;
-  }
-  const A mean = sum[0] / static_cast<A>(counts[c]);
-  value[at] = seen[c] ? momentum * means[at] + rest * mean : mean;
 }
 
 // grad_features [N, F]: threads (columns, rows).
@@ -265,19 +371,16 @@ unsigned num_blocks(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(blocks);
 }
 
+unsigned num_column_tiles(int64_t columns, int64_t per_tile) {
+  const int64_t tiles = (columns + per_tile - 1) / per_tile;
+  STD_TORCH_CHECK(tiles <= 0xffff, "too many columns for one launch: ", columns);
+  return static_cast<unsigned>(tiles);
+}
+
 template <class T>
 bool is_aligned(const T* p, int64_t stride, int64_t columns) {
   constexpr int64_t kPack = 16 / sizeof(T);
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % kPack == 0 && columns % kPack == 0;
-}
-
-// A stable sort of keys [N]: the sorted keys and where they came from.
-std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
-  std::array<StableIValue, 4> stack{
-      torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
-      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 template <class T>
@@ -290,18 +393,48 @@ T* mutable_data(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// `count` elements of a plain type, uninitialised.
+template <class T>
+T* take(std::vector<Tensor>& memory, const Tensor& like, int64_t count) {
+  memory.push_back(empty_like_on(like, {count * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte));
+  return static_cast<T*>(memory.back().mutable_data_ptr());
+}
+
+// order [N] = row_numbers [N] by their keys, which are at most `largest_key`; rows of equal keys keep their order.
+void stable_sort(
+    const uint32_t* keys, const int64_t* row_numbers, int64_t rows, int64_t largest_key, uint32_t* sorted_keys,
+    int64_t* order, std::vector<Tensor>& memory, const Tensor& like, cudaStream_t stream) {
+  int bits = 1;
+  while ((largest_key >> bits) != 0) ++bits;
+  size_t bytes = 0;
+  const auto sort = [&](void* temporary) {
+    check_launch(
+        "the radix sort", cub::DeviceRadixSort::SortPairs(
+                              temporary, bytes, keys, sorted_keys, row_numbers, order, rows, 0, bits, stream));
+  };
+  sort(nullptr);  // asks for the size
+  sort(take<char>(memory, like, static_cast<int64_t>(bytes)));
+}
+
 template <class T, int V>
-void launch_segment_sums(
-    const Tensor& features, int64_t num_segments, int64_t classes, const Tensor& order, const Tensor& first_row,
-    const Tensor& first_segment, const Tensor& segment_class, Tensor& partial, cudaStream_t stream) {
+void launch_segments(
+    const Tensor& features, int64_t max_segments, int64_t max_heavy, const int64_t* order, const Plan& plan,
+    typename Accumulation<T>::type* partial, const Update<typename Accumulation<T>::type>& update,
+    cudaStream_t stream) {
   using A = typename Accumulation<T>::type;
   const int64_t columns = features.size(1);
   const dim3 block = block_shape((columns + V - 1) / V);
-  const dim3 grid(num_blocks(num_segments, 1), num_blocks(columns, block.x * V));
-  segment_sum_kernel<T, A, V><<<grid, block, 0, stream>>>(
-      data<T>(features), features.stride(0), columns, classes, data<int64_t>(order), data<int64_t>(first_row),
-      data<int64_t>(first_segment), data<int64_t>(segment_class), mutable_data<A>(partial));
-  check_launch("segment_sum_kernel");
+  const dim3 grid(num_blocks(max_segments, 1), num_column_tiles(columns, block.x * V));
+  segment_kernel<T, A, V><<<grid, block, 0, stream>>>(
+      data<T>(features), features.stride(0), columns, order, plan, partial, update);
+  check_launch("segment_kernel");
+  if (max_heavy == 0) return;
+  constexpr int kPack = V > 1 ? 16 / sizeof(A) : 1;
+  const dim3 heavy_block(8, kThreads / 8);  // 128 bytes of a row
+  const dim3 heavy_grid(
+      static_cast<unsigned>(std::min<int64_t>(max_heavy, 32)), num_column_tiles(columns, heavy_block.x * kPack));
+  heavy_kernel<A, kPack><<<heavy_grid, heavy_block, 0, stream>>>(partial, columns, plan, update);
+  check_launch("heavy_kernel");
 }
 
 std::tuple<Tensor, Tensor, Tensor> class_mean_ema_forward(
@@ -313,74 +446,60 @@ std::tuple<Tensor, Tensor, Tensor> class_mean_ema_forward(
   const auto stream = static_cast<cudaStream_t>(current_stream(features.get_device_index()));
   features = with_dense_rows(features);
   labels = torch::stable::contiguous(labels);
-  means = torch::stable::contiguous(means);
-  seen = torch::stable::contiguous(seen);
   Tensor value = empty_like_on(means, {classes, columns}, means.scalar_type());
-  Tensor seen_after = empty_like_on(seen, {classes}, ScalarType::Bool);
-  Tensor counts = torch::stable::new_zeros(labels, {classes});
-  if (classes == 0) return {value, seen_after, counts};
+  Tensor seen_before = empty_like_on(seen, {classes}, ScalarType::Bool);
+  Tensor counts = empty_like_on(labels, {classes}, ScalarType::Long);
+  if (classes == 0) return {value, seen_before, counts};
 
-  const int64_t* label = data<int64_t>(labels);
-  Tensor first_row = empty_like_on(labels, {classes + 1}, ScalarType::Long);
-  Tensor first_segment = empty_like_on(labels, {classes + 1}, ScalarType::Long);
-  const unsigned row_blocks = num_blocks(rows, kThreads);
-  if (rows > 0) {
-    count_kernel<<<row_blocks, kThreads, 0, stream>>>(
-        label, rows, classes, ignore_index, mutable_data<unsigned long long>(counts));
-    check_launch("count_kernel");
-  }
-  scan_kernel<<<1, kScanThreads, 0, stream>>>(
-      data<int64_t>(counts), data<bool>(seen), classes, mutable_data<int64_t>(first_row),
-      mutable_data<int64_t>(first_segment), mutable_data<bool>(seen_after));
-  check_launch("scan_kernel");
-  if (columns == 0) return {value, seen_after, counts};
+  // A class has at most one segment that is not full; a heavy one has more rows than a segment.
+  const int64_t max_heavy = std::min(classes, rows / (kSegmentRows + 1));
+  const int64_t max_segments = rows / kSegmentRows + classes;
+  const int64_t max_partials = max_heavy > 0 ? rows / kSegmentRows + max_heavy : 0;
+  DenseState means_state(means), seen_state(seen);
+  std::vector<Tensor> memory;
+  const Plan plan{
+      classes, mutable_data<int64_t>(counts), take<Before>(memory, labels, classes + 1),
+      take<Segment>(memory, labels, max_segments), take<Heavy>(memory, labels, max_heavy)};
+  Tensor counter = torch::stable::new_zeros(labels, {classes + 1});
+  int64_t* const order = take<int64_t>(memory, labels, rows);
+  int64_t* const ranks = deterministic ? nullptr : take<int64_t>(memory, labels, rows);
+  uint32_t* const keys = deterministic ? take<uint32_t>(memory, labels, 2 * rows) : nullptr;
+  int64_t* const row_numbers = deterministic ? take<int64_t>(memory, labels, rows) : nullptr;
+  const int64_t* const label = data<int64_t>(labels);
+  const unsigned row_blocks = std::max(num_blocks(rows, kThreads), 1u);
 
-  // A class has at most one segment that is not full.
-  const int64_t max_segments = rows / kSegmentRows + std::min(rows, classes);
-  Tensor partial = empty_like_on(means, {max_segments, columns}, means.scalar_type());
-  if (rows > 0) {
-    Tensor segment_class = empty_like_on(labels, {max_segments}, ScalarType::Long);
-    Tensor order;
-    if (deterministic) {
-      Tensor keys = empty_like_on(labels, {rows}, ScalarType::Long);
-      key_kernel<<<row_blocks, kThreads, 0, stream>>>(
-          label, rows, classes, ignore_index, mutable_data<int64_t>(keys));
-      check_launch("key_kernel");
-      std::tie(keys, order) = stable_sort(keys);
-      segment_kernel<<<row_blocks, kThreads, 0, stream>>>(
-          data<int64_t>(keys), rows, classes, data<int64_t>(first_row), data<int64_t>(first_segment),
-          mutable_data<int64_t>(segment_class));
-      check_launch("segment_kernel");
-    } else {
-      order = empty_like_on(labels, {rows}, ScalarType::Long);
-      Tensor next = torch::stable::new_zeros(labels, {classes});
-      group_kernel<<<row_blocks, kThreads, 0, stream>>>(
-          label, rows, classes, ignore_index, data<int64_t>(first_row), data<int64_t>(first_segment),
-          mutable_data<unsigned long long>(next), mutable_data<int64_t>(order), mutable_data<int64_t>(segment_class));
-      check_launch("group_kernel");
+  count_kernel<<<row_blocks, kThreads, 0, stream>>>(
+      label, rows, ignore_index, mutable_data<unsigned long long>(counter), ranks, keys, row_numbers, plan,
+      mutable_data<bool>(seen_state.dense()), mutable_data<bool>(seen_before));
+  check_launch("count_kernel");
+  seen_state.write_back();
+  if (rows > 0 && deterministic) {
+    stable_sort(keys, row_numbers, rows, classes, keys + rows, order, memory, labels, stream);
+    if (max_heavy > 0) {
+      split_kernel<<<row_blocks, kThreads, 0, stream>>>(keys + rows, rows, plan);
+      check_launch("split_kernel");
     }
-    dispatch_floating(features.scalar_type(), "features", [&](auto type) {
-      using T = decltype(type);
-      const bool aligned = is_aligned(data<T>(features), features.stride(0), columns);
-      const auto launch = aligned ? launch_segment_sums<T, 16 / sizeof(T)> : launch_segment_sums<T, 1>;
-      launch(features, max_segments, classes, order, first_row, first_segment, segment_class, partial, stream);
-    });
+  } else if (rows > 0) {
+    group_kernel<<<row_blocks, kThreads, 0, stream>>>(label, ranks, rows, ignore_index, plan, order);
+    check_launch("group_kernel");
   }
-  const auto update = [&](auto type) {
-    using A = decltype(type);
-    const dim3 block = block_shape(columns);
-    const dim3 grid(num_blocks(classes, 1), num_blocks(columns, block.x));
-    update_kernel<A><<<grid, block, 0, stream>>>(
-        data<A>(partial), data<A>(means), data<bool>(seen), data<int64_t>(counts), data<int64_t>(first_segment),
-        columns, static_cast<A>(momentum), static_cast<A>(1 - momentum), mutable_data<A>(value));
-    check_launch("update_kernel");
-  };
-  if (means.scalar_type() == ScalarType::Double) {
-    update(double{});
-  } else {
-    update(float{});
-  }
-  return {value, seen_after, counts};
+  if (columns == 0) return {value, seen_before, counts};
+
+  dispatch_floating(features.scalar_type(), "features", [&](auto type) {
+    using T = decltype(type);
+    using A = typename Accumulation<T>::type;
+    Tensor& running = means_state.dense();
+    const Update<A> update{
+        data<bool>(seen_before), mutable_data<A>(running), mutable_data<A>(value), static_cast<A>(momentum),
+        static_cast<A>(1 - momentum)};
+    A* const partial = take<A>(memory, labels, max_partials * columns);
+    const bool aligned = is_aligned(data<T>(features), features.stride(0), columns) &&
+                         is_aligned(data<A>(running), columns, columns);
+    const auto launch = aligned ? launch_segments<T, 16 / sizeof(T)> : launch_segments<T, 1>;
+    launch(features, max_segments, max_heavy, order, plan, partial, update, stream);
+  });
+  means_state.write_back();
+  return {value, seen_before, counts};
 }
 
 template <class T, int V>
@@ -390,7 +509,7 @@ void launch_gradient(
   using A = typename Accumulation<T>::type;
   const int64_t rows = labels.size(0), classes = grad_value.size(0), columns = grad_value.size(1);
   const dim3 block = block_shape((columns + V - 1) / V);
-  const dim3 grid(num_blocks(rows, block.y), num_blocks(columns, block.x * V));
+  const dim3 grid(num_blocks(rows, block.y), num_column_tiles(columns, block.x * V));
   gradient_kernel<T, A, V><<<grid, block, 0, stream>>>(
       data<A>(grad_value), data<int64_t>(labels), data<int64_t>(counts), data<bool>(seen_before), rows, classes,
       columns, static_cast<A>(seen_factor), ignore_index, mutable_data<T>(grad_features));

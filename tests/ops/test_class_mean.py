@@ -70,9 +70,9 @@ def run_reference(case: dict[str, Tensor], dtype: torch.dtype, **options: Any) -
     return value.detach(), features.grad, seen
 
 
-def check(case: dict[str, Tensor], backend: Any, **options: Any) -> None:
+def check(case: dict[str, Tensor], backend: Any, *, deterministic: bool = False, **options: Any) -> None:
     dtype = case["features"].dtype
-    value, grad, means, seen = run(case, backend, **options)
+    value, grad, means, seen = run(case, backend, deterministic=deterministic, **options)
     eager_value, eager_grad, _ = run_reference(case, dtype, **options)
     exact_value, exact_grad, exact_seen = run_reference(case, torch.float64, **options)
     scale = max(1.0, float(exact_value.abs().max())) if exact_value.numel() else 1.0
@@ -157,6 +157,37 @@ def test_any_shape_and_labels(
     check(case, backend, gradient=gradient, momentum=momentum, ignore_index=ignore_index)
 
 
+def draw_labels(n: int, c: int, distribution: str, generator: torch.Generator) -> Tensor:
+    if distribution == "one class":
+        return torch.full((n,), c // 2)
+    if distribution == "all distinct":  # as far as the classes go
+        return torch.randperm(max(n, c), generator=generator)[:n] % c
+    if distribution == "half absent":
+        return torch.randint(0, c, (n,), generator=generator) // 2
+    if distribution == "all ignored":
+        return torch.full((n,), -100)
+    share = torch.arange(1, c + 1).double() ** -1.5  # long tail
+    labels = torch.multinomial(share, n, replacement=True, generator=generator) if n else torch.zeros(0).long()
+    return labels.masked_fill(torch.rand(n, generator=generator) < 0.1, -100)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    n=st.sampled_from([0, 1, 63, 64, 65, 128, 129, 257, 700]),
+    f=st.sampled_from([1, 8, 40, 129]),
+    c=st.sampled_from([1, 2, 17, 130, 2100]),
+    distribution=st.sampled_from(["one class", "all distinct", "half absent", "all ignored", "long tail"]),
+    dtype=st.sampled_from(DTYPES),
+    deterministic=st.booleans(),
+)
+def test_any_distribution_of_labels(
+    backend: Any, n: int, f: int, c: int, distribution: str, dtype: torch.dtype, deterministic: bool
+) -> None:
+    labels = draw_labels(n, c, distribution, torch.Generator().manual_seed(n + c))
+    check(make_case(n, f, c, dtype=dtype, labels=labels), backend, deterministic=deterministic)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_special_values(backend: Any) -> None:
     """Infinity and NaN reach their own class only; an ignored row reaches none, whatever it holds."""
@@ -190,10 +221,24 @@ def test_no_rows(backend: Any) -> None:
 def test_returned_value_is_not_the_state(backend: Any) -> None:
     case = {k: v.to(device_of(backend)) for k, v in make_case().items()}
     means, seen = case["means"], case["seen"]
+    versions = means._version, seen._version
     value = class_mean_ema(case["features"], case["labels"], means, seen, backend=backend)
+    assert means._version > versions[0] and seen._version > versions[1], "autograd knows of the change"
     kept = value.clone()
     class_mean_ema(case["features"] + 1, case["labels"], means, seen, backend=backend)
     assert torch.equal(value, kept) and not torch.equal(means, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_returned_value_may_be_changed_in_place(backend: Any) -> None:
+    case = {k: v.to(device_of(backend)) for k, v in make_case().items()}
+    want = run(case, backend)[1]
+    features, means, seen = case["features"].clone().requires_grad_(), case["means"], case["seen"]
+    value = class_mean_ema(features, case["labels"], means, seen, backend=backend)
+    kept = means.clone()
+    value.mul_(2).backward(case["upstream"])
+    assert torch.equal(means, kept)
+    assert features.grad is not None and torch.equal(features.grad.cpu(), 2 * want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -259,7 +304,7 @@ def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch.ops.allnc.class_mean_ema
 
     def spy(*args: Any) -> Any:
-        asked.append(args[7])
+        asked.append(args[6])
         return original(*args)
 
     monkeypatch.setattr(torch.ops.allnc, "class_mean_ema", spy)
@@ -311,8 +356,7 @@ def test_gradcheck(backend: Any, gradient: Any) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: Any) -> None:
     case = {k: v.to(device_of(backend)) for k, v in make_case(9, 5, 4).items()}
-    features = case["features"].requires_grad_()
-    arguments = (features, case["labels"], case["means"], case["seen"], 0.9, False, -100, True, backend)
+    arguments = (case["features"], case["labels"], case["means"], case["seen"], 0.9, -100, True, backend)
     torch.library.opcheck(torch.ops.allnc.class_mean_ema, arguments)
     counts = torch.bincount(case["labels"], minlength=4)
     backward = (

@@ -1,7 +1,7 @@
 """The C++ ops hycon_lse_forward and hycon_lse_backward against dense float64 autograd.
 
 lse_i = log( sum_{j != i} a_j exp(z_i.z_j / t) + sum_c b_c exp(z_i.mu_c / t) )
-N rows of z, C rows of mu, D columns.
+N rows of z, C rows of mu, D columns. z is float32, float64, or bfloat16 with everything else in float32.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc import _extension
+from allnc.ops._common import accumulation_dtype
 from tests.tolerances import assert_as_exact
 
 pytestmark = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")
 
 SHIFT_LIMIT = 64.0  # the constant shift may be asked for while 2 / t is at most this
 NEG_INF = -torch.inf
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 class Case(NamedTuple):
@@ -51,18 +53,19 @@ def make_case(
     zeros: float = 0.1,
     seed: int = 0,
 ) -> Case:
-    """Random unit rows; `zeros` is the share of weights and of upstream gradients that are exactly 0."""
+    """Random unit rows, z in `dtype`; `zeros` is the share of weights and upstream gradients that are exactly 0."""
     generator = torch.Generator().manual_seed(seed)
+    others = accumulation_dtype(dtype)
 
     def uniform(size: int) -> Tensor:
         kept = torch.rand(size, generator=generator) >= zeros
-        return (torch.rand(size, generator=generator, dtype=torch.float64) * kept).to(dtype)
+        return (torch.rand(size, generator=generator, dtype=torch.float64) * kept).to(others)
 
     def rows(size: int) -> Tensor:
         return F.normalize(torch.randn(size, d, generator=generator, dtype=torch.float64), dim=1).to(dtype)
 
-    mu, b = (rows(c), uniform(c)) if c else (None, None)
-    return Case(rows(n), mu, uniform(n), b, torch.tensor(t, dtype=dtype), uniform(n) - uniform(n) / 2)
+    mu, b = (rows(c).to(others), uniform(c)) if c else (None, None)
+    return Case(rows(n), mu, uniform(n), b, torch.tensor(t, dtype=others), uniform(n) - uniform(n) / 2)
 
 
 def fused(case: Case, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,11 +95,12 @@ def dense(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(case: Case, shifted: bool) -> None:
-    got, eager, reference = fused(case, shifted), dense(case, case.z.dtype), dense(case, torch.float64)
+    dtype, others = case.z.dtype, case.a.dtype
+    got, eager, reference = fused(case, shifted), dense(case, others), dense(case, torch.float64)
     scale = 1 / float(case.t)  # exponents and gradients, and so their rounding errors, grow as 1 / t
     for name, x, y, want in zip(("lse", "dz", "dmu"), got, eager, reference, strict=True):
-        assert x.dtype == case.z.dtype, name
-        assert_as_exact(x, y, want, scale=scale)
+        assert x.dtype == (dtype if name == "dz" else others), name
+        assert_as_exact(x, y, want, scale=scale, dtype=dtype)  # from bfloat16 z, mu and K are rounded to it
 
 
 def test_hand_computed() -> None:
@@ -136,7 +140,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     for t, shifted in ((0.1, True), (0.1, False), (0.005, False)):
@@ -150,12 +154,11 @@ def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> Non
     c=st.integers(0, 120),
     thousandths=st.integers(5, 1000),
     zeros=st.sampled_from([0.0, 0.3, 0.95]),
-    double=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(n: int, d: int, c: int, thousandths: int, zeros: float, double: bool, seed: int) -> None:
+def test_any_shape(n: int, d: int, c: int, thousandths: int, zeros: float, dtype: torch.dtype, seed: int) -> None:
     t = thousandths / 1000
-    dtype = torch.float64 if double else torch.float32
     check(make_case(n, d, c, t, dtype=dtype, zeros=zeros, seed=seed), 2 / t <= SHIFT_LIMIT)
 
 
@@ -364,26 +367,43 @@ def run_in_subprocess(code: str, **environment: str) -> str:
     return done.stdout
 
 
+def cpu_flags() -> list[str]:
+    return Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+
+
 def check_small_cases() -> None:
     """Checks that reach every branch of the tile code; prints a digest of the bits."""
     assert _extension.has_cpp()
     digest = hashlib.sha256()
-    for dtype in (torch.float32, torch.float64):
+    for dtype in DTYPES:
         for t, shifted in ((0.1, True), (0.02, False)):
             for shape in ((300, 100, 9), (50, 3, 60)):
                 case = make_case(*shape, t, dtype=dtype)
                 check(case, shifted)
-                digest.update(b"".join(x.numpy().tobytes() for x in fused(case, shifted)))
+                digest.update(b"".join(x.double().numpy().tobytes() for x in fused(case, shifted)))
     print(digest.hexdigest())
 
 
 def test_every_instruction_set() -> None:
     # Beyond what the processor has, the variable changes nothing.
-    sets = ("avx2", "baseline")
+    sets = ("avx512", "avx2", "baseline")  # what the processor has beyond them, the other tests reach
     digests = {isa: run_in_subprocess("check_small_cases()", ALLNC_CPU_ISA=isa) for isa in sets}
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    if "avx2" in flags:
-        assert digests["avx2"] != digests["baseline"]  # or the variable chose nothing
+    flags = cpu_flags()
+    for higher, lower in (("avx512", "avx2"), ("avx2", "baseline")):
+        if f"{higher}f" in flags or higher in flags:
+            assert digests[higher] != digests[lower]  # or the variable chose nothing
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_bfloat16_products(shifted: bool) -> None:
+    # The same rows in float32: results differ by the rounding of mu, of K and of dz, each at most 2^-9.
+    case = make_case(700, 101, 60, dtype=torch.bfloat16)
+    got, exact = fused(case, shifted), fused(case._replace(z=case.z.float()), shifted)
+    assert (got[0] - exact[0]).abs().max() < 2**-9
+    for x, want in zip(got[1:], exact[1:], strict=True):
+        assert (x.float() - want).norm() < 2**-8 * want.norm()
+    if "avx512_bf16" in cpu_flags() and "ALLNC_CPU_ISA" not in os.environ:
+        assert not torch.equal(got[1], exact[1].bfloat16())  # or float32 products were made
 
 
 def print_peak_memory_growth() -> None:
