@@ -54,6 +54,11 @@ def _lse_backward_eager(
     return (dz + mean_share @ mu) / temperature, mean_share.T @ z[:own] / temperature
 
 
+def _cpp_rows(z: Tensor) -> Tensor:
+    """z in a type the C++ code takes: float16 in float32, because CPUs multiply bfloat16 but not float16."""
+    return z.float() if z.dtype == torch.float16 else z
+
+
 @torch.library.custom_op("allnc::hycon_lse_part", mutates_args=())
 def _hycon_lse_part(
     z: Tensor,
@@ -74,11 +79,10 @@ def _hycon_lse_part(
         mu = None if mu is None else mu.to(z.dtype)  # one type for the tensor cores
         options = {"shifted": shifted, "deterministic": deterministic, "part": part, "parts": parts}
         return hycon_lse_forward(z, mu, a, b, temperature, **options)
-    z = z.to(a.dtype)
     if backend == "cpp":
-        return torch.ops.allnc_C.hycon_lse_forward(z, mu, a, b, temperature, shifted, part, parts)
+        return torch.ops.allnc_C.hycon_lse_forward(_cpp_rows(z), mu, a, b, temperature, shifted, part, parts)
     with torch.autocast(z.device.type, enabled=False):
-        return _lse_forward_eager(z, mu, a, b, temperature, part, parts)
+        return _lse_forward_eager(z.to(a.dtype), mu, a, b, temperature, part, parts)
 
 
 @_hycon_lse_part.register_fake
@@ -124,12 +128,11 @@ def _hycon_lse_backward(
         mu = None if mu is None else mu.to(z.dtype)
         dz, dmu = hycon_lse_backward(grad, lse, z, mu, a, b, temperature, shifted=shifted, own=own)
         return dz, a.new_empty(0, z.shape[1]) if dmu is None else dmu.to(a.dtype)
-    zf = z.to(a.dtype)
     if backend == "cpp":
-        dz, dmu = torch.ops.allnc_C.hycon_lse_backward(grad, lse, zf, mu, a, b, temperature, shifted, own)
+        dz, dmu = torch.ops.allnc_C.hycon_lse_backward(grad, lse, _cpp_rows(z), mu, a, b, temperature, shifted, own)
     else:
         with torch.autocast(z.device.type, enabled=False):
-            dz, dmu = _lse_backward_eager(grad, lse, zf, mu, a, b, temperature, own)
+            dz, dmu = _lse_backward_eager(grad, lse, z.to(a.dtype), mu, a, b, temperature, own)
     return dz.to(z.dtype), dmu
 
 
@@ -182,7 +185,8 @@ def hycon_lse(
 
     Args:
         z: [N, D] unit rows, contiguous.
-        mu: [C, D] unit rows in the accumulation type of z, contiguous; or None. Triton rounds them to z's type.
+        mu: [C, D] unit rows in the accumulation type of z, contiguous; or None. Triton, and
+            C++ for bfloat16 where the processor multiplies it, round them to z's type.
         a: [N] column weights >= 0 in the accumulation type of z.
         b: [C] weights of the means, as a; None iff mu is None.
         temperature: τ > 0. A tensor may require a gradient; its value is never read on the host, so the

@@ -60,8 +60,10 @@ def check_against_float64(case: dict[str, Any], backend: Backend, **options) -> 
     got, grads = value_and_gradients(hycon, case, backend=backend, **options)
     tau = options.get("temperature", 0.1)
     scale = 1.0 / float(tau)  # logits, and so their rounding errors, grow as 1/τ
-    # Triton multiplies in z's own type (class means are rounded to it); the others compute in float32.
-    dtype = case["z"].dtype if backend == "triton" else None
+    # Triton multiplies in z's own type (class means are rounded to it), and so does C++ for bfloat16 where the
+    # processor can; the others compute in float32.
+    in_own_type = backend == "triton" or (backend == "cpp" and case["z"].dtype == torch.bfloat16)
+    dtype = case["z"].dtype if in_own_type else None
     assert_as_exact(got, eager.to(got.dtype), want, scale=scale, dtype=dtype)
     for name, grad in grads.items():
         leaf = case.get(name, options.get(name))
