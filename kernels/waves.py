@@ -169,7 +169,7 @@ def _padded_rows(z: Tensor, mu: Tensor | None) -> Tensor:
 
 
 def _matmul_into(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out = x @ y for float32 `out`: sums of 16-bit products are rounded nowhere on the way, nor changed by autocast."""
+    """out = x @ y, float32: 16-bit products are summed without a rounding on the way, and autocast changes nothing."""
     if x.dtype == torch.float32:
         torch.mm(x, y, out=out)
     elif x.is_cuda:
