@@ -133,7 +133,7 @@ def main() -> None:
     major, minor = torch.cuda.get_device_capability()
 
     def timer(run: Callable[[], object]) -> float:
-        return triton.testing.do_bench(run, return_mode="median")
+        return float(triton.testing.do_bench(run, return_mode="median"))  # pyright: ignore[reportArgumentType]
 
     print(f"# {torch.cuda.get_device_name()}, N = {arguments.n}, D = {arguments.dim}, {arguments.dtype}")
     dtype = getattr(torch, arguments.dtype)

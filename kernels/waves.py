@@ -124,9 +124,9 @@ def hycon_wave_kernel(
     # and leave one block a multiprocessor, with nothing to compute while it forms K.
     left, right = halves(s, BLOCK_M, BLOCK_N)
     QUARTER: tl.constexpr = BLOCK_N // 4
-    for side in tl.static_range(2):
+    for side in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
         pair = halves(left if side == 0 else right, BLOCK_M, BLOCK_N // 2)
-        for part in tl.static_range(2):
+        for part in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
             write_coefficients(
                 pair[part], row_terms, rows, first + (2 * side + part) * QUARTER, count - origin, term_ptr,
                 inverse_temperature, k_panel, num_terms, width, SHIFTED, BLOCK_M, QUARTER,
@@ -169,7 +169,7 @@ def _padded_rows(z: Tensor, mu: Tensor | None) -> Tensor:
 
 
 def _matmul_into(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out = x @ y for float32 `out`: sums of 16-bit products are rounded nowhere on the way."""
+    """out = x @ y, float32: 16-bit products are summed without a rounding on the way, and autocast changes nothing."""
     if x.dtype == torch.float32:
         torch.mm(x, y, out=out)
     elif x.is_cuda:
@@ -231,8 +231,7 @@ def hycon_wave_backward(
     dmu_sum = torch.zeros(dmu_shape, dtype=torch.float32, device=z.device)
     dmu_wave = torch.empty(dmu_shape, dtype=torch.float32, device=z.device)
 
-    # Autocast would turn the products into another type.
-    with device_guard(z), torch.autocast(z.device.type, enabled=False):
+    with device_guard(z):
         choice = {"HAS_MU": mu is not None, "SHIFTED": shifted, "SCALED": scaled}
         hycon_bwd_terms_kernel[(triton.cdiv(num_terms, _VECTOR_BLOCK),)](
             grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,

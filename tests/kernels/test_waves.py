@@ -13,6 +13,7 @@ from tests.tolerances import assert_as_exact
 pytest.importorskip("triton")
 
 from allnc.kernels import waves
+from allnc.kernels.hycon import hycon_lse_forward
 from allnc.kernels.waves import hycon_wave_backward
 from tests.kernels.test_hycon_kernels import DEVICE, DTYPES, Case, dense_gradients, dense_lse, make_case
 
@@ -71,6 +72,16 @@ def test_gradients_are_those_of_the_formula(
     n: int, d: int, c: int, own: int | None, temperature: float, dtype: torch.dtype
 ) -> None:
     check(make_case(n, d, c, dtype), temperature, own)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_gradients_of_thousands_of_columns(dtype: torch.dtype) -> None:
+    case = make_case(20, 4096, 3, dtype)
+    tau = torch.tensor(SHIFTED, device=DEVICE)
+    lse = hycon_lse_forward(*case[:4], tau, shifted=True, deterministic=False)
+    want, eager = (dense_lse(case, SHIFTED, of) for of in (torch.float64, torch.float32))
+    assert_as_exact(lse, eager, want, scale=1 / SHIFTED)
+    check(case, SHIFTED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
