@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from allnc.kernels import hycon
 from allnc.kernels._common import (
     architecture,
     device_guard,
@@ -38,12 +39,13 @@ from allnc.kernels._common import (
     narrow,
     pointer,
     similarity,
+    uses_waves,
     wave_blocks,
 )
 from allnc.kernels.hycon import (
-    _HALF_SCALE,
     _LEAST_GRAD,
     _VECTOR_BLOCK,
+    HALF_SCALE,
     hycon_bwd_terms_kernel,
     pair_coefficient,
     pair_terms,
@@ -82,7 +84,7 @@ def write_coefficients(
     # One comparison an element, beside D products: not worth a loop of its own for the tiles on the diagonal.
     s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
     row_u, row_a, row_lse = row_terms
-    u, a, lse = pair_terms(term_ptr, columns, columns < num_terms, num_terms, SHIFTED)
+    u, a, lse = pair_terms(term_ptr, term_ptr, columns, columns < num_terms, num_terms, SHIFTED)
     k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
     # Columns past num_terms are written too, as zeros: the products run over the whole width.
     mask = (tl.arange(0, ROWS) < num_stored)[:, None] & (columns < width)[None, :]
@@ -117,7 +119,7 @@ def hycon_wave_kernel(
         0.0, 0.0, rows_ptr, rows_ptr, start + origin, first, num_terms, num_terms,
         D, BLOCK_M, BLOCK_N, BLOCK_D, _CHUNKED, PRECISION,
     )  # fmt: skip
-    row_terms = pair_terms(term_ptr, rows, rows < N, num_terms, SHIFTED)
+    row_terms = pair_terms(term_ptr, term_ptr, rows, rows < N, num_terms, SHIFTED)
     inverse_temperature = 1.0 / tl.load(temperature_ptr)
     k_panel = k_ptr + tl.cast(origin, tl.int64) * width
     # A quarter of the columns at a time: the terms of all columns at once would take more registers than the sums do,
@@ -221,7 +223,7 @@ def hycon_wave_backward(
     terms = torch.empty((2 if shifted else 3, num_terms), dtype=torch.float32, device=z.device)
     factor = 1 / temperature  # 0-dim
     if scaled:
-        factor = factor * grad_max.clamp(min=_LEAST_GRAD.value) / _HALF_SCALE.value
+        factor = factor * grad_max.clamp(min=_LEAST_GRAD.value) / HALF_SCALE.value
     dz = torch.empty((own, dim), dtype=z.dtype, device=z.device)
     workspace = torch.empty((min(WAVE, own), width), dtype=z.dtype, device=z.device)
     dz_sum = torch.empty((len(workspace), rows.shape[1]), dtype=torch.float32, device=z.device)
@@ -253,3 +255,23 @@ def hycon_wave_backward(
     if mu is None:
         return dz, None
     return dz, dmu_sum[num_rows - first_mean : num_terms - first_mean, :dim].mul_(factor).to(mu.dtype)
+
+
+def hycon_lse_backward(
+    grad_lse: Tensor,
+    lse: Tensor,
+    z: Tensor,
+    mu: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    temperature: Tensor,
+    *,
+    shifted: bool,
+    own: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of hycon_lse_forward: by one kernel where a row's gradient stays on chip, in waves where it does not.
+
+    Arguments and results as in `hycon_wave_backward`.
+    """
+    backward = hycon_wave_backward if uses_waves(z.shape[1], z.dtype) else hycon.hycon_lse_backward
+    return backward(grad_lse, lse, z, mu, a, b, temperature, shifted=shifted, own=own)

@@ -29,8 +29,9 @@ from allnc.ops.contrast import (
     reduce_contrast,
     resolve_hycon,
 )
-from allnc.ops.hycon_lse import hycon_lse
+from allnc.ops.hycon_lse import hycon_lse, uses_constant_shift
 from allnc.ops.hycon_ranks import hycon_across_ranks
+from allnc.ops.hycon_triton import fuses, hycon_fused
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -140,11 +141,41 @@ def hycon(
     if group is not None:
         return hycon_across_ranks(*arguments, ignore_index, group, backend)
     check_hycon(*arguments)
-    backend_used = resolve_hycon(backend, z)
+    return hycon_of_checked(*arguments, ignore_index, resolve_hycon(backend, z))
+
+
+def hycon_of_checked(
+    z: Tensor,
+    labels: Tensor,
+    means: Tensor | None,
+    seen: Tensor | None,
+    temperature: float | Tensor,
+    mean_weight: float,
+    balance: Balance,
+    anchor_weight: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    """`hycon` of arguments that `check_hycon` has passed, on a backend that `resolve_hycon` has chosen."""
     with torch.autocast(z.device.type, enabled=False):
+        if backend == "triton" and fuses(z, anchor_weight):
+            return hycon_fused(
+                z,
+                labels,
+                means,
+                seen=seen,
+                temperature=temperature,
+                mean_weight=mean_weight,
+                balance=balance,
+                anchor_weight=anchor_weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                shifted=uses_constant_shift(temperature),
+            )
         z = z.contiguous()
         contrast = build_contrast(
             z, labels, means, seen, temperature, mean_weight, balance, anchor_weight, ignore_index
         )
-        lse = hycon_lse(z, contrast.mu, contrast.a, contrast.b, temperature, backend=backend_used)
+        lse = hycon_lse(z, contrast.mu, contrast.a, contrast.b, temperature, backend=backend)
         return reduce_contrast(lse, contrast, reduction)

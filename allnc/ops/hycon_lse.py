@@ -123,7 +123,7 @@ def _hycon_lse_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        from allnc.kernels.hycon import hycon_lse_backward
+        from allnc.kernels.waves import hycon_lse_backward
 
         mu = None if mu is None else mu.to(z.dtype)
         dz, dmu = hycon_lse_backward(grad, lse, z, mu, a, b, temperature, shifted=shifted, own=own)
