@@ -111,10 +111,10 @@ sanitize() {
 
 bench() {
     local run=("$python" benchmarks/run.py --preset "$preset" --seconds "$seconds" --min-runs 5)
-    part bench-hycon 170 "${run[@]}" --ops hycon --providers dense fused fused-graph --out "$out"
-    part bench-pairs 120 "${run[@]}" --ops pairs supcon \
-        --providers fused fused-graph pytorch-metric-learning inf-cl siglip-kernel --out "$out"
-    part bench-others 90 "${run[@]}" --ops p2p all_around --providers dense fused fused-graph --out "$out"
+    part bench-hycon 210 "${run[@]}" --ops hycon --providers autocast dense fused fused-graph --out "$out"
+    part bench-pairs 110 "${run[@]}" --ops pairs supcon \
+        --providers autocast fused fused-graph pytorch-metric-learning inf-cl siglip-kernel --out "$out"
+    part bench-others 80 "${run[@]}" --ops p2p all_around --providers autocast dense fused fused-graph --out "$out"
     local one=(--ops hycon --n $main_rows --d 128 --classes 1000 --providers dense fused --out "$out")
     part bench-tf32 40 "${run[@]}" "${one[@]}" --dtype tf32
     part bench-float32 40 "${run[@]}" "${one[@]}" --dtype float32
