@@ -133,7 +133,11 @@ compiled() {
 tune() {
     "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("allnc.kernels.tune") is None)' \
         || { missing allnc.kernels.tune "nothing is tuned"; return; }
-    part tune 460 "$python" -m allnc.kernels.tune
+    local d
+    for d in 128 64 256 512; do
+        part "tune-$d" 110 "$python" -m allnc.kernels.tune --n 16384 --dim $d --dtype bfloat16
+        sed -n '/^== tune-'$d' /,$p' "$log" | tail -n 12 # the rows to paste
+    done
 }
 
 ncu() {
@@ -156,7 +160,7 @@ ncu() {
     for metric in "${wanted[@]}"; do
         if grep -qx "${metric%%.*}" <<<"$there"; then metrics+=${metrics:+,}$metric; else say "ncu has no ${metric%%.*} here"; fi
     done
-    part ncu 300 ncu --clock-control none --target-processes all --kernel-name 'regex:hycon|all_around|segment_sum|gradient_kernel|update_kernel' \
+    part ncu 300 ncu --clock-control none --target-processes all --kernel-name 'regex:hycon|all_around|^(count|scan|group|heavy|split|segment|segment_sum|update|gradient)_kernel' \
         --metrics "$metrics" --csv --page raw --log-file "$out/ncu.csv" \
         "$python" benchmarks/exercise.py --ops hycon class_mean_ema --n 16384 --d 128 --classes 1000 --features 2048 \
         --dtypes bfloat16 --rounds 2

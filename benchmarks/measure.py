@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 _WARM_UP_SECONDS = 0.3  # of runs after the first: a step that takes longer has warmed the GPU by itself
 
-Step = Callable[[], torch.Tensor]
+Step = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Timing:
     runs: int
 
 
-def warm_up(variants: Sequence[Step], device: torch.device) -> torch.Tensor:
+def warm_up(variants: Sequence[Step], device: torch.device) -> Any:
     """Compile, allocate and load: the first runs, which are not counted. Returns what the first one returned."""
     value = variants[0]()
     for step in variants[1:]:
