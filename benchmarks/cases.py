@@ -10,6 +10,8 @@ Ops
 
 Providers
     eager        the formula as it is usually written, autograd, N x N (or C x C) matrices in memory
+    autocast     eager under torch.autocast, for 16-bit inputs: products in 16 bits, as in mixed-precision training;
+                 eager itself multiplies in float32
     compiled     torch.compile of eager
     dense        ours with backend="eager": one dense matrix product, hand-written backward
     fused        ours with backend="auto": C++ on a CPU, CUDA C++ or Triton on a GPU, closed forms where they are faster
@@ -54,7 +56,7 @@ from allnc.ops.hycon import hycon_reference
 from allnc.ops.p2p import p2p_reference
 
 OPS = ("hycon", "supcon", "pairs", "p2p", "class_mean_ema", "all_around")
-PROVIDERS = ("eager", "compiled", "dense", "fused", "fused-graph", *rivals.MODULES)
+PROVIDERS = ("eager", "autocast", "compiled", "dense", "fused", "fused-graph", *rivals.MODULES)
 GRAPH_ROWS = 8192  # a step that is not bound by its launches gains nothing from a graph
 
 Loss = Callable[..., Tensor]
@@ -243,6 +245,8 @@ def _our_providers(
         "compiled": provider("compiled", _compiled(reference), _COMPILED_MATRICES),
         "fused": provider("fused", ours, note=note),
     }
+    if shape.dtype.itemsize == 2 and op != "class_mean_ema":
+        providers["autocast"] = provider("eager", _autocast(reference, device, shape.dtype), _EAGER_MATRICES)
     if op in ("hycon", "all_around"):
         unusable = "" if device.type == "cuda" else "unsupported: CUDA graphs need a CUDA device"
         if not unusable and shape.N > GRAPH_ROWS:
@@ -250,6 +254,14 @@ def _our_providers(
         providers["dense"] = provider("dense", partial(ours, backend="eager"), _DENSE_MATRICES)
         providers["fused-graph"] = provider("fused", ours, note=note, graph=True, unusable=unusable)
     return providers
+
+
+def _autocast(reference: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
+    def compute(**inputs: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return reference(**inputs)
+
+    return compute
 
 
 def _compiled(reference: Loss) -> Loss:

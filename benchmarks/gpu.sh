@@ -85,7 +85,7 @@ build() {
         || missing "CUDA device" "figures are a CPU's, GPU tests skip"
     "$python" -c 'from allnc import _extension; raise SystemExit(not _extension.has_cuda())' \
         || missing "CUDA kernels in the extension" "class_mean_ema falls back to eager on a GPU"
-    has jsonargparse || missing jsonargparse "the trainer's tests are left out"
+    has jsonargparse || missing jsonargparse "the tests of the trainer, configuration and README are left out"
     for package in pytorch_metric_learning inf_cl siglip_kernel; do
         has $package || missing $package "its rows say so"
     done
@@ -95,7 +95,7 @@ correct() {
     has pytest || { missing pytest "no tests are run"; return; }
     has hypothesis || missing hypothesis "tests that import it are left out"
     local rest=()
-    has jsonargparse || rest=(--ignore=tests/trainer)
+    has jsonargparse || rest=(--ignore=tests/trainer --ignore=tests/test_config.py --ignore=tests/test_readme.py)
     has xdist && rest+=(-n 6) # most of the time is Triton compiling, on the CPU
     part correct 420 "$python" -m pytest -q -m gpu --continue-on-collection-errors --tb=short -p no:cacheprovider tests "${rest[@]}"
 }
@@ -111,10 +111,10 @@ sanitize() {
 
 bench() {
     local run=("$python" benchmarks/run.py --preset "$preset" --seconds "$seconds" --min-runs 5)
-    part bench-hycon 170 "${run[@]}" --ops hycon --providers dense fused fused-graph --out "$out"
-    part bench-pairs 120 "${run[@]}" --ops pairs supcon \
-        --providers fused fused-graph pytorch-metric-learning inf-cl siglip-kernel --out "$out"
-    part bench-others 90 "${run[@]}" --ops p2p all_around --providers dense fused fused-graph --out "$out"
+    part bench-hycon 210 "${run[@]}" --ops hycon --providers autocast dense fused fused-graph --out "$out"
+    part bench-pairs 110 "${run[@]}" --ops pairs supcon \
+        --providers autocast fused fused-graph pytorch-metric-learning inf-cl siglip-kernel --out "$out"
+    part bench-others 80 "${run[@]}" --ops p2p all_around --providers autocast dense fused fused-graph --out "$out"
     local one=(--ops hycon --n $main_rows --d 128 --classes 1000 --providers dense fused --out "$out")
     part bench-tf32 40 "${run[@]}" "${one[@]}" --dtype tf32
     part bench-float32 40 "${run[@]}" "${one[@]}" --dtype float32
@@ -133,7 +133,11 @@ compiled() {
 tune() {
     "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("allnc.kernels.tune") is None)' \
         || { missing allnc.kernels.tune "nothing is tuned"; return; }
-    part tune 460 "$python" -m allnc.kernels.tune
+    local d
+    for d in 128 64 256 512; do
+        part "tune-$d" 110 "$python" -m allnc.kernels.tune --n 16384 --dim $d --dtype bfloat16
+        sed -n '/^== tune-'$d' /,$p' "$log" | tail -n 12 # the rows to paste
+    done
 }
 
 ncu() {
@@ -156,7 +160,7 @@ ncu() {
     for metric in "${wanted[@]}"; do
         if grep -qx "${metric%%.*}" <<<"$there"; then metrics+=${metrics:+,}$metric; else say "ncu has no ${metric%%.*} here"; fi
     done
-    part ncu 300 ncu --clock-control none --target-processes all --kernel-name 'regex:hycon|all_around|segment_sum|gradient_kernel|update_kernel' \
+    part ncu 300 ncu --clock-control none --target-processes all --kernel-name 'regex:hycon|all_around|^(count|scan|group|heavy|split|segment|segment_sum|update|gradient)_kernel' \
         --metrics "$metrics" --csv --page raw --log-file "$out/ncu.csv" \
         "$python" benchmarks/exercise.py --ops hycon class_mean_ema --n 16384 --d 128 --classes 1000 --features 2048 \
         --dtypes bfloat16 --rounds 2

@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-Step = Callable[[], torch.Tensor]
+_WARM_UP_SECONDS = 0.3  # of runs after the first: a step that takes longer has warmed the GPU by itself
+
+Step = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +31,18 @@ class Timing:
     runs: int
 
 
-def warm_up(variants: Sequence[Step], device: torch.device) -> torch.Tensor:
+def warm_up(variants: Sequence[Step], device: torch.device) -> Any:
     """Compile, allocate and load: the first runs, which are not counted. Returns what the first one returned."""
     value = variants[0]()
     for step in variants[1:]:
         step()
     if device.type == "cuda":
-        for _ in range(3):
-            variants[0]()
         torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(3):
+            if time.perf_counter() - started < _WARM_UP_SECONDS:
+                variants[0]()
+                torch.cuda.synchronize(device)
     return value
 
 

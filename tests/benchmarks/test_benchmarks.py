@@ -221,6 +221,15 @@ def test_a_value_that_is_wrong_only_at_full_size_is_not_timed() -> None:
     assert rows["dense", "forward"]["median_ms"] == ""
 
 
+def test_autocast_multiplies_in_the_type_of_its_inputs() -> None:
+    cases = module("cases")
+    assert "autocast" not in small_case().providers  # float32 inputs have no 16-bit rival
+    case = cases.make_case("supcon", shape(N=64, D=16, C=4, dtype=torch.bfloat16), CPU)
+    assert module("run").difference(case, "autocast", "bfloat16") == ""
+    eager, autocast = (case.value_and_gradients(provider)[1] for provider in ("eager", "autocast"))
+    assert not torch.equal(eager, autocast)
+
+
 def test_a_tiny_run_writes_every_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
