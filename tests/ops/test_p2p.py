@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc.ops import p2p as public_p2p
-from allnc.ops.p2p import centred_unit, p2p, p2p_pair, p2p_reference, pair_form
+from allnc.ops.p2p import centred_unit, centred_units, p2p, p2p_blocks, p2p_reference, pair_form
 from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
@@ -27,6 +27,11 @@ def _leaves(num_classes: int, dim: int, *, with_y: bool, seed: int = 0) -> list[
 
 def _grads(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(value, leaves))
+
+
+def pair_value(x: Tensor, y: Tensor | None, seen: Tensor, form: str, temperature: float) -> Tensor:
+    blocks = "own" if y is None else "cross"
+    return p2p_blocks(x, y, seen, blocks=blocks, form=form, temperature=temperature).reshape(())
 
 
 def simplex(num_classes: int, dim: int) -> Tensor:
@@ -49,6 +54,31 @@ def test_matches_reference(data: st.DataObject, num_classes: int, dim: int, with
     # With few columns a row can lie close to the centre, where the slope of its direction is unbounded.
     for g, w in zip(_grads(got, leaves), _grads(want, leaves), strict=True):
         assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_blocks_equal_the_single_pairs(form: str) -> None:
+    """Values and gradients of (x, x), (y, y) and (x, y) at once; gradcheck and opcheck of the op that has them."""
+    leaves = _leaves(5, 3, with_y=True)
+    seen = torch.tensor([True, True, False, True, True])
+
+    def at_once(*rows: Tensor) -> Tensor:
+        x, y = (centred_unit(r, seen) for r in rows)
+        return p2p_blocks(x, y, seen, blocks="all", form=form, temperature=0.2)
+
+    def one_by_one(*rows: Tensor) -> Tensor:
+        x, y = (centred_unit(r, seen) for r in rows)
+        pairs = ((x, None), (y, None), (x, y))
+        return torch.stack([pair_value(*pair, seen, form, 0.2) for pair in pairs])
+
+    weight = torch.tensor([0.7, 1.3, -0.4], dtype=torch.float64)
+    got, want = at_once(*leaves), one_by_one(*leaves)
+    assert error(got, want) < 1e-13
+    for g, w in zip(_grads(got @ weight, leaves), _grads(want @ weight, leaves), strict=True):
+        assert error(g, w) < 1e-13
+    assert torch.autograd.gradcheck(at_once, leaves)
+    rows = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*rows, seen, "all", form, 0.2, "eager"))
 
 
 @pytest.mark.parametrize("num_seen", [0, 1, 2, 6])
@@ -76,7 +106,7 @@ def test_closed_form_equals_pairwise(shape: tuple[int, int], with_y: bool) -> No
     values = []
     for form in ("closed", "pairwise"):
         rows = [centred_unit(leaf, seen) for leaf in leaves]
-        values.append(p2p_pair(rows[0], rows[1] if with_y else None, seen, form, 0.1))
+        values.append(pair_value(rows[0], rows[1] if with_y else None, seen, form, 0.1))
     assert error(values[0], values[1]) < 1e-12
     for closed, pairwise in zip(_grads(values[0], leaves), _grads(values[1], leaves), strict=True):
         assert error(closed, pairwise) < 1e-12
@@ -121,17 +151,18 @@ def test_gradcheck_and_opcheck(form: str, with_y: bool) -> None:
 
     def value(*rows: Tensor) -> Tensor:
         units = [centred_unit(r, seen) for r in rows]
-        return p2p_pair(units[0], units[1] if with_y else None, seen, form, 0.2)
+        return pair_value(units[0], units[1] if with_y else None, seen, form, 0.2)
 
     assert torch.autograd.gradcheck(value, leaves)
     units = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
     y = units[1] if with_y else None
-    torch.library.opcheck(torch.ops.allnc.p2p_pair.default, (units[0], y, seen, form, 0.2))
-    lse = torch.zeros(5 if form == "softmax" else 0, dtype=torch.float64)
+    rest = (seen, "cross" if with_y else "own", form, 0.2, "eager")
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (units[0], y, *rest))
+    lse = torch.zeros(1, 5 if form == "softmax" else 0, dtype=torch.float64)
     rows = [u.detach() for u in units]
     torch.library.opcheck(
-        torch.ops.allnc.p2p_pair_backward.default,
-        (torch.ones((), dtype=torch.float64), lse, rows[0], rows[1] if with_y else None, seen, form, 0.2),
+        torch.ops.allnc.p2p_blocks_backward.default,
+        (torch.ones(1, dtype=torch.float64), lse, rows[0], rows[1] if with_y else None, *rest),
     )
 
 
@@ -179,8 +210,8 @@ def test_mixed_types_strides_and_autocast() -> None:
     unit = centred_unit(leaf.detach(), everyone)
     for form in FORMS:
         with torch.autocast("cpu", torch.bfloat16):
-            cast = p2p_pair(unit, None, everyone, form, 0.1)
-        assert torch.equal(cast, p2p_pair(unit, None, everyone, form, 0.1))
+            cast = pair_value(unit, None, everyone, form, 0.1)
+        assert torch.equal(cast, pair_value(unit, None, everyone, form, 0.1))
 
 
 def test_unseen_rows_are_never_read() -> None:
