@@ -23,14 +23,16 @@ Forward grid, shifted: (T · splits). S is symmetric: distances up to T/2 meet e
 every panel has the same number of tiles. A tile's exponentials are summed along rows, weighted with a_j, into
 registers, and along columns, weighted with a_i, into memory by atomics. `splits` programs share a panel while
 there are too few panels for the device. A second, small launch turns the sums into lse. Forward grid,
-deterministic or unshifted: (T), all distances, row sums only, no atomics: twice the work.
+deterministic or unshifted: (T), all distances, row sums only, no atomics: twice the work. Several ranks share a
+forward as `parts`: the tiles of all panels, numbered one after the other, are dealt out in turn.
 
-Backward grid: (T + panels of μ, chunks of D). K_ij = exp(S_ij)(u_i a_j + u_j a_i) is symmetric and holds the
-gradient of row *and* column, so that one exponential (two in unshifted mode) and one product K z_j a tile
-give dz without atomics. A mean is a row with u = 0 and a = b_c: the same formula gives z against μ, and dμ. A
-first, small launch forms u, so that no program computes it again for every tile. Up to 256 columns (128 of
-float32) the panel stays on chip. Beyond, S is summed over chunks of columns; every program forms the gradient
-of one chunk of 256 columns and computes S for it again: 2 N² D (D / 256 + 1) operations in place of 4 N² D.
+Backward grid: (panels of the own rows + panels of μ, chunks of D); of several ranks, each asks for its own rows.
+K_ij = exp(S_ij)(u_i a_j + u_j a_i) is symmetric and holds the gradient of row *and* column, so that one
+exponential (two in unshifted mode) and one product K z_j a tile give dz without atomics. A mean is a row with
+u = 0 and a = b_c: the same formula gives z against μ, and dμ. A first, small launch forms u, so that no program
+computes it again for every tile. Up to 256 columns (128 of float32) the panel stays on chip. Beyond, S is summed
+over chunks of columns; every program forms the gradient of one chunk of 256 columns and computes S for it again:
+2 N² D (D / 256 + 1) operations in place of 4 N² D.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ from allnc.kernels._common import (
 
 # float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g|
 # is 2^14: |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
-_HALF_SCALE = tl.constexpr(16384.0)
+HALF_SCALE = tl.constexpr(16384.0)
 _LEAST_GRAD = tl.constexpr(1e-30)  # keeps the scale finite where all of g is 0
 
 
@@ -80,6 +82,107 @@ def add_tile(maximum, total, s, weight, scale, SHIFTED: tl.constexpr):
         total = total * tl.exp2((maximum - origin) * scale) + tl.sum(e * weight[None, :], 1)
         maximum = new_maximum
     return maximum, total, e
+
+
+@triton.jit
+def first_item(residue, offset, step):
+    """The least k >= 0 for which (offset + k) mod step = residue."""
+    return (residue + step - offset % step) % step
+
+
+@triton.jit
+def forward_sums(
+    program,
+    z_ptr,
+    mu_ptr,
+    a_ptr,
+    b_ptr,
+    temperature_ptr,
+    out_ptr,
+    N,
+    C,
+    num_splits,
+    part,
+    parts,
+    D: tl.constexpr,
+    HAS_MU: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    TRIANGLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """One split of one panel of one part: its row sums [BLOCK_M], relative to the maximum (unshifted) or to 1/τ.
+
+    TRIANGLE: the column sums of its tiles are added to out_ptr.
+    """
+    panel = program // num_splits
+    num_panels = tl.cdiv(N, BLOCK_M)
+    TILES: tl.constexpr = BLOCK_M // BLOCK_N  # a panel is this many tiles wide
+    mean_tiles = 0
+    if HAS_MU:
+        mean_tiles = tl.cdiv(C, BLOCK_N)
+    if TRIANGLE:
+        # With T even, the pairs at distance T/2 would be met from both ends: only the lower half visits them.
+        num_longer = tl.where(num_panels % 2 == 0, num_panels // 2, 0)
+        num_others = (num_panels - 1) // 2
+        earlier = panel * (((num_others + 1) * TILES + mean_tiles) % parts) + tl.minimum(panel, num_longer) * TILES
+        num_others += tl.where(panel < num_longer, 1, 0)
+    else:
+        num_others = num_panels - 1
+        earlier = panel * ((num_panels * TILES + mean_tiles) % parts)
+    # Tiles are dealt out to the parts one by one, on from panel to panel (`earlier` counts, mod parts, those of the
+    # panels before), and a part's tiles of a panel to its splits.
+    step = parts * num_splits
+    residue = first_item(part, earlier, parts) + program % num_splits * parts
+
+    scale = LOG2_E / tl.load(temperature_ptr)
+    start = panel * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
+    a_rows = tl.load(a_ptr + rows, mask=rows < N, other=0.0)
+    x = 0.0
+    if RESIDENT:
+        x = load_tile(z_ptr, start, N, 0, D, BLOCK_M, BLOCK_D)
+    maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    for item in range(residue, TILES, step):
+        first = start + item * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        y = 0.0
+        if RESIDENT:
+            y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
+        s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
+        a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
+        maximum, total, _ = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
+
+    for item in range(first_item(residue, TILES, step), num_others * TILES, step):
+        first = start + BLOCK_M + item * BLOCK_N
+        first = tl.where(first >= num_panels * BLOCK_M, first - num_panels * BLOCK_M, first)
+        columns = first + tl.arange(0, BLOCK_N)
+        y = 0.0
+        if RESIDENT:
+            y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
+        s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
+        maximum, total, e = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
+        if TRIANGLE:
+            tl.atomic_add(out_ptr + columns, tl.sum(e * a_rows[:, None], 0), mask=columns < N, sem="relaxed")
+
+    if HAS_MU:
+        for item in range(first_item(residue, (num_others + 1) * TILES, step), mean_tiles, step):
+            first = item * BLOCK_N
+            columns = first + tl.arange(0, BLOCK_N)
+            y = 0.0
+            if RESIDENT:
+                y = load_tile(mu_ptr, first, C, 0, D, BLOCK_N, BLOCK_D)
+            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+            b_columns = tl.load(b_ptr + columns, mask=columns < C, other=0.0)
+            maximum, total, _ = add_tile(maximum, total, s, b_columns, scale, SHIFTED)
+    return rows, maximum, total
 
 
 @triton.jit
@@ -103,77 +206,26 @@ def forward_panel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RESIDENT: tl.constexpr,
+    part=0,
+    parts=1,
 ):
-    """One split of one panel: adds to the sums of exponentials (TRIANGLE), or writes the panel's lse."""
-    panel = program // num_splits
-    split = program % num_splits
-    num_panels = tl.cdiv(N, BLOCK_M)
-    TILES: tl.constexpr = BLOCK_M // BLOCK_N  # a panel is this many tiles wide
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
-    scale = inverse_temperature * LOG2_E
-    start = panel * BLOCK_M
-    rows = start + tl.arange(0, BLOCK_M)
-    a_rows = tl.load(a_ptr + rows, mask=rows < N, other=0.0)
-    x = 0.0
-    if RESIDENT:
-        x = load_tile(z_ptr, start, N, 0, D, BLOCK_M, BLOCK_D)
-    maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-
-    if split == 0:
-        for tile in range(TILES):
-            first = start + tile * BLOCK_N
-            columns = first + tl.arange(0, BLOCK_N)
-            y = 0.0
-            if RESIDENT:
-                y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
-            s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-            s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
-            a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
-            maximum, total, _ = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
-
-    if TRIANGLE:
-        # With T even, the pairs at distance T/2 would be met from both ends: only the lower half visits them.
-        num_others = (num_panels - 1) // 2 + tl.where((num_panels % 2 == 0) & (panel < num_panels // 2), 1, 0)
-    else:
-        num_others = num_panels - 1
-    for item in range(split, num_others * TILES, num_splits):
-        first = start + BLOCK_M + item * BLOCK_N
-        first = tl.where(first >= num_panels * BLOCK_M, first - num_panels * BLOCK_M, first)
-        columns = first + tl.arange(0, BLOCK_N)
-        y = 0.0
-        if RESIDENT:
-            y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_D)
-        s = similarity(x, y, z_ptr, z_ptr, start, first, N, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-        a_columns = tl.load(a_ptr + columns, mask=columns < N, other=0.0)
-        maximum, total, e = add_tile(maximum, total, s, a_columns, scale, SHIFTED)
-        if TRIANGLE:
-            tl.atomic_add(out_ptr + columns, tl.sum(e * a_rows[:, None], 0), mask=columns < N, sem="relaxed")
-
-    if HAS_MU:
-        # From the last split on, because the first has the diagonal to do.
-        for tile in range(num_splits - 1 - split, tl.cdiv(C, BLOCK_N), num_splits):
-            first = tile * BLOCK_N
-            columns = first + tl.arange(0, BLOCK_N)
-            y = 0.0
-            if RESIDENT:
-                y = load_tile(mu_ptr, first, C, 0, D, BLOCK_N, BLOCK_D)
-            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-            b_columns = tl.load(b_ptr + columns, mask=columns < C, other=0.0)
-            maximum, total, _ = add_tile(maximum, total, s, b_columns, scale, SHIFTED)
-
+    """One split of one panel of one part: adds to the sums of exponentials (TRIANGLE), or writes the panel's lse."""
+    rows, maximum, total = forward_sums(
+        program, z_ptr, mu_ptr, a_ptr, b_ptr, temperature_ptr, out_ptr, N, C, num_splits, part, parts,
+        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
+    )  # fmt: skip
     if TRIANGLE:
         tl.atomic_add(out_ptr + rows, total, mask=rows < N, sem="relaxed")
     else:
         # The maximum is that of z_i·z_j: one rounding makes it lse, as large as 1/τ, and the backward undoes
         # it with the same 1/τ.
-        shift = inverse_temperature
+        shift = 1.0 / tl.load(temperature_ptr)
         if not SHIFTED:
-            shift = maximum * inverse_temperature
+            shift *= maximum
         tl.store(out_ptr + rows, tl.log2(total) * LN_2 + shift, mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["N", "C", "num_splits"])
+@triton.jit(do_not_specialize=["N", "C", "num_splits", "part", "parts"])
 def hycon_fwd_kernel(
     z_ptr,
     mu_ptr,
@@ -184,6 +236,8 @@ def hycon_fwd_kernel(
     N,
     C,
     num_splits,
+    part,
+    parts,
     D: tl.constexpr,
     HAS_MU: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -196,7 +250,7 @@ def hycon_fwd_kernel(
 ):
     forward_panel(
         tl.program_id(0), z_ptr, mu_ptr, a_ptr, b_ptr, temperature_ptr, out_ptr, N, C, num_splits,
-        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
+        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, part, parts,
     )  # fmt: skip
 
 
@@ -236,7 +290,7 @@ def hycon_bwd_terms_kernel(
     used = (grad != 0) & (lse != float("-inf"))
     lse = tl.where(used, lse, float("inf"))
     if SCALED:
-        grad *= _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
+        grad *= HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
     stored = index < N + C
     if SHIFTED:
         exponent = (1.0 / tl.load(temperature_ptr) - lse) * LOG2_E
@@ -249,9 +303,9 @@ def hycon_bwd_terms_kernel(
 
 
 @triton.jit
-def pair_terms(term_ptr, index, valid, num_terms, SHIFTED: tl.constexpr):
+def pair_terms(u_ptr, term_ptr, index, valid, num_terms, SHIFTED: tl.constexpr):
     """The terms of rows or columns; those past the end bring nothing."""
-    u = tl.load(term_ptr + index, mask=valid, other=0.0)
+    u = tl.load(u_ptr + index, mask=valid, other=0.0)
     if SHIFTED:
         a = tl.load(term_ptr + num_terms + index, mask=valid, other=0.0)
         lse = u
@@ -277,7 +331,111 @@ def pair_coefficient(
     return tl.exp2(of_row) * row_u[:, None] + tl.exp2(of_column) * column_u[None, :]
 
 
-@triton.jit(do_not_specialize=["N", "C"])
+@triton.jit
+def backward_panel(
+    panel,
+    column,
+    u_ptr,
+    term_ptr,
+    z_ptr,
+    mu_ptr,
+    temperature_ptr,
+    N,
+    C,
+    own,
+    D: tl.constexpr,
+    HAS_MU: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """Σ_j K_ij y_j [BLOCK_M, BLOCK_G] of a panel of the own rows or, counted on from those, of μ, from `column` on."""
+    num_own = tl.cdiv(own, BLOCK_M)
+    # A panel's diagonal is in TILES tiles, the ones from `base` on; the sizes divide each other.
+    UNIT: tl.constexpr = BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N
+    TILES: tl.constexpr = UNIT // BLOCK_N
+    of_mean = panel >= num_own
+    x_ptr = z_ptr
+    num_x = own
+    num_y = N
+    num_means = C
+    num_diagonal = TILES
+    num_terms = N
+    x_first = 0
+    if HAS_MU:
+        num_terms = N + C
+        if of_mean:  # a panel of μ: against the own rows of z, no diagonal, no other means
+            x_ptr = mu_ptr
+            num_x = C
+            num_y = own
+            num_means = 0
+            panel -= num_own
+            num_diagonal = 0
+            x_first = N
+
+    inverse_temperature = 1.0 / tl.load(temperature_ptr)
+    start = panel * BLOCK_M
+    base = start // UNIT * UNIT
+    rows = start + tl.arange(0, BLOCK_M)
+    row_u, row_a, row_lse = pair_terms(u_ptr, term_ptr, x_first + rows, rows < num_x, num_terms, SHIFTED)
+    x = 0.0
+    if RESIDENT:
+        x = load_tile(x_ptr, start, num_x, 0, D, BLOCK_M, BLOCK_D)
+    dx = tl.zeros([BLOCK_M, BLOCK_G], dtype=tl.float32)
+
+    for tile in range(num_diagonal):
+        first = base + tile * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
+        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+        s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
+        u, a, lse = pair_terms(u_ptr, term_ptr, columns, columns < N, num_terms, SHIFTED)
+        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
+
+    # A panel of z starts behind its diagonal; a panel of μ visits all of its z from the first.
+    origin = tl.where(of_mean, 0, base + UNIT)
+    num_units = tl.cdiv(num_y, UNIT)
+    num_others = num_units - tl.where(of_mean, 0, 1)
+    for item in range(num_others * TILES):
+        first = origin + item * BLOCK_N
+        first = tl.where(first >= num_units * UNIT, first - num_units * UNIT, first)
+        columns = first + tl.arange(0, BLOCK_N)
+        y = load_tile(z_ptr, first, num_y, column, D, BLOCK_N, BLOCK_G)
+        s = similarity(
+            x, y, x_ptr, z_ptr, start, first, num_x, num_y,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION,
+        )  # fmt: skip
+        u, a, lse = pair_terms(u_ptr, term_ptr, columns, columns < num_y, num_terms, SHIFTED)
+        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
+
+    if HAS_MU:
+        for first in range(0, num_means, BLOCK_N):
+            columns = first + tl.arange(0, BLOCK_N)
+            y = load_tile(mu_ptr, first, C, column, D, BLOCK_N, BLOCK_G)
+            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
+            u, b, lse = pair_terms(u_ptr, term_ptr, N + columns, columns < C, num_terms, SHIFTED)
+            k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, b, lse, SHIFTED)
+            dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
+    return dx, start, num_x, of_mean
+
+
+@triton.jit
+def store_tile(pointer, x, start, num_rows, column, D: tl.constexpr):
+    """Writes x [ROWS, COLUMNS], narrowed, to rows from `start` and columns from `column` of a [num_rows, D] matrix."""
+    rows = tl.arange(0, x.shape[0])
+    columns = column + tl.arange(0, x.shape[1])
+    mask = (rows < num_rows - start)[:, None] & (columns < D)[None, :]
+    origin = pointer + tl.cast(start, tl.int64) * D
+    tl.store(origin + (rows[:, None] * D + columns[None, :]), narrow(x, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "C", "own"])
 def hycon_bwd_kernel(
     term_ptr,
     grad_max_ptr,
@@ -288,6 +446,7 @@ def hycon_bwd_kernel(
     dmu_ptr,
     N,
     C,
+    own,
     D: tl.constexpr,
     HAS_MU: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -299,82 +458,23 @@ def hycon_bwd_kernel(
     BLOCK_G: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    num_panels = tl.cdiv(N, BLOCK_M)
-    TILES: tl.constexpr = BLOCK_M // BLOCK_N
-    panel = tl.program_id(0)
-    of_mean = panel >= num_panels
-    x_ptr = z_ptr
-    dx_ptr = dz_ptr
-    num_x = N
-    num_means = C
-    num_diagonal = TILES
-    num_terms = N
-    x_terms = term_ptr
-    if HAS_MU:
-        num_terms = N + C
-        if of_mean:  # a panel of μ: against all of z, no diagonal, no other means
-            x_ptr = mu_ptr
-            dx_ptr = dmu_ptr
-            num_x = C
-            num_means = 0
-            panel -= num_panels
-            num_diagonal = 0
-            x_terms = term_ptr + N
-
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
-    factor = 1.0
-    if SCALED:
-        factor = _HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
-    start = panel * BLOCK_M
-    rows = start + tl.arange(0, BLOCK_M)
     column = 0 if RESIDENT else tl.program_id(1) * BLOCK_G
-    row_u, row_a, row_lse = pair_terms(x_terms, rows, rows < num_x, num_terms, SHIFTED)
-    x = 0.0
-    if RESIDENT:
-        x = load_tile(x_ptr, start, num_x, 0, D, BLOCK_M, BLOCK_D)
-    dx = tl.zeros([BLOCK_M, BLOCK_G], dtype=tl.float32)
-
-    for tile in range(num_diagonal):
-        first = start + tile * BLOCK_N
-        columns = first + tl.arange(0, BLOCK_N)
-        y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
-        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-        s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
-        u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
-        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
-        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
-
-    # A panel of z starts at its right neighbour; a panel of μ visits all of z from the first.
-    origin = tl.where(of_mean, 0, start + BLOCK_M)
-    num_others = num_panels - tl.where(of_mean, 0, 1)
-    for item in range(num_others * TILES):
-        first = origin + item * BLOCK_N
-        first = tl.where(first >= num_panels * BLOCK_M, first - num_panels * BLOCK_M, first)
-        columns = first + tl.arange(0, BLOCK_N)
-        y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
-        s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-        u, a, lse = pair_terms(term_ptr, columns, columns < N, num_terms, SHIFTED)
-        k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
-        dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
-
+    dx, start, num_x, of_mean = backward_panel(
+        tl.program_id(0), column, term_ptr, term_ptr, z_ptr, mu_ptr, temperature_ptr, N, C, own,
+        D, HAS_MU, SHIFTED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G, RESIDENT,
+    )  # fmt: skip
+    factor = 1.0 / tl.load(temperature_ptr)
+    if SCALED:
+        factor *= tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD) / HALF_SCALE
+    dx_ptr = dz_ptr
     if HAS_MU:
-        for first in range(0, num_means, BLOCK_N):
-            columns = first + tl.arange(0, BLOCK_N)
-            y = load_tile(mu_ptr, first, C, column, D, BLOCK_N, BLOCK_G)
-            s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
-            u, b, lse = pair_terms(term_ptr + N, columns, columns < C, num_terms, SHIFTED)
-            k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, b, lse, SHIFTED)
-            dx = matmul(narrow(k, y.dtype), y, dx, PRECISION)
-
-    dx *= inverse_temperature / factor
-    out_columns = column + tl.arange(0, BLOCK_G)
-    mask = (rows < num_x)[:, None] & (out_columns < D)[None, :]
-    offsets = tl.arange(0, BLOCK_M)[:, None] * D + out_columns[None, :]
-    tl.store(dx_ptr + tl.cast(start, tl.int64) * D + offsets, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+        if of_mean:
+            dx_ptr = dmu_ptr
+    store_tile(dx_ptr, dx * factor, start, num_x, column, D)
 
 
 # Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.
-_PROGRAMS = 264
+PROGRAMS = 264
 _VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vectors
 
 
@@ -429,9 +529,10 @@ def finish_constants() -> dict[str, Any]:
     return {"BLOCK": _VECTOR_BLOCK}
 
 
-def num_splits(num_panels: int, tiles_per_panel: int) -> int:
-    """Programs that share a panel of the triangle: enough for the device, at most one a tile."""
-    return max(1, min(_PROGRAMS // num_panels, num_panels // 2 * tiles_per_panel + 1))
+def num_splits(num_panels: int, tiles_per_panel: int, parts: int = 1) -> int:
+    """Programs that share a part's tiles of a panel of the triangle: enough for the device, at most one a tile."""
+    tiles = triton.cdiv((num_panels // 2 + 1) * tiles_per_panel, parts)
+    return max(1, min(PROGRAMS // num_panels, tiles))
 
 
 def finish_triangle(sums: Tensor, temperature: Tensor) -> None:
@@ -449,8 +550,13 @@ def hycon_lse_forward(
     *,
     shifted: bool,
     deterministic: bool,
+    part: int = 0,
+    parts: int = 1,
 ) -> Tensor:
     """lse [N], the log-sum-exp of every activation's weighted similarities, by the formula at the head.
+
+    With `parts` > 1 only one part's share of the tiles is computed, equal to every other part's within one tile;
+    the logsumexp over all parts is the whole lse.
 
     Args:
         z: [N, D] float16, bfloat16 or float32 unit rows.
@@ -460,9 +566,10 @@ def hycon_lse_forward(
         temperature: 0-dim float32 tensor on z's device; read by the kernel, never by the host.
         shifted: the caller guarantees 2/τ <= 64. One triangle of S is computed, unless `deterministic`.
         deterministic: no atomics: repeated calls are equal bit for bit.
+        part, parts: which share of how many, 0 <= part < parts.
 
     Returns:
-        [N] float32; -inf for an anchor whose contrast set is empty.
+        [N] float32; -inf for an anchor whose contrast set, or this part of it, is empty.
     """
     z, a = z.contiguous(), a.contiguous()
     mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
@@ -473,12 +580,12 @@ def hycon_lse_forward(
         dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle, arch=arch
     )
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
-    splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"]) if triangle else 1
+    splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"], parts) if triangle else 1
     out = torch.zeros_like(a) if triangle else torch.empty_like(a)  # [N]
     with device_guard(z):
         hycon_fwd_kernel[(num_panels * splits,)](
             z, pointer(mu, z), a, pointer(b, a), temperature, out, num_rows, 0 if mu is None else len(mu),
-            splits, **constants, **options,
+            splits, part, parts, **constants, **options,
         )  # fmt: skip
         if triangle:
             finish_triangle(out, temperature)
@@ -495,30 +602,36 @@ def hycon_lse_backward(
     temperature: Tensor,
     *,
     shifted: bool,
+    own: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `hycon_lse_forward` with respect to z and mu; no atomics, so equal calls are equal bit for bit.
+
+    With `own`, of the first `own` rows only: their whole gradient, as anchors and as columns of all N anchors, and
+    their share of dmu, the sum over the anchors i < own. The work is proportional to own.
 
     Args:
         grad_lse: [N] float32, dL/dlse.
         lse: [N] float32, the forward's result.
         z, mu, a, b, temperature, shifted: as in the forward.
+        own: 1 <= own <= N; None for all N.
 
     Returns:
-        dz [N, D] in z's type and dmu [C, D] in mu's, or None without mu.
+        dz [own, D] in z's type and dmu [C, D] in mu's, or None without mu.
     """
     z, a = z.contiguous(), a.contiguous()
     mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
     grad_lse, lse = grad_lse.contiguous(), lse.contiguous()
     num_rows, dim = z.shape
+    own = num_rows if own is None else own
     constants, options = backward_constants(
         dim, z.dtype, has_mu=mu is not None, shifted=shifted, arch=architecture(z.device)
     )
     num_means = 0 if mu is None else len(mu)
     grad_max = torch.linalg.vector_norm(grad_lse, torch.inf) if constants["SCALED"] else temperature
     terms = torch.empty((2 if shifted else 3, num_rows + num_means), dtype=torch.float32, device=z.device)
-    dz, dmu = torch.empty_like(z), None if mu is None else torch.empty_like(mu)
+    dz, dmu = torch.empty_like(z[:own]), None if mu is None else torch.empty_like(mu)
     block_m = constants["BLOCK_M"]
-    num_panels = triton.cdiv(num_rows, block_m) + triton.cdiv(num_means, block_m)
+    num_panels = triton.cdiv(own, block_m) + triton.cdiv(num_means, block_m)
     with device_guard(z):
         hycon_bwd_terms_kernel[(triton.cdiv(num_rows + num_means, _VECTOR_BLOCK),)](
             grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,
@@ -526,6 +639,6 @@ def hycon_lse_backward(
         )  # fmt: skip
         hycon_bwd_kernel[(num_panels, triton.cdiv(dim, constants["BLOCK_G"]))](
             terms, grad_max, z, pointer(mu, z), temperature, dz, pointer(dmu, dz), num_rows, num_means,
-            **constants, **options,
+            own, **constants, **options,
         )  # fmt: skip
     return dz, dmu

@@ -145,10 +145,63 @@ def test_more_columns_than_stay_on_chip(d: int, dtype: torch.dtype, mode: Mode) 
 def test_triangle_meets_every_pair_once_for_any_split(
     panels: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hycon, "_PROGRAMS", programs)
+    monkeypatch.setattr(hycon, "PROGRAMS", programs)
     case = make_case(64 * panels - 9, 8, 70)
     lse = hycon_lse_forward(*case[:4], torch.tensor(0.1, device=DEVICE), shifted=True, deterministic=False)
     assert_as_exact(lse, dense_lse(case, 0.1, torch.float32), dense_lse(case, 0.1, torch.float64))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("mode", [TRIANGLE, SQUARE, Mode(0.01, False, False)])
+@pytest.mark.parametrize(("n", "c"), [(2, 1), (130, 0), (200, 70), (37, 130)])
+def test_parts_add_up_to_the_whole(n: int, c: int, mode: Mode, parts: int) -> None:
+    case = make_case(n, 8, c)
+    inputs = (*case[:4], torch.tensor(mode.temperature, device=DEVICE))
+    options = {"shifted": mode.shifted, "deterministic": mode.deterministic, "parts": parts}
+    shares = torch.stack([hycon_lse_forward(*inputs, **options, part=part) for part in range(parts)])
+    want = dense_lse(case, mode.temperature, torch.float64)
+    eager = dense_lse(case, mode.temperature, torch.float32)
+    assert_as_exact(shares.double().logsumexp(0).float(), eager, want, scale=1 / mode.temperature)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the interpreter's calls")
+@pytest.mark.parametrize("mode", [TRIANGLE, SQUARE])
+@pytest.mark.parametrize("n", [60, 200, 300])
+def test_parts_have_equally_many_tiles(n: int, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [0] * 4
+    add_tile = hycon.add_tile
+
+    def counting(*args: object) -> object:
+        counts[part] += 1
+        return add_tile(*args)
+
+    monkeypatch.setattr(hycon, "add_tile", counting)
+    case = make_case(n, 8, 70)
+    for part in range(4):
+        tau = torch.tensor(0.1)
+        hycon_lse_forward(*case[:4], tau, shifted=True, deterministic=mode.deterministic, part=part, parts=4)
+    panels = -(-n // 64)  # float32 has panels and tiles of 64; the means are two tiles
+    pairs = panels * (panels + 1) // 2 if mode == TRIANGLE else panels**2
+    assert sum(counts) == pairs + 2 * panels and max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("mode", [TRIANGLE, SQUARE, Mode(0.01, False, False)])
+@pytest.mark.parametrize(
+    ("n", "d", "c", "dtype"),
+    [(2, 5, 1, torch.float32), (200, 19, 70, torch.float32), (150, 40, 0, torch.bfloat16), (50, 300, 5, torch.float16)],
+)
+def test_gradient_of_the_own_rows(n: int, d: int, c: int, dtype: torch.dtype, mode: Mode) -> None:
+    case = make_case(n, d, c, dtype)
+    case.grad[0] = 1  # the largest, by which float16 is scaled, is among the own rows
+    lse, whole, _ = run(case, mode)
+    inputs = (case.z, case.mu, case.a, case.b, torch.tensor(mode.temperature, device=DEVICE))
+    for own in {1, max(n // 3, 1), n}:
+        dz, dmu = hycon_lse_backward(case.grad, lse, *inputs, shifted=mode.shifted, own=own)
+        assert torch.equal(dz, whole[:own])
+        if dmu is not None:  # the share of dmu is that of a batch in which the other anchors count nothing
+            share = torch.cat([case.grad[:own], torch.zeros_like(case.grad[own:])])
+            want = hycon_lse_backward(share, lse, *inputs, shifted=mode.shifted)[1]
+            assert want is not None and torch.equal(dmu, want)
 
 
 def test_hand_computed_value() -> None:
