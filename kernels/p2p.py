@@ -211,7 +211,8 @@ def p2p_finish_program(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, count, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        total += tl.load(block_ptr + index, mask=index < count, other=0.0)
+        # Where other programs of this launch wrote it, it is read past the first-level cache.
+        total += tl.load(block_ptr + index, mask=index < count, other=0.0, cache_modifier=".cg")
     divisor = tl.maximum(count_seen(seen_ptr, C), 1.0)
     if ETF:
         divisor *= divisor
