@@ -15,8 +15,11 @@ from tests.tolerances import assert_as_exact
 
 pytest.importorskip("triton")
 
+import allnc.kernels.centred_unit as p2p_units
 import allnc.kernels.p2p as p2p_kernels
+from allnc.kernels.centred_unit import centred_unit_backward, centred_unit_forward
 from allnc.kernels.p2p import PairBlocks, p2p_backward, p2p_forward
+from allnc.ops.p2p import centred_unit
 from tests.kernels.test_hycon_kernels import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")  # log2(0) is meant
@@ -154,3 +157,70 @@ def test_equal_calls_are_equal_bit_for_bit(target) -> None:
     x, y = unit_classes(40, 20, seen)
     first, second = (p2p_forward(x, y, seen, target=target, temperature=0.1, blocks="all")[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def unit_case(c: int, f: int, dtypes: tuple[torch.dtype, ...], seen: Tensor, offset: float) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(c + f)
+    rows = [(torch.randn(c, f, generator=generator) + offset).to(DEVICE, dtype) for dtype in dtypes]
+    for matrix in rows:
+        matrix[~seen] = math.nan  # rows of classes not seen are never read
+    return rows
+
+
+def check_units(c: int, f: int, dtypes: tuple[torch.dtype, ...], seen: Tensor, offset: float = 1.0) -> None:
+    rows = unit_case(c, f, dtypes, seen, offset)
+    u, v, scale = centred_unit_forward(rows[0], rows[1] if len(rows) > 1 else None, seen)
+    grads = [torch.randn(c, f, device=DEVICE) for _ in rows]
+    got_grads = centred_unit_backward(
+        grads[0], grads[1] if len(rows) > 1 else None, u, v, scale, seen, rows[0].dtype, rows[-1].dtype
+    )
+    for matrix, grad, unit, of_matrix in zip(rows, grads, (u, v), got_grads, strict=False):
+        results = []
+        for dtype in (torch.float64, torch.float32):
+            leaf = matrix.to(dtype).requires_grad_()
+            want = centred_unit(leaf, seen)
+            results.append((want, torch.autograd.grad(want, leaf, grad.to(dtype))[0]))
+        (exact, exact_grad), (same, same_grad) = results
+        assert unit is not None and of_matrix is not None and of_matrix.dtype == matrix.dtype
+        # With one or two columns a row can lie close to the centre, where its direction is badly conditioned.
+        size = max(1.0, float(exact_grad.abs().max()))
+        assert_as_exact(unit, same, exact, scale=size)
+        assert_as_exact(of_matrix, same_grad.to(matrix.dtype), exact_grad, scale=size)
+
+
+@pytest.mark.parametrize(
+    ("c", "f", "dtypes"),
+    [
+        (10, 16, (torch.float32,)),
+        (70, 33, (torch.bfloat16, torch.float32)),
+        (300, 5, (torch.float32, torch.float16)),
+        (9, 1100, (torch.float16, torch.bfloat16)),
+    ],
+)
+def test_centred_unit_rows(c: int, f: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_units(c, f, dtypes, (torch.arange(c) % 4 != 1).to(DEVICE))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), c=st.integers(1, 90), f=st.integers(1, 40), sides=st.integers(1, 2))
+def test_centred_unit_rows_of_any_shape_and_mask(data: st.DataObject, c: int, f: int, sides: int) -> None:
+    seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=c, max_size=c))).to(DEVICE)
+    check_units(c, f, (torch.float32,) * sides, seen)
+
+
+def test_many_classes_share_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More panels than shares: a share has several panels, the last one fewer rows."""
+    monkeypatch.setattr(p2p_units, "_SHARES", 4)
+    constants, _ = p2p_units.unit_constants(1100)
+    assert constants["BLOCK_C"] == 4 and p2p_units.shares_of(66, 4) == (4, 20)
+    check_units(66, 1100, (torch.float32,) * 2, (torch.arange(66) % 7 != 1).to(DEVICE))
+
+
+def test_a_row_at_the_centre_has_no_direction_and_no_gradient() -> None:
+    x = torch.randn(4, 8, device=DEVICE) + 1000
+    x = torch.cat((x, x.mean(0, keepdim=True)))
+    seen = torch.ones(5, dtype=torch.bool, device=DEVICE)
+    u, _, scale = centred_unit_forward(x, None, seen)
+    assert not u[4].any() and scale[0, 4] == 0 and bool((u[:4].norm(dim=1) - 1).abs().max() < 1e-5)
+    dx, _ = centred_unit_backward(torch.ones_like(u), None, u, None, scale, seen, x.dtype, x.dtype)
+    assert bool(dx.isfinite().all())
