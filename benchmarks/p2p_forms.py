@@ -42,10 +42,10 @@ def eager_value(x: Tensor, y: Tensor, blocks: Blocks) -> Tensor:
 
 def matrix_flops(form: str, blocks: Blocks, num_classes: int, dim: int) -> float:
     """Operations of a form's matrix products, forward and backward."""
-    if form == "closed":  # forward and backward: the Gram matrix of each side; backward: one product a side
-        return {"own": 6.0, "cross": 12.0, "all": 12.0}[blocks] * num_classes * dim**2
-    if form == "pairwise":  # G forward and backward; one product with it a side
-        return {"own": 6.0, "cross": 8.0, "all": 20.0}[blocks] * num_classes**2 * dim
+    if form == "closed":  # forward: the Gram matrix of each side; backward: one product a side
+        return {"own": 4.0, "cross": 8.0, "all": 8.0}[blocks] * num_classes * dim**2
+    if form == "pairwise":  # G; one product with it a side
+        return {"own": 4.0, "cross": 6.0, "all": 14.0}[blocks] * num_classes**2 * dim
     if form == "eager":
         return 6.0 * len(PAIRS[blocks]) * num_classes**2 * dim
     chunks = -(-dim // 512)  # triton: symmetric forward; backward 2 products a side and block, G again for each chunk

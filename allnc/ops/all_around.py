@@ -34,7 +34,6 @@ from allnc.ops.hycon import (
 )
 from allnc.ops.p2p import (
     Target,
-    blocks_backend,
     centred_units,
     kernel_target,
     p2p_blocks,
@@ -262,8 +261,7 @@ def all_around(
             everyone = torch.ones(num_classes, dtype=torch.bool, device=z.device)
         x, y = centred_units(means, weights, everyone, backend=backend_used)
         assert y is not None
-        form = pair_form(target, (num_classes, means.shape[1]), blocks="all", device=z.device.type)
-        p2p_backend = blocks_backend(form, backend_used)
+        form, p2p_backend = pair_form(target, (num_classes, means.shape[1]), blocks="all", backend=backend_used)
         # The launch of all has no gradient for anchor weights, and none of P2P where that is matrix products.
         of_weights = anchor_weight is not None and anchor_weight.requires_grad
         if p2p_backend == "triton" and not of_weights and _in_one_launch(z.shape[1], z.dtype, z.device):

@@ -45,6 +45,11 @@ Blocks = Literal["own", "cross", "all"]
 # Entries of the similarity matrix that the softmax form holds at a time: 16 MB in float32, whatever C is.
 _CHUNK_ENTRIES = 1 << 22
 
+# Predictions for GPUs, see `pair_form`: columns of the gradient for which the kernels compute G once, and what some
+# thirty launches of small torch operations (0.1 ms) are worth at 30 TFLOP/s.
+_KERNEL_COLUMNS = 512
+_LAUNCH_OPERATIONS = 3 * 10**9
+
 
 def p2p_reference(
     x: Tensor,
@@ -171,36 +176,42 @@ def centred_units(x: Tensor, y: Tensor | None, seen: Tensor, *, backend: str) ->
 def _p2p_blocks(
     x: Tensor, y: Tensor | None, seen: Tensor, blocks: str, form: str, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
+    """Values [B], and what the backward needs: lse [B, C], residuals [B, C, C] or Gram matrices [sides, F, F]."""
     if backend == "triton":
         from allnc.kernels.p2p import p2p_forward
 
-        target = kernel_target(form)
-        return p2p_forward(x, y, seen, target=target, temperature=temperature, blocks=blocks)
+        return p2p_forward(x, y, seen, target=kernel_target(form), temperature=temperature, blocks=blocks)
     with torch.autocast(x.device.type, enabled=False):
         num_seen = seen.sum().to(x.dtype)
-        if form == "softmax":
-            pairs = [_softmax_value(*pair, seen, num_seen, temperature) for pair in _pairs(x, y, blocks)]
-            return torch.stack([value for value, _ in pairs]), torch.stack([lse for _, lse in pairs])
+        kept = x.new_empty(_kept_shape(x, y, blocks, form))
         if form == "closed":
-            total = _closed_form_sums(x, y, num_seen, blocks)
+            for gram, side in zip(kept, _sides(x, y), strict=True):
+                torch.mm(side.T, side, out=gram)
+            total = _closed_form_sums(kept, x, y, num_seen, blocks)
+        elif form == "pairwise":
+            for residual, pair in zip(kept, _pairs(x, y, blocks), strict=True):
+                _write_residual(residual, *pair, seen, num_seen)
+            total = torch.linalg.vector_norm(kept, dim=(1, 2)).square()
         else:
-            residuals = (
-                _residual(own, own if other is None else other, seen, num_seen) for own, other in _pairs(x, y, blocks)
-            )
-            total = torch.stack([torch.linalg.vector_norm(residual).square() for residual in residuals])
-        return (total / num_seen.square()).where(num_seen >= 2, 0), x.new_empty(len(total), 0)
+            for lse, pair in zip(kept, _pairs(x, y, blocks), strict=True):
+                for rows, logits in _softmax_rows(*pair, seen, temperature):
+                    lse[rows] = torch.logsumexp(logits, 1)
+            kept.masked_fill_(~seen | (num_seen < 2), 0)  # a class without a peer has lse = -inf
+            return temperature * kept.sum(1) / num_seen.clamp(min=1), kept
+        return (total / num_seen.square()).where(num_seen >= 2, 0), kept
 
 
 @_p2p_blocks.register_fake
 def _(x, y, seen, blocks, form, temperature, backend):
     num_blocks = 3 if blocks == "all" else 1
-    return x.new_empty(num_blocks), x.new_empty(num_blocks, len(x) if form == "softmax" else 0)
+    in_kernel = backend == "triton" and form != "softmax"
+    return x.new_empty(num_blocks), x.new_empty((num_blocks, 0) if in_kernel else _kept_shape(x, y, blocks, form))
 
 
 @torch.library.custom_op("allnc::p2p_blocks_backward", mutates_args=())
 def _p2p_blocks_backward(
     grad: Tensor,
-    lse: Tensor,
+    kept: Tensor,
     x: Tensor,
     y: Tensor | None,
     seen: Tensor,
@@ -213,21 +224,25 @@ def _p2p_blocks_backward(
         from allnc.kernels.p2p import p2p_backward
 
         target = kernel_target(form)
-        dx, dy = p2p_backward(grad, lse, x, y, seen, target=target, temperature=temperature, blocks=blocks)
+        dx, dy = p2p_backward(grad, kept, x, y, seen, target=target, temperature=temperature, blocks=blocks)
         return dx, x.new_empty(0) if dy is None else dy
     with torch.autocast(x.device.type, enabled=False):
         num_seen = seen.sum().to(x.dtype)
         grad = grad.where(num_seen >= 2, 0)
         scale = grad / num_seen.clamp(min=1)  # [B]
+        if form != "softmax":
+            scale = 2 * scale / num_seen.clamp(min=1)
         if form == "closed":
-            dx, dy = _closed_backward(2 * scale / num_seen.clamp(min=1), x, y, seen, num_seen, blocks)
+            dx, dy = _closed_backward(scale, kept, x, y, seen, num_seen, blocks)
         else:
             parts = []
-            for i, pair in enumerate(_pairs(x, y, blocks)):
+            for weight, of_pair, (own, other) in zip(scale, kept, _pairs(x, y, blocks), strict=True):
                 if form == "softmax":
-                    parts.append(_softmax_backward(scale[i], lse[i], *pair, seen, temperature))
+                    parts.append(_softmax_backward(weight, of_pair, own, other, seen, temperature))
+                elif other is None:
+                    parts.append(((of_pair @ own).mul_(2 * weight), None))
                 else:
-                    parts.append(_pairwise_backward(2 * scale[i] / num_seen.clamp(min=1), *pair, seen, num_seen))
+                    parts.append(((of_pair @ other).mul_(weight), (of_pair.T @ own).mul_(weight)))
             dx, dy = parts[-1]
             if blocks == "all":
                 dx, dy = dx + parts[0][0], dy + parts[1][0]
@@ -235,7 +250,7 @@ def _p2p_blocks_backward(
 
 
 @_p2p_blocks_backward.register_fake
-def _(grad, lse, x, y, seen, blocks, form, temperature, backend):
+def _(grad, kept, x, y, seen, blocks, form, temperature, backend):
     return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y)
 
 
@@ -245,9 +260,9 @@ def _save_for_blocks(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _blocks_autograd(ctx, grad: Tensor, _grad_lse: Tensor | None):
-    x, y, seen, lse = ctx.saved_tensors
-    dx, dy = torch.ops.allnc.p2p_blocks_backward(grad, lse, x, y, seen, *ctx.rest)
+def _blocks_autograd(ctx, grad: Tensor, _grad_kept: Tensor | None):
+    x, y, seen, kept = ctx.saved_tensors
+    dx, dy = torch.ops.allnc.p2p_blocks_backward(grad.contiguous(), kept, x, y, seen, *ctx.rest)
     return dx, None if y is None else dy, None, None, None, None, None
 
 
@@ -266,70 +281,59 @@ def _pairs(x: Tensor, y: Tensor | None, blocks: str) -> list[tuple[Tensor, Tenso
     return [(x, y)] if blocks == "cross" else [(x, None), (y, None), (x, y)]
 
 
-def _closed_form_sums(x: Tensor, y: Tensor | None, num_seen: Tensor, blocks: str) -> Tensor:
+def _sides(x: Tensor, y: Tensor | None) -> list[Tensor]:
+    return [x] if y is None else [x, y]
+
+
+def _kept_shape(x: Tensor, y: Tensor | None, blocks: str, form: str) -> tuple[int, ...]:
+    """Shape of what the forward leaves for the backward, no larger than x and y where `pair_form` chooses the form."""
+    num_classes, dim = x.shape
+    num_blocks = 3 if blocks == "all" else 1
+    if form == "closed":
+        return (len(_sides(x, y)), dim, dim)
+    return (num_blocks, num_classes) if form == "softmax" else (num_blocks, num_classes, num_classes)
+
+
+def _closed_form_sums(grams: Tensor, x: Tensor, y: Tensor | None, num_seen: Tensor, blocks: str) -> Tensor:
     """Σ (X_c·Y_c' - ρ_cc')² of each block.  [B]"""
     peers = (num_seen - 1).clamp(min=1)
-    gram_x = x.T @ x  # [F, F]
-    gram_y = gram_x if y is None else y.T @ y
     totals = []
     for own, other in _pairs(x, y, blocks):
         other = own if other is None else other
-        gram = ((gram_x if own is x else gram_y) * (gram_x if other is x else gram_y)).sum()  # <XᵀX, YᵀY>
+        gram = (grams[0 if own is x else -1] * grams[0 if other is x else -1]).sum()  # <XᵀX, YᵀY>
         cross = num_seen / peers * (own * other).sum() - own.sum(0) @ other.sum(0) / peers
         totals.append(gram - 2 * cross + num_seen.square() / peers)
     return torch.stack(totals).clamp(min=0)  # sums of squares, up to rounding
 
 
 def _closed_backward(
-    scale: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, num_seen: Tensor, blocks: str
+    scale: Tensor, grams: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, num_seen: Tensor, blocks: str
 ) -> tuple[Tensor, Tensor | None]:
     """Σ of scale (X Yᵀ - ρ) Y over the blocks a side takes part in, twice for a pair with itself, without X Yᵀ."""
     peers = (num_seen - 1).clamp(min=1)
     there = seen.to(x.dtype)[:, None]
 
     def gradient(own: Tensor, pulls: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        gram = torch.stack([weight * gram for weight, _, gram in pulls]).sum(0)  # [F, F]
-        rows = torch.stack([weight * other for weight, other, _ in pulls]).sum(0)  # [C, F]
-        return own @ gram - (num_seen * rows - there * rows.sum(0)) / peers  # ρ rows; 0 for classes not seen
+        gram = sum(weight * gram for weight, _, gram in pulls)  # [F, F]
+        rows = sum(weight * other for weight, other, _ in pulls)  # [C, F]
+        # ρ rows, 0 for classes not seen.
+        return (own @ gram).sub_(rows * (num_seen / peers)).add_(there * (rows.sum(0) / peers))
 
-    gram_x = x.T @ x
     if y is None:
-        return gradient(x, [(2 * scale[0], x, gram_x)]), None
-    gram_y = y.T @ y
-    of_x, of_y = [(scale[-1], y, gram_y)], [(scale[-1], x, gram_x)]
+        return gradient(x, [(2 * scale[0], x, grams[0])]), None
+    of_x, of_y = [(scale[-1], y, grams[1])], [(scale[-1], x, grams[0])]
     if blocks == "all":
-        of_x, of_y = [(2 * scale[0], x, gram_x), *of_x], [(2 * scale[1], y, gram_y), *of_y]
+        of_x, of_y = [(2 * scale[0], x, grams[0]), *of_x], [(2 * scale[1], y, grams[1]), *of_y]
     return gradient(x, of_x), gradient(y, of_y)
 
 
-def _residual(x: Tensor, y: Tensor, seen: Tensor, num_seen: Tensor) -> Tensor:
+def _write_residual(residual: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, num_seen: Tensor) -> None:
     """X Yᵀ - ρ, zero in the rows and columns of unseen classes.  [C, C]"""
     there = seen.to(x.dtype)
     peers = (num_seen - 1).clamp(min=1)
-    residual = (x @ y.T).addr_(there, there / peers)
+    torch.mm(x, (x if y is None else y).T, out=residual)
+    residual.addr_(there, there / peers)
     residual.diagonal().sub_(there * (1 + 1 / peers))
-    return residual
-
-
-def _pairwise_backward(
-    scale: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, num_seen: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """scale (X Yᵀ - ρ) Y and scale (X Yᵀ - ρ)ᵀ X; twice the first for a pair with itself."""
-    if y is None:
-        return 2 * scale * (_residual(x, x, seen, num_seen) @ x), None
-    residual = _residual(x, y, seen, num_seen)
-    return scale * (residual @ y), scale * (residual.T @ x)
-
-
-def _softmax_value(
-    x: Tensor, y: Tensor | None, seen: Tensor, num_seen: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The value of one pair, and lse [C] of every class."""
-    lse = x.new_zeros(len(x))
-    for rows, logits in _softmax_rows(x, y, seen, temperature):
-        lse[rows] = torch.logsumexp(logits, 1)
-    lse = lse.where(seen & (num_seen >= 2), 0)  # a class without a peer has lse = -inf
-    return temperature * lse.sum() / num_seen.clamp(min=1), lse
 
 
 def _softmax_rows(x: Tensor, y: Tensor | None, seen: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
@@ -363,12 +367,46 @@ def _softmax_backward(
     return dx.sub_(weight * y), dy.sub_(weight * x)
 
 
-def pair_form(target: Target, shape: tuple[int, int], *, blocks: Blocks = "own", device: str = "cpu") -> str:
-    """The way to compute a target at shape (C, F): "pairwise", "closed" (the squared form) or "softmax"."""
+def pair_form(
+    target: Target, shape: tuple[int, int], *, blocks: Blocks = "own", backend: str = "eager"
+) -> tuple[str, str]:
+    """How to compute a target at shape (C, F): the form and what computes it.
+
+    The squared form is "pairwise" (C x C matrices) or "closed" (F x F matrices), whichever takes fewer operations in
+    its matrix products, forward and backward: closed 4, 8, 8 times C F² for own, cross, all blocks, pairwise 4, 6, 14
+    times C² F. The closed form needs the Gram matrix of each side once, whatever the blocks; hence F < C, 3/4 C and
+    7/4 C. Measured on a CPU, benchmarks/results/p2p-forms-cpu.csv: the faster of the two wherever they differ by more
+    than a third.
+
+    With the Triton backend there are the kernels, which take fewer launches but form G again for every 512 columns of
+    the gradient, and matrix products of the library. Its rule counts operations too, with an allowance for the
+    launches, and is a prediction that no GPU has confirmed.
+
+    Args:
+        target: as in `p2p`.
+        shape: (C, F).
+        blocks: as in `p2p_blocks`.
+        backend: "eager" or "triton", that of the op (resolved).
+
+    Returns:
+        Form, "pairwise", "closed" or "softmax", and backend, "eager" or "triton", for `p2p_blocks`.
+    """
     num_classes, dim = shape
-    if target == "softmax" or (target == "auto" and dim < num_classes - 1):
-        return "softmax"
-    return "closed" if dim < num_classes else "pairwise"
+    by_classes, by_columns = num_classes * num_classes * dim, num_classes * dim * dim
+    which = ("own", "cross", "all").index(blocks)
+    softmax = target == "softmax" or (target == "auto" and dim < num_classes - 1)
+    form, operations = "softmax", (8, 8, 24)[which] * by_classes
+    if not softmax:
+        form, operations = "pairwise", (4, 6, 14)[which] * by_classes
+        closed = (4, 8, 8)[which] * by_columns
+        if closed < operations:
+            form, operations = "closed", closed
+    if backend == "triton":
+        forward = ((2, 2, 6) if softmax else (1, 2, 4))[which]
+        backward = (2, 4, 8)[which] * (-(-dim // _KERNEL_COLUMNS) + 1)
+        if (forward + backward) * by_classes <= operations + _LAUNCH_OPERATIONS:
+            return "softmax" if softmax else "pairwise", "triton"
+    return form, "eager"
 
 
 def p2p_blocks(
@@ -390,18 +428,13 @@ def p2p_blocks(
         blocks: "own" for (x, x), "cross" for (x, y), "all" for (x, x), (y, y) and (x, y).
         form: "pairwise", "closed" or "softmax", see `pair_form`.
         temperature: τ of the softmax form.
-        backend: "eager" or "triton" (float32, not for "closed"), see `blocks_backend`.
+        backend: "eager" or "triton" (float32, not for "closed").
 
     Returns:
         [1] or, for "all", [3] of x's type.
     """
     y = None if y is None else y.contiguous()
     return torch.ops.allnc.p2p_blocks(x.contiguous(), y, seen, blocks, form, float(temperature), backend)[0]
-
-
-def blocks_backend(form: str, backend: str) -> str:
-    """What computes a form where the op's backend is `backend`: closed forms are library matrix products anywhere."""
-    return "triton" if backend == "triton" and form != "closed" else "eager"
 
 
 def check_p2p(x: Tensor, y: Tensor | None, seen: Tensor | None, target: str, temperature: float) -> None:
@@ -445,8 +478,8 @@ def p2p(
             where no simplex ETF exists) or "auto": "etf" if F >= C - 1, else "softmax".
         temperature: τ > 0 of the softmax form, on cosines (no unit).
         seen: [C] bool, classes that take part. Default: all.
-        backend: "auto" (fastest that can run), "eager" or "triton". `all_around` has this loss in one launch with
-            HyCon.
+        backend: "auto" (fastest that can run), "eager" or "triton", whose kernels are used at shapes where they
+            should be faster than matrix products of the library. `all_around` has this loss in one launch with HyCon.
 
     Returns:
         Scalar, float32 (float64 when x or y is float64); in [0, 4] for "etf".
@@ -466,8 +499,8 @@ def p2p(
             seen = torch.ones(len(x), dtype=torch.bool, device=x.device)
         own, other = centred_units(x, y, seen, backend=used)
         blocks: Blocks = "own" if y is None else "cross"
-        form = pair_form(target, (x.shape[0], x.shape[1]), blocks=blocks, device=x.device.type)
-        rest = {"form": form, "temperature": temperature, "backend": blocks_backend(form, used)}
+        form, computed_by = pair_form(target, (x.shape[0], x.shape[1]), blocks=blocks, backend=used)
+        rest = {"form": form, "temperature": temperature, "backend": computed_by}
         return p2p_blocks(own, other, seen, blocks=blocks, **rest).reshape(())
 
 
@@ -477,4 +510,4 @@ def _pair_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:
 
 
 def _resolve_target(target: Target, x: Tensor) -> Target:
-    return "softmax" if pair_form(target, (x.shape[0], x.shape[1])) == "softmax" else "etf"
+    return "softmax" if pair_form(target, (x.shape[0], x.shape[1]))[0] == "softmax" else "etf"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc.ops import p2p as public_p2p
-from allnc.ops.p2p import centred_unit, centred_units, p2p, p2p_blocks, p2p_reference, pair_form
+from allnc.ops.p2p import centred_unit, p2p, p2p_blocks, p2p_reference, pair_form
 from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
@@ -136,11 +136,22 @@ def test_simplex_is_the_minimum(num_classes: int, dim: int) -> None:
 
 
 def test_auto_target_follows_the_room() -> None:
-    assert pair_form("auto", (10, 10)) == "pairwise"
-    assert pair_form("auto", (10, 9)) == "closed"
-    assert pair_form("auto", (10, 8)) == "softmax"
-    assert pair_form("etf", (10, 8)) == "closed"
-    assert pair_form("softmax", (10, 64)) == "softmax"
+    assert pair_form("auto", (10, 11))[0] == "pairwise"
+    assert pair_form("auto", (10, 9))[0] == "closed"
+    assert pair_form("auto", (10, 8))[0] == "softmax"
+    assert pair_form("etf", (10, 8))[0] == "closed"
+    assert pair_form("softmax", (10, 64))[0] == "softmax"
+
+
+def test_the_form_with_fewer_operations_is_chosen() -> None:
+    """Closed against pairwise: F < C for one side, 3/4 C for a pair and 7/4 C for all blocks."""
+    for blocks, limit in (("own", 1000), ("cross", 750), ("all", 1750)):
+        assert pair_form("etf", (1000, limit - 1), blocks=blocks) == ("closed", "eager")
+        assert pair_form("etf", (1000, limit + 1), blocks=blocks) == ("pairwise", "eager")
+    assert pair_form("auto", (100, 2048), blocks="all", backend="triton") == ("pairwise", "triton")
+    assert pair_form("auto", (1000, 64), blocks="all", backend="triton") == ("softmax", "triton")
+    assert pair_form("etf", (1000, 512), blocks="all", backend="triton") == ("closed", "eager")
+    assert pair_form("softmax", (8142, 2048), blocks="all", backend="triton") == ("softmax", "eager")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -158,11 +169,11 @@ def test_gradcheck_and_opcheck(form: str, with_y: bool) -> None:
     y = units[1] if with_y else None
     rest = (seen, "cross" if with_y else "own", form, 0.2, "eager")
     torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (units[0], y, *rest))
-    lse = torch.zeros(1, 5 if form == "softmax" else 0, dtype=torch.float64)
     rows = [u.detach() for u in units]
+    kept = torch.ops.allnc.p2p_blocks(rows[0], rows[1] if with_y else None, *rest)[1]
     torch.library.opcheck(
         torch.ops.allnc.p2p_blocks_backward.default,
-        (torch.ones(1, dtype=torch.float64), lse, rows[0], rows[1] if with_y else None, *rest),
+        (torch.ones(1, dtype=torch.float64), kept, rows[0], rows[1] if with_y else None, *rest),
     )
 
 
@@ -271,7 +282,8 @@ X = torch.zeros(4, 3)
         ((X,), {"target": "simplex"}, "target must be one of 'auto', 'etf', 'softmax'; got 'simplex'"),
         ((X,), {"temperature": 0.0}, "temperature must be > 0; got 0.0"),
         ((X,), {"temperature": torch.tensor(0.1)}, "temperature must be a float"),
-        ((X,), {"backend": "triton"}, "p2p has no backend 'triton'"),
+        ((X,), {"backend": "cpp"}, "p2p has no backend 'cpp'"),
+        ((X, X.double()), {"backend": "triton"}, "p2p: backend 'triton' does not take float64"),
         ((X, X.to("meta")), {}, "all tensors must be on one device"),
     ],
 )
