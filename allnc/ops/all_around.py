@@ -23,6 +23,7 @@ from allnc.ops._common import (
     check_shape,
     resolve_backend,
 )
+from allnc.ops.centred_unit import centred_units
 from allnc.ops.hycon import (
     Balance,
     build_contrast,
@@ -34,7 +35,6 @@ from allnc.ops.hycon import (
 )
 from allnc.ops.p2p import (
     Target,
-    centred_units,
     kernel_target,
     p2p_blocks,
     p2p_reference,

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc.ops import p2p as public_p2p
-from allnc.ops.p2p import centred_unit, p2p, p2p_blocks, p2p_reference, pair_form
+from allnc.ops._common import triton_interprets
+from allnc.ops.centred_unit import centred_unit
+from allnc.ops.p2p import p2p, p2p_blocks, p2p_reference, pair_form
 from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
@@ -264,6 +266,112 @@ def test_compiles_without_a_break(shape: tuple[int, int], with_y: bool) -> None:
     assert error(value, want) < 1e-6
     for g, w in zip(_grads(value, leaves), _grads(want, leaves), strict=True):
         assert error(g, w) < 1e-6
+
+
+def triton_or_skip() -> None:
+    pytest.importorskip("triton")
+    if not triton_interprets():
+        pytest.skip("Triton interprets nothing here: kernels on a GPU are tested in tests/gpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+@pytest.mark.parametrize("with_y", [False, True])
+def test_triton_is_as_good_as_eager(dtype: torch.dtype, target: str, with_y: bool) -> None:
+    triton_or_skip()
+    generator = torch.Generator().manual_seed(1)
+    rows = [(torch.randn(21, 34, generator=generator) + 1).to(dtype), torch.randn(21, 34, generator=generator)]
+    seen = torch.arange(21) % 5 != 2
+    results = []
+    for cast, function, options in (
+        (None, p2p, {"backend": "triton"}),
+        (None, p2p_reference, {}),
+        (torch.float64, p2p_reference, {}),
+    ):
+        leaves = [r.to(cast or r.dtype, copy=True).requires_grad_() for r in rows[: 1 + with_y]]
+        value = function(*leaves, target=target, seen=seen, **options)
+        results.append([value, *_grads(value, leaves)])
+    assert results[0][1].dtype == dtype
+    for got, eager, reference in zip(*results, strict=True):
+        assert_as_exact(got, eager, reference)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), num_classes=st.integers(1, 12), dim=st.integers(1, 10), with_y=st.booleans())
+def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: int, with_y: bool) -> None:
+    triton_or_skip()
+    seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes)))
+    target = data.draw(st.sampled_from(("auto", "etf", "softmax")))
+    exact = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
+    leaves = [leaf.detach().float().requires_grad_() for leaf in exact]
+    got = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="triton")
+    same = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="eager")
+    want = p2p_reference(*exact, target=target, temperature=0.3, seen=seen)
+    assert_as_exact(got, same, want)
+    for g, s, w in zip(_grads(got, leaves), _grads(same, leaves), _grads(want, exact), strict=True):
+        assert_as_exact(g, s, w, scale=max(1.0, float(w.abs().max())) ** 2)
+
+
+@pytest.mark.parametrize("form", ["pairwise", "softmax"])
+@pytest.mark.parametrize("blocks", ["own", "cross", "all"])
+def test_triton_ops_pass_opcheck(form: str, blocks: str) -> None:
+    triton_or_skip()
+    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(5, 3, with_y=True)]
+    seen = torch.tensor([True, True, False, True, True])
+    sides = (leaves[0], None if blocks == "own" else leaves[1])
+    torch.library.opcheck(torch.ops.allnc.centred_unit.default, (*sides, seen))
+    u, v, scale = (t.detach() for t in torch.ops.allnc.centred_unit(*sides, seen))
+    v = None if blocks == "own" else v
+    types = (torch.float32, torch.float32)
+    torch.library.opcheck(torch.ops.allnc.centred_unit_backward.default, (u, v, u, v, scale, seen, *types))
+    rest = (seen, blocks, form, 0.2, "triton")
+    sides = (u.requires_grad_(), None if v is None else v.requires_grad_())
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*sides, *rest))
+    values, kept = (t.detach() for t in torch.ops.allnc.p2p_blocks(*sides, *rest))
+    sides = (u.detach(), None if v is None else v.detach())
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks_backward.default, (torch.ones_like(values), kept, *sides, *rest))
+
+
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+def test_triton_compiles_without_a_break(target) -> None:
+    triton_or_skip()
+    seen = torch.arange(10) != 1
+    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(10, 16, with_y=True)]
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return p2p(x, y, target=target, seen=seen, backend="triton")
+
+    value, want = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), loss(*leaves)
+    assert torch.equal(value, want)
+    for g, w in zip(_grads(value, leaves), _grads(want, leaves), strict=True):
+        assert torch.equal(g, w)
+
+
+def test_triton_backend_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward two launches for the rows and two for the value, backward one and two."""
+    triton_or_skip()
+    import allnc.kernels.centred_unit as units
+    import allnc.kernels.p2p as pairs
+
+    launched = []
+
+    class Counted:
+        def __init__(self, module, name: str) -> None:
+            self.name, self.kernel = name, getattr(module, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for module in (units, pairs):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(module, name))
+    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(6, 9, with_y=True)]
+    value = p2p(*leaves, backend="triton")
+    forward = ["unit_sums_kernel", "unit_rows_kernel", "p2p_fwd_kernel", "p2p_finish_kernel"]
+    assert launched == forward
+    _grads(value, leaves)
+    assert launched[len(forward) :] == ["p2p_bwd_kernel", "unit_bwd_sums_kernel", "unit_bwd_rows_kernel"]
 
 
 X = torch.zeros(4, 3)
