@@ -379,7 +379,9 @@ def backward_panel(
 
     inverse_temperature = 1.0 / tl.load(temperature_ptr)
     start = panel * BLOCK_M
-    base = start // UNIT * UNIT
+    base = start
+    if BLOCK_N > BLOCK_M:
+        base = start // UNIT * UNIT
     rows = start + tl.arange(0, BLOCK_M)
     row_u, row_a, row_lse = pair_terms(u_ptr, term_ptr, x_first + rows, rows < num_x, num_terms, SHIFTED)
     x = 0.0
@@ -430,7 +432,7 @@ def store_tile(pointer, x, start, num_rows, column, D: tl.constexpr):
     """Writes x [ROWS, COLUMNS], narrowed, to rows from `start` and columns from `column` of a [num_rows, D] matrix."""
     rows = tl.arange(0, x.shape[0])
     columns = column + tl.arange(0, x.shape[1])
-    mask = (rows < num_rows - start)[:, None] & (columns < D)[None, :]
+    mask = (start + rows < num_rows)[:, None] & (columns < D)[None, :]
     origin = pointer + tl.cast(start, tl.int64) * D
     tl.store(origin + (rows[:, None] * D + columns[None, :]), narrow(x, pointer.dtype.element_ty), mask=mask)
 

@@ -17,8 +17,8 @@ are in no class. Every element has one writer.
 
 `state`, float32: the scalars τ, 1/W and scale of u; then rows of N + C numbers, activations before means:
 u | a or, unshifted, log2 a | sum of exponentials or, unshifted, lse | q | w and κ_c | pos and |M_c| | unshifted: a
-`index`, int32: class of each row, -1 for none [N]; rows class by class [N]; first place and number of rows of each
-class [G], [G]; counter of finished programs. G is C, or N without means.
+`index`, int32: class of each row, -1 for none [N]; each class's first place in `order` and number of rows [G], [G];
+counter of finished programs. G is C, or N without means. `order`, int32: the rows class by class [N].
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from allnc.kernels._common import narrow, padded_dim
 
 SCALARS = tl.constexpr(16)  # floats before the rows of `state`, so that they start 64 bytes in
 LEAST_NORM = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
+_BELOW = tl.constexpr(False)
+_UP_TO = tl.constexpr(True)
 LEAST_WEIGHT = tl.constexpr(1e-30)  # keeps the scale finite where all weights are 0
 
 
@@ -49,7 +51,7 @@ def state_rows(state_ptr, width):
 
 
 @triton.jit
-def count_below(sorted_ptr, label, N, EQUAL_TOO: tl.constexpr, BLOCK: tl.constexpr):
+def count_labels(sorted_ptr, label, N, UP_TO: tl.constexpr, BLOCK: tl.constexpr):
     """How many of the sorted labels [N] are < label (or <=): every round cuts the range to a BLOCK-th."""
     low = 0
     size = N
@@ -57,7 +59,7 @@ def count_below(sorted_ptr, label, N, EQUAL_TOO: tl.constexpr, BLOCK: tl.constex
         stride = tl.cdiv(size, BLOCK)
         offsets = tl.arange(0, BLOCK) * stride + stride - 1
         probe = tl.load(sorted_ptr + low + offsets, mask=offsets < size, other=0)
-        if EQUAL_TOO:
+        if UP_TO:
             below = probe <= label
         else:
             below = probe < label
@@ -84,8 +86,8 @@ def find_class(
     if SORTED:
         if not HAS_MU:
             label = tl.load(sorted_ptr + program)
-        first = count_below(sorted_ptr, label, N, False, BLOCK)
-        count = count_below(sorted_ptr, label, N, True, BLOCK) - first
+        first = count_labels(sorted_ptr, label, N, _BELOW, BLOCK)
+        count = count_labels(sorted_ptr, label, N, _UP_TO, BLOCK) - first
         if not HAS_MU:
             count = tl.where(first == program, count, 0)
     else:
@@ -161,6 +163,7 @@ def prepare_class(
     sums_ptr,
     state_ptr,
     index_ptr,
+    order_ptr,
     N,
     C,
     num_classes,
@@ -180,8 +183,7 @@ def prepare_class(
 ):
     """One class: its sums, its mean, and its rows."""
     u_ptr, term_ptr, sum_ptr, q_ptr, weight_ptr, pos_ptr, a_ptr = state_rows(state_ptr, N + C)
-    order_ptr = index_ptr + N
-    first_ptr = order_ptr + N
+    first_ptr = index_ptr + N
     label, first, count = find_class(program, labels_ptr, sorted_ptr, N, ignore_index, HAS_MU, SORTED, BLOCK)
     tl.store(first_ptr + program, first)
     tl.store(first_ptr + num_classes + program, count)
@@ -241,7 +243,7 @@ def prepare_class(
     for start in range(0, count, BLOCK_R):
         rows, valid = listed_rows(order_ptr, first, start, count, BLOCK_R)
         z = gather_tile(z_ptr, rows, valid, columns, D)
-        pos = tl.sum(z * (target[None, :] - z), 1) * per_positive
+        pos = tl.sum(z * (tl.expand_dims(target, 0) - z), 1) * per_positive
         weight = tl.zeros([BLOCK_R], dtype=tl.float32) + in_loss
         if HAS_WEIGHT:
             weight *= tl.load(anchor_weight_ptr + rows, mask=valid, other=0.0).to(tl.float32)
@@ -307,6 +309,7 @@ def hycon_prepare_kernel(
     sums_ptr,
     state_ptr,
     index_ptr,
+    order_ptr,
     N,
     C,
     num_classes,
@@ -333,15 +336,16 @@ def hycon_prepare_kernel(
     if program < num_classes:
         prepare_class(
             program, tau, z_ptr, labels_ptr, sorted_ptr, sorted_order_ptr, means_ptr, seen_ptr, anchor_weight_ptr,
-            mu_ptr, sums_ptr, state_ptr, index_ptr, N, C, num_classes, ignore_index, mean_weight,
+            mu_ptr, sums_ptr, state_ptr, index_ptr, order_ptr, N, C, num_classes, ignore_index, mean_weight,
             D, HAS_MU, HAS_SEEN, HAS_WEIGHT, HAS_PULL, BALANCED, SHIFTED, SORTED, BLOCK_R, BLOCK_D, BLOCK,
         )  # fmt: skip
     else:
         rows = (program - num_classes) * BLOCK + tl.arange(0, BLOCK)
         prepare_rows(rows, labels_ptr, state_ptr, index_ptr, N, C, ignore_index, HAS_MU, SHIFTED, BLOCK)
         if program == num_classes:
-            tl.store(state_ptr, tau)
-            tl.store(index_ptr + 2 * N + 2 * num_classes, 0)
+            scalar = tl.arange(0, SCALARS)
+            tl.store(state_ptr + scalar, tl.where(scalar == 0, tau, 0.0))
+            tl.store(index_ptr + N + 2 * num_classes, 0)
 
 
 @triton.jit(do_not_specialize=["N", "C", "num_classes", "grad_stride"])
@@ -351,6 +355,7 @@ def hycon_weigh_kernel(
     z_ptr,
     state_ptr,
     index_ptr,
+    order_ptr,
     weighted_ptr,
     pull_ptr,
     N,
@@ -372,9 +377,8 @@ def hycon_weigh_kernel(
     if SCALED:
         scale = 1.0 / tl.maximum(tl.load(grad_max_ptr), LEAST_WEIGHT)
     if program < num_classes:
-        order_ptr = index_ptr + N
-        first = tl.load(order_ptr + N + program)
-        count = tl.load(order_ptr + N + num_classes + program)
+        first = tl.load(index_ptr + N + program)
+        count = tl.load(index_ptr + N + num_classes + program)
         columns = tl.arange(0, BLOCK_D)
         pull = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
         for start in range(0, count, BLOCK_R):

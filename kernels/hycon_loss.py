@@ -78,7 +78,7 @@ def finish_loss(
     per_weight = 1.0
     if MEAN:
         total_weight = tl.sum(weights, 0)
-        per_weight = 1.0 / tl.where(total_weight > 0, total_weight, 1.0)
+        per_weight = 1.0 / tl.where(total_weight == 0, 1.0, total_weight)
     scale = 1.0
     if SCALED:
         scale = HALF_SCALE / tl.maximum(tl.max(largest, 0), LEAST_WEIGHT)
@@ -177,7 +177,7 @@ def hycon_loss_fwd_kernel(
     # All threads' sums are issued before the barrier; the release of the one thread that counts covers them, and
     # its acquire lets the last program see those of all others.
     tl.debug_barrier()
-    counter_ptr = index_ptr + 2 * N + 2 * num_classes
+    counter_ptr = index_ptr + N + 2 * num_classes
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     if arrived == tl.num_programs(0) - 1:
         finish_loss(state_ptr, partial_ptr, loss_ptr, N, C, num_splits, MEAN, NONE, SHIFTED, TRIANGLE, SCALED, BLOCK)
@@ -290,7 +290,7 @@ class Prepared(NamedTuple):
     """What the backward needs of the forward; `state` and `index` are laid out as the file's head says."""
 
     state: Tensor  # float32
-    index: Tensor  # int32
+    index: Tensor  # int32; with reduction "none" `order` is behind it
     sums: Tensor  # [G, D] float32 class sums s_c; [2, G, D] with t_c behind them for rows of unequal weight
     mu: Tensor  # [C, D] unit rows in z's type; [0, D] without means
 
@@ -342,6 +342,27 @@ def _num_splits(num_rows: int, num_means: int, constants: dict[str, Any]) -> int
         return hycon.num_splits(num_panels, tiles_per_panel)
     tiles = num_panels * tiles_per_panel + triton.cdiv(num_means, constants["BLOCK_N"])
     return max(1, min(hycon.PROGRAMS // num_panels, tiles))
+
+
+def empty_results(
+    z: Tensor, num_means: int | None, *, weighted: bool, reduction: str, shifted: bool
+) -> tuple[Tensor, Prepared]:
+    """What the forward writes: the loss and the rest. `weighted` tells of anchor weights; no means is None."""
+    num_rows, dim = z.shape
+    num_classes, num_means = (num_rows, 0) if num_means is None else (num_means, num_means)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=z.device)
+
+    index_size = (2 if reduction == "none" else 1) * num_rows + 2 * num_classes + 1
+    of_sums = (2, num_classes, dim) if weighted and reduction != "none" else (num_classes, dim)
+    prepared = Prepared(
+        state=floats(SCALARS.value + (6 if shifted else 7) * (num_rows + num_means)),
+        index=torch.empty(index_size, dtype=torch.int32, device=z.device),
+        sums=floats(*of_sums),
+        mu=torch.empty((num_means, dim), dtype=z.dtype, device=z.device),
+    )
+    return floats(num_rows) if reduction == "none" else floats(), prepared
 
 
 def hycon_loss_forward(
@@ -409,30 +430,29 @@ def hycon_loss_forward(
         reduction=reduction,
         arch=architecture(z.device),
     )
-    ordered, order = labels.sort(stable=True) if sorted_labels else (labels, labels)
+    ordered, label_order = labels.sort(stable=True) if sorted_labels else (labels, labels)
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
     splits = _num_splits(num_rows, num_means, constants)
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=z.device)
-
-    state = floats(SCALARS.value + (6 if shifted else 7) * (num_rows + num_means))
-    index = torch.empty(2 * num_rows + 2 * num_classes + 1, dtype=torch.int32, device=z.device)
-    sums = floats(2, num_classes, dim) if has_pull else floats(num_classes, dim)
-    mu = torch.empty((num_means, dim), dtype=z.dtype, device=z.device)
-    partial = state if triangle else floats((1 if shifted else 2) * splits * num_rows)
-    loss = floats(num_rows) if reduction == "none" else floats()
+    partial_size = 0 if triangle else (1 if shifted else 2) * splits * num_rows
+    partial = torch.empty(partial_size, dtype=torch.float32, device=z.device)
+    loss, prepared = empty_results(
+        z, None if means is None else num_means, weighted=anchor_weight is not None, reduction=reduction,
+        shifted=shifted,
+    )  # fmt: skip
+    state, index, sums, mu = prepared
+    # Ignored rows leave the list's end unwritten: where it is part of the result, that is 0.
+    order = index[-num_rows:].zero_() if reduction == "none" else torch.empty_like(index[:num_rows])
     with device_guard(z):
         hycon_prepare_kernel[(num_classes + triton.cdiv(num_rows, VECTOR_BLOCK),)](
-            z, labels, ordered, order, pointer(means, z), pointer(seen, z), pointer(anchor_weight, z),
-            temperature if has_tau else state, mu, sums, state, index,
-            num_rows, num_means, num_classes, ignore_index, 0.0 if has_tau else temperature, mean_weight,
+            z, labels, ordered, label_order, pointer(means, z), pointer(seen, z), pointer(anchor_weight, z),
+            temperature if has_tau else state, mu, sums, state, index, order,
+            num_rows, num_means, num_classes, ignore_index, 0.0 if has_tau else temperature, float(mean_weight),
             **prepare, **prepare_options,
         )  # fmt: skip
         hycon_loss_fwd_kernel[(num_panels * splits,)](
             z, mu, state, index, partial, loss, num_rows, num_means, num_classes, splits, **constants, **options,
         )  # fmt: skip
-    return loss, Prepared(state, index, sums, mu)
+    return loss, prepared
 
 
 def hycon_loss_backward(
@@ -485,8 +505,8 @@ def hycon_loss_backward(
             weigh, weigh_options = weigh_constants(dim, z.dtype)
             grad_max = torch.linalg.vector_norm(grad, torch.inf) if constants["SCALED"] else state
             hycon_weigh_kernel[(num_classes + triton.cdiv(width, VECTOR_BLOCK),)](
-                grad, grad_max, z, state, index, weighted, pull, num_rows, num_means, num_classes, grad.stride(0),
-                **weigh, **weigh_options,
+                grad, grad_max, z, state, index, index[-num_rows:], weighted, pull,
+                num_rows, num_means, num_classes, grad.stride(0), **weigh, **weigh_options,
             )  # fmt: skip
             grad = grad_max
         num_panels = triton.cdiv(num_rows, constants["BLOCK_M"]) + triton.cdiv(num_means, constants["BLOCK_M"])
