@@ -22,9 +22,9 @@ from torch import Tensor
 
 from allnc.kernels._common import architecture, device_guard, matmul_precision, padded_dim, pointer
 from allnc.kernels.hycon import forward_sums
-from allnc.kernels.hycon_classes import SCALARS, VECTOR_BLOCK, hycon_prepare_kernel, prepare_constants, state_rows
+from allnc.kernels.hycon_classes import VECTOR_BLOCK, hycon_prepare_kernel, prepare_constants, state_rows
 from allnc.kernels.hycon_loss import _SCAN_LIMIT as SCAN_LIMIT
-from allnc.kernels.hycon_loss import Prepared, finish_loss, loss_forward_constants
+from allnc.kernels.hycon_loss import Prepared, empty_results, finish_loss, loss_forward_constants
 from allnc.kernels.hycon_loss import _num_splits as loss_splits
 from allnc.kernels.p2p import num_programs, p2p_finish_program, p2p_forward_program, p2p_outputs, panel_rows
 
@@ -93,7 +93,7 @@ def all_around_fwd_kernel(
     # All threads' sums are issued before the barrier; the release of the one thread that counts covers them, and
     # its acquire lets the last program see those of all others.
     tl.debug_barrier()
-    arrived = tl.atomic_add(index_ptr + 2 * N + 2 * C, 1, sem="acq_rel", scope="gpu")
+    arrived = tl.atomic_add(index_ptr + N + 2 * C, 1, sem="acq_rel", scope="gpu")
     if arrived == tl.num_programs(0) - 1:
         finish_loss(state_ptr, partial_ptr, loss_ptr, N, C, num_splits, MEAN, NONE, SHIFTED, TRIANGLE, SCALED, BLOCK)
         for kind in range(3):
@@ -136,13 +136,14 @@ def launch_prepare(
     seen: Tensor,
     anchor_weight: Tensor | None,
     temperature: Tensor | float,
+    prepared: Prepared,
     *,
     mean_weight: float,
     balance: str,
     ignore_index: int,
     shifted: bool,
-) -> Prepared:
-    """Launches what HyCon needs to know of rows and classes before any panel; contiguous tensors."""
+) -> None:
+    """Launches what HyCon needs to know of rows and classes before any panel, into `prepared`; contiguous tensors."""
     num_rows, dim = z.shape
     num_classes = len(means)
     has_tau, has_pull = isinstance(temperature, Tensor), anchor_weight is not None
@@ -158,29 +159,15 @@ def launch_prepare(
         shifted=shifted,
         sorted_labels=sorted_labels,
     )
-    ordered, order = labels.sort(stable=True) if sorted_labels else (labels, labels)
-    like = {"dtype": torch.float32, "device": z.device}
-    state = torch.empty(state_size(num_rows, num_classes, shifted=shifted), **like)
-    index = torch.empty(index_size(num_rows, num_classes), dtype=torch.int32, device=z.device)
-    sums = torch.empty((2, num_classes, dim) if has_pull else (num_classes, dim), **like)
-    mu = torch.empty((num_classes, dim), dtype=z.dtype, device=z.device)
+    ordered, label_order = labels.sort(stable=True) if sorted_labels else (labels, labels)
+    state, index, sums, mu = prepared
+    order = torch.empty_like(index[:num_rows])
     with device_guard(z):
         hycon_prepare_kernel[(num_classes + triton.cdiv(num_rows, VECTOR_BLOCK),)](
-            z, labels, ordered, order, means, seen, pointer(anchor_weight, z), temperature if has_tau else state,
-            mu, sums, state, index, num_rows, num_classes, num_classes, ignore_index,
-            0.0 if has_tau else temperature, mean_weight, **constants, **options,
+            z, labels, ordered, label_order, means, seen, pointer(anchor_weight, z), temperature if has_tau else state,
+            mu, sums, state, index, order, num_rows, num_classes, num_classes, ignore_index,
+            0.0 if has_tau else temperature, float(mean_weight), **constants, **options,
         )  # fmt: skip
-    return Prepared(state, index, sums, mu)
-
-
-def state_size(num_rows: int, num_classes: int, *, shifted: bool) -> int:
-    """Numbers in HyCon's `state`, laid out as allnc.kernels.hycon_classes says."""
-    return SCALARS.value + (6 if shifted else 7) * (num_rows + num_classes)
-
-
-def index_size(num_rows: int, num_classes: int) -> int:
-    """Numbers in HyCon's `index`."""
-    return 2 * num_rows + 2 * num_classes + 1
 
 
 def all_around_forward(
@@ -231,20 +218,22 @@ def all_around_forward(
     )
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
     splits = loss_splits(num_rows, num_classes, constants)
-    like = {"dtype": torch.float32, "device": z.device}
-    partial_rows = 0 if triangle else (1 if shifted else 2) * splits
-    partial = torch.empty(partial_rows * num_rows, **like)
-    loss = torch.empty((), **like)
+    partial_size = 0 if triangle else (1 if shifted else 2) * splits * num_rows
+    partial = torch.empty(partial_size, dtype=torch.float32, device=z.device)
+    loss, prepared = empty_results(
+        z, num_classes, weighted=anchor_weight is not None, reduction="mean", shifted=shifted
+    )
     num_own, num_cross = num_programs(num_classes, constants)
     num_hycon, num_p2p = num_panels * splits, 2 * num_own + num_cross
     p2p_partial, values, p2p_lse = p2p_outputs(x, num_p2p, 3, target)
-    prepared = launch_prepare(
+    launch_prepare(
         z,
         labels,
         means,
         seen,
         anchor_weight,
         temperature,
+        prepared,
         mean_weight=mean_weight,
         balance=balance,
         ignore_index=ignore_index,

@@ -352,18 +352,19 @@ def p2p_bwd_kernel(
         out_ptr = dy_ptr
 
     num_seen = count_seen(seen_ptr, C)
+    divisor = tl.maximum(num_seen, 1.0)
     dx = tl.zeros([BLOCK_C, BLOCK_G], dtype=tl.float32)
     if OWN:
         dx = add_block(
             dx, left_ptr, left_ptr, seen_ptr, lse_ptr + side * C, tl.load(grad_ptr + side), temperature,
-            start, column, False, num_seen, C,
+            start, column, False, divisor, C,
             F, ETF, True, PRECISION, BLOCK_C, BLOCK_N, BLOCK_F, BLOCK_G,
         )  # fmt: skip
     if CROSS:
         kind = 2 if OWN else 0  # the only one there, without the others
         dx = add_block(
             dx, left_ptr, right_ptr, seen_ptr, lse_ptr + kind * C, tl.load(grad_ptr + kind), temperature,
-            start, column, side == 1, num_seen, C,
+            start, column, side == 1, divisor, C,
             F, ETF, False, PRECISION, BLOCK_C, BLOCK_N, BLOCK_F, BLOCK_G,
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ from allnc.ops._common import (
     check_same_device,
     check_shape,
     resolve_backend,
+    validated_labels,
 )
 from allnc.ops.centred_unit import centred_units
 from allnc.ops.hycon import (
@@ -33,6 +34,7 @@ from allnc.ops.hycon import (
     reduce_contrast,
     uses_constant_shift,
 )
+from allnc.ops.hycon_triton import fuses, hycon_fused
 from allnc.ops.p2p import (
     Target,
     kernel_target,
@@ -116,19 +118,12 @@ def _all_around(
 
 @_all_around.register_fake
 def _(z, labels, proj_means, x, y, seen, anchor_weight, *rest):
-    shifted, form = rest[5], rest[7]
-    num_rows, num_classes = len(z), len(x)
-    from allnc.kernels.all_around import index_size, state_size
+    from allnc.kernels.hycon_loss import empty_results
 
-    return (
-        x.new_empty(()),
-        x.new_empty(3),
-        x.new_empty(3, num_classes if form == "softmax" else 0),
-        x.new_empty(state_size(num_rows, num_classes, shifted=shifted)),
-        x.new_empty(index_size(num_rows, num_classes), dtype=torch.int32),
-        x.new_empty((num_classes, z.shape[1]) if anchor_weight is None else (2, num_classes, z.shape[1])),
-        z.new_empty(num_classes, z.shape[1]),
-    )
+    shifted, form = rest[5], rest[7]
+    p2p_lse = x.new_empty(3, len(x) if form == "softmax" else 0)
+    loss, prepared = empty_results(z, len(x), weighted=anchor_weight is not None, reduction="mean", shifted=shifted)
+    return loss, x.new_empty(3), p2p_lse, *prepared
 
 
 @torch.library.custom_op("allnc::all_around_backward", mutates_args=())
@@ -172,10 +167,9 @@ def _(grad_loss, grad_p2p, z, proj_means, x, y, seen, p2p_lse, state, index, sum
 
 
 def _save_for_all_around(ctx, inputs, output) -> None:
-    z, _, proj_means, x, y, seen, _, temperature, *_, ctx.shifted, _, ctx.form, ctx.p2p_temperature = inputs
+    z, _, proj_means, x, y, seen, *_, ctx.shifted, _, ctx.form, ctx.p2p_temperature = inputs
     ctx.save_for_backward(z, proj_means, x, y, seen, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
-    ctx.temperature_type = None if temperature is None else temperature.dtype
 
 
 def _all_around_autograd(ctx, grad_loss: Tensor, grad_p2p: Tensor, *_unused: Tensor | None):
@@ -184,19 +178,52 @@ def _all_around_autograd(ctx, grad_loss: Tensor, grad_p2p: Tensor, *_unused: Ten
         grad_loss.contiguous(), grad_p2p.contiguous(), *ctx.saved_tensors,
         ctx.shifted, tau_gradient, ctx.form, ctx.p2p_temperature,
     )  # fmt: skip
-    dtau = dtau.sum().to(ctx.temperature_type) if tau_gradient else None
+    dtau = dtau.sum() if tau_gradient else None
     return dz, None, dmeans, dx, dy, None, None, dtau, *(None,) * 8
 
 
 _all_around.register_autograd(_all_around_autograd, setup_context=_save_for_all_around)
 
 
-@torch.compiler.assume_constant_result
-def _in_one_launch(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels of `allnc::all_around` take rows of this width."""
-    from allnc.kernels.hycon_loss import fits
-
-    return fits(dim, dtype, device)
+def _in_one_launch(
+    z: Tensor,
+    labels: Tensor,
+    proj_means: Tensor,
+    x: Tensor,
+    y: Tensor,
+    seen: Tensor,
+    *,
+    temperature: float | Tensor,
+    mean_weight: float,
+    balance: str,
+    anchor_weight: Tensor | None,
+    ignore_index: int,
+    form: str,
+    p2p_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """HyCon's loss and P2P's values [3] of centred unit rows by the kernels."""
+    if not z.is_cuda:  # the interpreter has no device-side assertion
+        labels = validated_labels(labels, len(proj_means), ignore_index)
+    learned = isinstance(temperature, Tensor)
+    loss, p2p, *_ = torch.ops.allnc.all_around(
+        z,
+        labels,
+        proj_means.contiguous(),
+        x,
+        y,
+        seen,
+        anchor_weight,
+        temperature.float().reshape(()) if isinstance(temperature, Tensor) else None,
+        0.0 if learned else float(temperature),
+        float(mean_weight),
+        balance,
+        ignore_index,
+        uses_constant_shift(temperature),
+        torch.are_deterministic_algorithms_enabled(),
+        form,
+        float(p2p_temperature),
+    )
+    return loss, p2p
 
 
 def all_around(
@@ -262,34 +289,20 @@ def all_around(
         x, y = centred_units(means, weights, everyone, backend=backend_used)
         assert y is not None
         form, p2p_backend = pair_form(target, (num_classes, means.shape[1]), blocks="all", backend=backend_used)
-        # The launch of all has no gradient for anchor weights, and none of P2P where that is matrix products.
-        of_weights = anchor_weight is not None and anchor_weight.requires_grad
-        if p2p_backend == "triton" and not of_weights and _in_one_launch(z.shape[1], z.dtype, z.device):
-            learned = isinstance(temperature, Tensor)
-            loss, p2p, *_ = torch.ops.allnc.all_around(
-                z,
-                labels,
-                proj_means.contiguous(),
-                x,
-                y,
-                everyone,
-                anchor_weight,
-                temperature.reshape(()) if isinstance(temperature, Tensor) else None,
-                0.0 if learned else float(temperature),
-                float(mean_weight),
-                balance,
-                ignore_index,
-                uses_constant_shift(temperature),
-                torch.are_deterministic_algorithms_enabled(),
-                form,
-                float(p2p_temperature),
-            )
+        fused = backend_used == "triton" and fuses(z, anchor_weight)
+        options = {"temperature": temperature, "mean_weight": mean_weight, "balance": balance}
+        options |= {"anchor_weight": anchor_weight, "ignore_index": ignore_index}
+        if fused and p2p_backend == "triton":
+            p2p_options = {"form": form, "p2p_temperature": p2p_temperature}
+            loss, p2p = _in_one_launch(z, labels, proj_means, x, y, everyone, **options, **p2p_options)
+            return AllAroundLosses(loss, *p2p.unbind())
+        if fused:
+            shifted = uses_constant_shift(temperature)
+            loss = hycon_fused(z, labels, proj_means, seen=seen, shifted=shifted, **options)
         else:
-            contrast = build_contrast(
-                z, labels, proj_means, seen, temperature, mean_weight, balance, anchor_weight, ignore_index
-            )
+            contrast = build_contrast(z, labels, proj_means, seen, **options)
             lse = hycon_lse(z, contrast.mu, contrast.a, contrast.b, temperature, backend=backend_used)
             loss = reduce_contrast(lse, contrast, "mean")
-            rest = {"form": form, "temperature": p2p_temperature, "backend": p2p_backend}
-            p2p = p2p_blocks(x, y, everyone, blocks="all", **rest)
+        p2p_options = {"form": form, "temperature": p2p_temperature, "backend": p2p_backend}
+        p2p = p2p_blocks(x, y, everyone, blocks="all", **p2p_options)
         return AllAroundLosses(loss, *p2p.unbind())
