@@ -1,19 +1,14 @@
-"""HyCon's log-sum-exp and P2P's three blocks in one launch.
+"""HyCon's loss and P2P's three blocks in one launch, behind HyCon's prepare launch.
 
-P2P compares classes pair by pair. For X = unit(M - mean M) and Y = unit(W - mean W) over the K classes seen
-so far, and each of the blocks (X, X), (Y, Y), (X, Y) with Gram matrix G = X Y^T,
+Formulas and symbols: allnc.kernels.hycon_loss for HyCon, allnc.kernels.p2p for P2P. Legend: N activations, D columns of
+the projection, C classes, F columns of the features.
 
-    etf:      (1/K²) Σ_{c,c'} (G_cc' - ρ_cc')²,  ρ_cc = 1, ρ_cc' = -1/(K-1)
-    softmax:  (τ_p/K) Σ_c log Σ_{c'≠c} exp( (G_cc' - [X, Y only] G_cc) / τ_p )
+Launch grid: first the programs of HyCon's forward, which are the long ones, then those of P2P's: tiles (etf) or
+panels (softmax) of the blocks (X, X), (Y, Y), (X, Y). None needs another's result. Every program counts itself when
+its sums are in memory; the last one forms HyCon's loss and P2P's values from all of them, in a fixed order.
 
-Legend: N activations, C classes, D columns of the projection, F columns of the features; z [N, D], μ [C, D],
-x and y [C, F] with zero rows for classes not seen.
-
-Launch grid: first the programs of HyCon's forward (allnc.kernels.hycon), which are the long ones, then
-3 · ceil(C / BLOCK_C) panels of P2P, block kind by program id. A panel of BLOCK_C classes visits all classes
-in tiles of BLOCK_C, each summed over chunks of BLOCK_F columns, and writes one value a class, [3, C]: no
-atomics. Its work is 6 C² F operations beside HyCon's N² D + 2 N C D; the symmetry of (X, X) and (Y, Y) is not
-used.
+The gradients are two launches, HyCon's and P2P's own: in one launch every program would be given the registers of the
+hungrier kernel, and nothing would be saved but the launch.
 """
 
 from __future__ import annotations
@@ -25,119 +20,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allnc.kernels._common import (
-    LN_2,
-    LOG2_E,
-    architecture,
-    device_guard,
-    matmul_precision,
-    pointer,
-    similarity,
-)
-from allnc.kernels.hycon import finish_triangle, forward_constants, forward_panel, num_splits
-
-_SEEN_BLOCK = tl.constexpr(1024)
-_RESIDENT = tl.constexpr(False)  # F is long: P2P's Gram matrix is summed over chunks
+from allnc.kernels._common import architecture, device_guard, matmul_precision, padded_dim, pointer
+from allnc.kernels.hycon import forward_sums
+from allnc.kernels.hycon_classes import VECTOR_BLOCK, hycon_prepare_kernel, prepare_constants, state_rows
+from allnc.kernels.hycon_loss import _SCAN_LIMIT as SCAN_LIMIT
+from allnc.kernels.hycon_loss import Prepared, empty_results, finish_loss, loss_forward_constants
+from allnc.kernels.hycon_loss import _num_splits as loss_splits
+from allnc.kernels.p2p import num_programs, p2p_finish_program, p2p_forward_program, p2p_outputs, panel_rows
 
 
-@triton.jit
-def p2p_panel(
-    program,
-    x_ptr,
-    y_ptr,
-    seen_ptr,
-    value_ptr,
-    C,
-    p2p_temperature,
-    F: tl.constexpr,
-    ETF: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """One panel of one block: the value of each of its classes, divided by K² (etf) or K (softmax)."""
-    num_panels = tl.cdiv(C, BLOCK_C)
-    kind = program // num_panels  # 0 is (X, X), 1 is (Y, Y), 2 is (X, Y)
-    start = program % num_panels * BLOCK_C
-    left_ptr = x_ptr
-    if kind == 1:
-        left_ptr = y_ptr
-    right_ptr = y_ptr
-    if kind == 0:
-        right_ptr = x_ptr
-
-    count = tl.zeros([_SEEN_BLOCK], dtype=tl.float32)
-    for first in range(0, C, _SEEN_BLOCK):
-        index = first + tl.arange(0, _SEEN_BLOCK)
-        count += tl.load(seen_ptr + index, mask=index < C, other=0).to(tl.float32)
-    num_seen = tl.sum(count, 0)
-    num_others = tl.maximum(num_seen, 1.0) - 1.0
-    target = -1.0 / tl.maximum(num_others, 1.0)
-    scale = 1.0 / p2p_temperature * LOG2_E
-
-    rows = start + tl.arange(0, BLOCK_C)
-    # A single class has no pair: no row counts then, and the value is 0.
-    in_rows = tl.load(seen_ptr + rows, mask=rows < tl.where(num_others > 0, C, 0), other=0) != 0
-    total = tl.zeros([BLOCK_C], dtype=tl.float32)
-    maximum = tl.full([BLOCK_C], float("-inf"), dtype=tl.float32)
-    own = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for first in range(0, C, BLOCK_C):
-        columns = first + tl.arange(0, BLOCK_C)
-        in_columns = tl.load(seen_ptr + columns, mask=columns < C, other=0) != 0
-        gram = similarity(
-            0.0, 0.0, left_ptr, right_ptr, start, first, C, C,
-            F, BLOCK_C, BLOCK_C, BLOCK_F, _RESIDENT, PRECISION,
-        )  # fmt: skip
-        same = rows[:, None] == columns[None, :]
-        pairs = in_rows[:, None] & in_columns[None, :]
-        if ETF:
-            deviation = tl.where(pairs, gram - tl.where(same, 1.0, target), 0.0)
-            total += tl.sum(deviation * deviation, 1)
-        else:
-            own += tl.sum(tl.where(same, gram, 0.0), 1)
-            exponent = tl.where(pairs & (same == 0), gram * scale, float("-inf"))
-            new_maximum = tl.maximum(maximum, tl.max(exponent, 1))
-            origin = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            total = total * tl.exp2(maximum - origin) + tl.sum(tl.exp2(exponent - origin[:, None]), 1)
-            maximum = new_maximum
-
-    if ETF:
-        value = total / (num_seen * num_seen)
-    else:
-        lse = (tl.log2(total) + maximum) * LN_2
-        own = tl.where(kind == 2, own, 0.0)
-        value = (p2p_temperature * lse - own) / num_seen
-    value = tl.where(in_rows, value, 0.0)
-    tl.store(value_ptr + tl.cast(kind, tl.int64) * C + rows, value, mask=rows < C)
-
-
-@triton.jit(do_not_specialize=["N", "C", "num_splits", "num_programs", "num_means"])
+@triton.jit(do_not_specialize=["N", "C", "num_splits", "num_hycon", "num_own", "num_cross", "p2p_temperature"])
 def all_around_fwd_kernel(
     z_ptr,
     mu_ptr,
-    a_ptr,
-    b_ptr,
-    temperature_ptr,
-    out_ptr,
+    state_ptr,
+    index_ptr,
+    partial_ptr,
+    loss_ptr,
     x_ptr,
     y_ptr,
     seen_ptr,
-    value_ptr,
+    p2p_partial_ptr,
+    p2p_lse_ptr,
+    p2p_ptr,
     N,
     C,
-    num_means,
     num_splits,
-    num_programs,
+    num_hycon,
+    num_own,
+    num_cross,
     p2p_temperature,
     D: tl.constexpr,
     HAS_MU: tl.constexpr,
     SHIFTED: tl.constexpr,
     TRIANGLE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MEAN: tl.constexpr,
+    NONE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RESIDENT: tl.constexpr,
+    BLOCK: tl.constexpr,
     F: tl.constexpr,
     ETF: tl.constexpr,
     P2P_PRECISION: tl.constexpr,
@@ -145,25 +70,42 @@ def all_around_fwd_kernel(
     BLOCK_F: tl.constexpr,
 ):
     program = tl.program_id(0)
-    if program < num_programs:
-        forward_panel(
-            program, z_ptr, mu_ptr, a_ptr, b_ptr, temperature_ptr, out_ptr, N, num_means, num_splits,
+    if program < num_hycon:
+        _, a_ptr, sum_ptr, _, _, _, plain_a_ptr = state_rows(state_ptr, N + C)
+        if not SHIFTED:
+            a_ptr = plain_a_ptr
+        rows, maximum, total = forward_sums(
+            program, z_ptr, mu_ptr, a_ptr, a_ptr + N, state_ptr, sum_ptr, N, C, num_splits, 0, 1,
             D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
         )  # fmt: skip
+        if TRIANGLE:
+            tl.atomic_add(sum_ptr + rows, total, mask=rows < N, sem="relaxed")
+        else:
+            split = program % num_splits
+            tl.store(partial_ptr + split * N + rows, total, mask=rows < N)
+            if not SHIFTED:
+                tl.store(partial_ptr + (num_splits + split) * N + rows, maximum, mask=rows < N)
     else:
-        p2p_panel(
-            program - num_programs, x_ptr, y_ptr, seen_ptr, value_ptr, C, p2p_temperature,
-            F, ETF, P2P_PRECISION, BLOCK_C, BLOCK_F,
+        p2p_forward_program(
+            program - num_hycon, x_ptr, y_ptr, seen_ptr, p2p_partial_ptr, p2p_lse_ptr, C, p2p_temperature,
+            F, ETF, 0, P2P_PRECISION, BLOCK_C, BLOCK_F,
         )  # fmt: skip
+    # All threads' sums are issued before the barrier; the release of the one thread that counts covers them, and
+    # its acquire lets the last program see those of all others.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(index_ptr + N + 2 * C, 1, sem="acq_rel", scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
+        finish_loss(state_ptr, partial_ptr, loss_ptr, N, C, num_splits, MEAN, NONE, SHIFTED, TRIANGLE, SCALED, BLOCK)
+        for kind in range(3):
+            p2p_finish_program(kind, seen_ptr, p2p_partial_ptr, p2p_ptr, C, num_own, num_cross, ETF, 0, BLOCK)
 
 
 def all_around_constants(
     dim: int,
     dtype: torch.dtype,
+    num_classes: int,
     features: int,
-    p2p_dtype: torch.dtype,
     *,
-    has_mu: bool,
     shifted: bool,
     triangle: bool,
     arch: int,
@@ -171,78 +113,135 @@ def all_around_constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `all_around_fwd_kernel`.
 
-    P2P's tiles are 64 x 64 over chunks of 16 columns: with the warps and stages of HyCon's tiles, whose launch it
-    shares, they need no more registers and shared memory than those (chunks of 32 spill on sm_100).
+    P2P's chunks are of 16 columns: with the warps and stages of HyCon's tiles, whose launch it shares, they need no
+    more registers and shared memory than those (chunks of 32 spill on sm_100).
     """
-    constants, options = forward_constants(dim, dtype, has_mu=has_mu, shifted=shifted, triangle=triangle, arch=arch)
+    constants, options = loss_forward_constants(
+        dim, dtype, has_mu=True, shifted=shifted, triangle=triangle, reduction="mean", arch=arch
+    )
     constants |= {
         "F": features,
         "ETF": target == "etf",
-        "P2P_PRECISION": matmul_precision(p2p_dtype),
-        "BLOCK_C": 64,
-        "BLOCK_F": 16,
+        "P2P_PRECISION": matmul_precision(torch.float32),
+        "BLOCK_C": panel_rows(num_classes),
+        "BLOCK_F": min(16, padded_dim(features)),
     }
     return constants, options
 
 
+def launch_prepare(
+    z: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    seen: Tensor,
+    anchor_weight: Tensor | None,
+    temperature: Tensor | float,
+    prepared: Prepared,
+    *,
+    mean_weight: float,
+    balance: str,
+    ignore_index: int,
+    shifted: bool,
+) -> None:
+    """Launches what HyCon needs to know of rows and classes before any panel, into `prepared`; contiguous tensors."""
+    num_rows, dim = z.shape
+    num_classes = len(means)
+    has_tau, has_pull = isinstance(temperature, Tensor), anchor_weight is not None
+    sorted_labels = num_rows * num_classes > SCAN_LIMIT
+    constants, options = prepare_constants(
+        dim,
+        has_mu=True,
+        has_seen=True,
+        has_weight=has_pull,
+        has_pull=has_pull,
+        has_tau=has_tau,
+        balanced=balance == "class",
+        shifted=shifted,
+        sorted_labels=sorted_labels,
+    )
+    ordered, label_order = labels.sort(stable=True) if sorted_labels else (labels, labels)
+    state, index, sums, mu = prepared
+    order = torch.empty_like(index[:num_rows])
+    with device_guard(z):
+        hycon_prepare_kernel[(num_classes + triton.cdiv(num_rows, VECTOR_BLOCK),)](
+            z, labels, ordered, label_order, means, seen, pointer(anchor_weight, z), temperature if has_tau else state,
+            mu, sums, state, index, order, num_rows, num_classes, num_classes, ignore_index,
+            0.0 if has_tau else temperature, float(mean_weight), **constants, **options,
+        )  # fmt: skip
+
+
 def all_around_forward(
     z: Tensor,
-    mu: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    temperature: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    seen: Tensor,
+    anchor_weight: Tensor | None,
+    temperature: Tensor | float,
     x: Tensor,
     y: Tensor,
-    seen: Tensor,
     *,
+    mean_weight: float,
+    balance: str,
+    ignore_index: int,
     shifted: bool,
     deterministic: bool,
     target: Literal["etf", "softmax"],
     p2p_temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """lse [N] of HyCon and the row values [3, C] of P2P's blocks (x, x), (y, y), (x, y), in one launch.
+) -> tuple[Tensor, Prepared, Tensor, Tensor]:
+    """HyCon's loss and the values of P2P's blocks (x, x), (y, y), (x, y), in two launches.
 
     Args:
-        z, mu, a, b, temperature, shifted, deterministic: as in `allnc.kernels.hycon.hycon_lse_forward`.
-        x: [C, F] float16, bfloat16 or float32 centred unit rows of the means; zero rows for classes not
-            seen.
-        y: [C, F] the same of the classifier, in x's type.
-        seen: [C] bool.
-        target: "etf" for the squared distance to the simplex ETF, "softmax" for the separating form.
-        p2p_temperature: τ_p > 0 of the separating form.
+        z, labels, means, anchor_weight, temperature, mean_weight, balance, ignore_index, shifted, deterministic: as
+            in `allnc.kernels.hycon_loss.hycon_loss_forward`, for reduction "mean".
+        seen: [C] bool, classes that have means.
+        x, y: [C, F] float32 centred unit rows, zero for classes not seen, as in `allnc.kernels.p2p.p2p_forward`.
+        target, p2p_temperature: as there.
 
     Returns:
-        lse [N] and the row values [3, C], both float32. A block's P2P is the sum of its row values, which are 0 for
-        classes not seen, and all 0 with fewer than two classes seen.
+        The loss, 0-dim float32, and what HyCon's backward needs; P2P's values [3] and what its backward needs.
     """
-    z, a, x, y, seen = z.contiguous(), a.contiguous(), x.contiguous(), y.contiguous(), seen.contiguous()
-    mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
+    z, labels, means, seen = z.contiguous(), labels.contiguous(), means.contiguous(), seen.contiguous()
+    anchor_weight = None if anchor_weight is None else anchor_weight.contiguous()
+    x, y = x.contiguous(), y.contiguous()
     num_rows, dim = z.shape
     num_classes, features = x.shape
     triangle = shifted and not deterministic
     constants, options = all_around_constants(
         dim,
         z.dtype,
+        num_classes,
         features,
-        x.dtype,
-        has_mu=mu is not None,
         shifted=shifted,
         triangle=triangle,
         arch=architecture(z.device),
         target=target,
     )
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
-    splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"]) if triangle else 1
-    num_programs = num_panels * splits
-    grid = (num_programs + 3 * triton.cdiv(num_classes, constants["BLOCK_C"]),)
-    lse = torch.zeros_like(a) if triangle else torch.empty_like(a)  # [N]
-    values = torch.empty((3, num_classes), dtype=torch.float32, device=z.device)  # [3, C]
+    splits = loss_splits(num_rows, num_classes, constants)
+    partial_size = 0 if triangle else (1 if shifted else 2) * splits * num_rows
+    partial = torch.empty(partial_size, dtype=torch.float32, device=z.device)
+    loss, prepared = empty_results(
+        z, num_classes, weighted=anchor_weight is not None, reduction="mean", shifted=shifted
+    )
+    num_own, num_cross = num_programs(num_classes, constants)
+    num_hycon, num_p2p = num_panels * splits, 2 * num_own + num_cross
+    p2p_partial, values, p2p_lse = p2p_outputs(x, num_p2p, 3, target)
+    launch_prepare(
+        z,
+        labels,
+        means,
+        seen,
+        anchor_weight,
+        temperature,
+        prepared,
+        mean_weight=mean_weight,
+        balance=balance,
+        ignore_index=ignore_index,
+        shifted=shifted,
+    )
     with device_guard(z):
-        all_around_fwd_kernel[grid](
-            z, pointer(mu, z), a, pointer(b, a), temperature, lse, x, y, seen, values,
-            num_rows, num_classes, 0 if mu is None else len(mu), splits, num_programs, p2p_temperature,
-            **constants, **options,
+        all_around_fwd_kernel[(num_hycon + num_p2p,)](
+            z, prepared.mu, prepared.state, prepared.index, partial, loss, x, y, seen, p2p_partial, p2p_lse, values,
+            num_rows, num_classes, splits, num_hycon, num_own, num_cross, p2p_temperature, **constants, **options,
         )  # fmt: skip
-        if triangle:
-            finish_triangle(lse, temperature)
-    return lse, values
+    return loss, prepared, values, p2p_lse

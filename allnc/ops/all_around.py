@@ -22,14 +22,20 @@ from allnc.ops._common import (
     check_same_device,
     check_shape,
     resolve_backend,
+    validated_labels,
 )
-from allnc.ops.contrast import Balance, build_contrast, check_hycon, reduce_contrast
-from allnc.ops.hycon import hycon_reference
-from allnc.ops.hycon_lse import hycon_lse, temperature_gradient, temperature_tensor, uses_constant_shift
-from allnc.ops.p2p import Target, centred_unit, p2p_pair, p2p_reference, pair_form
-
-# Pairs of (means or weights) in the order of AllAroundLosses.
-_PAIRS = (("means", "means"), ("weights", "weights"), ("means", "weights"))
+from allnc.ops.centred_unit import centred_units
+from allnc.ops.contrast import Balance, check_hycon
+from allnc.ops.hycon import hycon_of_checked, hycon_reference
+from allnc.ops.hycon_lse import uses_constant_shift
+from allnc.ops.hycon_triton import fuses
+from allnc.ops.p2p import (
+    Target,
+    kernel_target,
+    p2p_blocks,
+    p2p_reference,
+    pair_form,
+)
 
 
 class AllAroundLosses(NamedTuple):
@@ -66,65 +72,152 @@ def all_around_reference(
 @torch.library.custom_op("allnc::all_around", mutates_args=())
 def _all_around(
     z: Tensor,
-    mu: Tensor,
-    a: Tensor,
-    b: Tensor,
-    temperature: Tensor,
+    labels: Tensor,
+    proj_means: Tensor,
     x: Tensor,
     y: Tensor,
     seen: Tensor,
+    anchor_weight: Tensor | None,
+    temperature: Tensor | None,
+    tau: float,
+    mean_weight: float,
+    balance: str,
+    ignore_index: int,
     shifted: bool,
     deterministic: bool,
     form: str,
     p2p_temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from allnc.kernels.all_around import all_around_forward
 
-    lse, values = all_around_forward(
+    loss, prepared, values, p2p_lse = all_around_forward(
         z,
-        mu.to(z.dtype),
-        a,
-        b,
-        temperature,
+        labels,
+        proj_means,
+        seen,
+        anchor_weight,
+        tau if temperature is None else temperature,
         x,
         y,
-        seen,
+        mean_weight=mean_weight,
+        balance=balance,
+        ignore_index=ignore_index,
         shifted=shifted,
         deterministic=deterministic,
-        target="softmax" if form == "softmax" else "etf",
+        target=kernel_target(form),
         p2p_temperature=p2p_temperature,
     )
-    p2p_lse = values * (seen.sum() / p2p_temperature) if form == "softmax" else values.new_empty(3, 0)
-    return lse, values.sum(1), p2p_lse
+    return loss, values, p2p_lse, *prepared
 
 
 @_all_around.register_fake
-def _(z, mu, a, b, temperature, x, y, seen, shifted, deterministic, form, p2p_temperature):
-    return torch.empty_like(a), x.new_empty(3), x.new_empty(3, len(x) if form == "softmax" else 0)
+def _(z, labels, proj_means, x, y, seen, anchor_weight, *rest):
+    from allnc.kernels.hycon_loss import empty_results
+
+    shifted, form = rest[5], rest[7]
+    p2p_lse = x.new_empty(3, len(x) if form == "softmax" else 0)
+    loss, prepared = empty_results(z, len(x), weighted=anchor_weight is not None, reduction="mean", shifted=shifted)
+    return loss, x.new_empty(3), p2p_lse, *prepared
+
+
+@torch.library.custom_op("allnc::all_around_backward", mutates_args=())
+def _all_around_backward(
+    grad_loss: Tensor,
+    grad_p2p: Tensor,
+    z: Tensor,
+    proj_means: Tensor,
+    x: Tensor,
+    y: Tensor,
+    seen: Tensor,
+    p2p_lse: Tensor,
+    state: Tensor,
+    index: Tensor,
+    sums: Tensor,
+    mu: Tensor,
+    shifted: bool,
+    tau_gradient: bool,
+    form: str,
+    p2p_temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from allnc.kernels.hycon_loss import Prepared, hycon_loss_backward
+
+    dz, dmeans, dtau = hycon_loss_backward(
+        grad_loss,
+        z,
+        proj_means,
+        Prepared(state, index, sums, mu),
+        reduction="mean",
+        shifted=shifted,
+        tau_gradient=tau_gradient,
+    )
+    dx, dy = torch.ops.allnc.p2p_blocks_backward(grad_p2p, p2p_lse, x, y, seen, "all", form, p2p_temperature, "triton")
+    return dz, dmeans, x.new_empty(0) if dtau is None else dtau, dx, dy
+
+
+@_all_around_backward.register_fake
+def _(grad_loss, grad_p2p, z, proj_means, x, y, seen, p2p_lse, state, index, sums, mu, shifted, tau_gradient, *rest):
+    dtau = x.new_empty(len(z) + len(x) if tau_gradient else 0)
+    return torch.empty_like(z), torch.empty_like(proj_means), dtau, torch.empty_like(x), torch.empty_like(y)
 
 
 def _save_for_all_around(ctx, inputs, output) -> None:
-    z, mu, a, b, temperature, x, y, seen, ctx.shifted, _, ctx.form, ctx.p2p_temperature = inputs
-    lse, _, p2p_lse = output
-    ctx.save_for_backward(z, mu, a, b, temperature, x, y, seen, lse, p2p_lse)
-    ctx.mark_non_differentiable(p2p_lse)
+    z, _, proj_means, x, y, seen, *_, ctx.shifted, _, ctx.form, ctx.p2p_temperature = inputs
+    ctx.save_for_backward(z, proj_means, x, y, seen, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
 
 
-def _all_around_autograd(ctx, grad_lse: Tensor, grad_p2p: Tensor, _grad_p2p_lse: Tensor | None):
-    z, mu, a, b, temperature, x, y, seen, lse, p2p_lse = ctx.saved_tensors
-    dz, dmu = torch.ops.allnc.hycon_lse_backward(
-        grad_lse.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, len(z), "triton"
-    )
-    pair = torch.ops.allnc.p2p_pair_backward
-    rest = (seen, ctx.form, ctx.p2p_temperature)
-    dx, _ = pair(grad_p2p[0], p2p_lse[0], x, None, *rest)
-    dy, _ = pair(grad_p2p[1], p2p_lse[1], y, None, *rest)
-    dx_duality, dy_duality = pair(grad_p2p[2], p2p_lse[2], x, y, *rest)
-    dtemperature = temperature_gradient(z, dz, mu, dmu, temperature) if ctx.needs_input_grad[4] else None
-    return dz, dmu, None, None, dtemperature, dx + dx_duality, dy + dy_duality, *(None,) * 5
+def _all_around_autograd(ctx, grad_loss: Tensor, grad_p2p: Tensor, *_unused: Tensor | None):
+    tau_gradient = ctx.needs_input_grad[7]
+    dz, dmeans, dtau, dx, dy = torch.ops.allnc.all_around_backward(
+        grad_loss.contiguous(), grad_p2p.contiguous(), *ctx.saved_tensors,
+        ctx.shifted, tau_gradient, ctx.form, ctx.p2p_temperature,
+    )  # fmt: skip
+    dtau = dtau.sum() if tau_gradient else None
+    return dz, None, dmeans, dx, dy, None, None, dtau, *(None,) * 8
 
 
 _all_around.register_autograd(_all_around_autograd, setup_context=_save_for_all_around)
+
+
+def _in_one_launch(
+    z: Tensor,
+    labels: Tensor,
+    proj_means: Tensor,
+    x: Tensor,
+    y: Tensor,
+    seen: Tensor,
+    *,
+    temperature: float | Tensor,
+    mean_weight: float,
+    balance: str,
+    anchor_weight: Tensor | None,
+    ignore_index: int,
+    form: str,
+    p2p_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """HyCon's loss and P2P's values [3] of centred unit rows by the kernels."""
+    if not z.is_cuda:  # the interpreter has no device-side assertion
+        labels = validated_labels(labels, len(proj_means), ignore_index)
+    learned = isinstance(temperature, Tensor)
+    loss, p2p, *_ = torch.ops.allnc.all_around(
+        z,
+        labels,
+        proj_means.contiguous(),
+        x,
+        y,
+        seen,
+        anchor_weight,
+        temperature.float().reshape(()) if isinstance(temperature, Tensor) else None,
+        0.0 if learned else float(temperature),
+        float(mean_weight),
+        balance,
+        ignore_index,
+        uses_constant_shift(temperature),
+        torch.are_deterministic_algorithms_enabled(),
+        form,
+        float(p2p_temperature),
+    )
+    return loss, p2p
 
 
 def all_around(
@@ -169,7 +262,8 @@ def all_around(
 
     Source: ours, after AllNC (arXiv 2408.07253).
     """
-    check_hycon(z, labels, proj_means, seen, temperature, mean_weight, balance, anchor_weight, "mean")
+    hycon_arguments = (z, labels, proj_means, seen, temperature, mean_weight, balance, anchor_weight, "mean")
+    check_hycon(*hycon_arguments)
     num_classes = len(proj_means)
     check_floating("means", means)
     check_floating("weights", weights)
@@ -184,31 +278,30 @@ def all_around(
     backend_used = resolve_backend(backend, op="all_around", device=z.device, dtype=widest, supported=("cpp", "triton"))
     with torch.autocast(z.device.type, enabled=False):
         z = z.contiguous()
-        contrast = build_contrast(
-            z, labels, proj_means, seen, temperature, mean_weight, balance, anchor_weight, ignore_index
-        )
+        everyone = seen
         if seen is None:
-            seen = torch.ones(num_classes, dtype=torch.bool, device=z.device)
-        rows = {"means": centred_unit(means.to(dtype), seen), "weights": centred_unit(weights.to(dtype), seen)}
-        form = pair_form(target, (num_classes, means.shape[1]))
-        mu, a, b = contrast.mu, contrast.a, contrast.b
-        if backend_used == "triton":
-            lse, p2p, _ = torch.ops.allnc.all_around(
+            everyone = torch.ones(num_classes, dtype=torch.bool, device=z.device)
+        x, y = centred_units(means, weights, everyone, backend=backend_used)
+        assert y is not None
+        form, p2p_backend = pair_form(target, (num_classes, means.shape[1]), blocks="all", backend=backend_used)
+        if backend_used == p2p_backend == "triton" and fuses(z, anchor_weight):
+            loss, p2p = _in_one_launch(
                 z,
-                mu,
-                a,
-                b,
-                temperature_tensor(temperature, a),
-                rows["means"],
-                rows["weights"],
-                seen,
-                uses_constant_shift(temperature),
-                torch.are_deterministic_algorithms_enabled(),
-                form,
-                float(p2p_temperature),
+                labels,
+                proj_means,
+                x,
+                y,
+                everyone,
+                temperature=temperature,
+                mean_weight=mean_weight,
+                balance=balance,
+                anchor_weight=anchor_weight,
+                ignore_index=ignore_index,
+                form=form,
+                p2p_temperature=p2p_temperature,
             )
-            terms = p2p.unbind()
         else:
-            lse = hycon_lse(z, mu, a, b, temperature, backend=backend_used)
-            terms = [p2p_pair(rows[x], None if x == y else rows[y], seen, form, p2p_temperature) for x, y in _PAIRS]
-        return AllAroundLosses(reduce_contrast(lse, contrast, "mean"), *terms)
+            loss = hycon_of_checked(*hycon_arguments, ignore_index, backend_used)
+            options = {"form": form, "temperature": p2p_temperature, "backend": p2p_backend}
+            p2p = p2p_blocks(x, y, everyone, blocks="all", **options)
+        return AllAroundLosses(loss, *p2p.unbind())

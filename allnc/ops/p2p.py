@@ -30,7 +30,6 @@ from torch import Tensor
 
 from allnc.ops._common import (
     Backend,
-    accumulation_dtype,
     check_choice,
     check_floating,
     check_same_device,
@@ -38,11 +37,18 @@ from allnc.ops._common import (
     check_shape,
     resolve_backend,
 )
+from allnc.ops.centred_unit import centred_units, pair_dtype
 
 Target = Literal["auto", "etf", "softmax"]
+Blocks = Literal["own", "cross", "all"]
 
 # Entries of the similarity matrix that the softmax form holds at a time: 16 MB in float32, whatever C is.
 _CHUNK_ENTRIES = 1 << 22
+
+# Predictions for GPUs, see `pair_form`: columns of the gradient for which the kernels compute G once, and what some
+# thirty launches of small torch operations (0.1 ms) are worth at 30 TFLOP/s.
+_KERNEL_COLUMNS = 512
+_LAUNCH_OPERATIONS = 3 * 10**9
 
 
 def p2p_reference(
@@ -54,7 +60,7 @@ def p2p_reference(
     seen: Tensor | None = None,
 ) -> Tensor:
     """P2P as the formula is written, pair by pair with C x C matrices and autograd; arguments as in `p2p`."""
-    dtype = _pair_dtype(x, y)
+    dtype = pair_dtype(x, y)
     target = _resolve_target(target, x)
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device) if seen is None else seen
     own = x.to(dtype)[keep]  # [K, F]
@@ -73,115 +79,168 @@ def p2p_reference(
     return temperature * torch.logsumexp((exponents / temperature).masked_fill(same, -torch.inf), 1).mean()
 
 
-def centred_unit(x: Tensor, seen: Tensor) -> Tensor:
-    """Rows of x minus the mean of the seen rows, at unit length and differentiable; zero rows if not seen.
-
-    A row that coincides with the centre to rounding has no direction: it becomes a zero row with zero
-    gradient, not a unit row of amplified noise.
-
-    Args:
-        x: [C, F] floating; rows of unseen classes are never read into the result, whatever they hold.
-        seen: [C] bool.
-
-    Returns:
-        [C, F] in the accumulation type of x (float32, or float64 for float64 x).
-    """
-    x = x.to(accumulation_dtype(x.dtype)).where(seen[:, None], 0)  # [C, F]
-    centre = x.sum(0) / seen.sum().clamp(min=1)  # [F]
-    centred = (x - centre).where(seen[:, None], 0)
-    squared = centred.square().sum(1, keepdim=True)  # [C, 1]
-    noise = 8 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x.detach(), dim=1).amax()
-    has_direction = squared > noise.square()
-    return (centred * squared.where(has_direction, 1).rsqrt().where(has_direction, 0)).contiguous()
-
-
-@torch.library.custom_op("allnc::p2p_pair", mutates_args=())
-def _p2p_pair(x: Tensor, y: Tensor | None, seen: Tensor, form: str, temperature: float) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        other = x if y is None else y
-        num_seen = seen.sum().to(x.dtype)
-        if form == "softmax":
-            lse = x.new_zeros(len(x))
-            for rows, logits in _softmax_rows(x, y, seen, temperature):
-                lse[rows] = torch.logsumexp(logits, 1)
-            lse = lse.where(seen & (num_seen >= 2), 0)  # a class without a peer has lse = -inf
-            return temperature * lse.sum() / num_seen.clamp(min=1), lse
-        if form == "closed":
-            total = _closed_form_sum(x, other, num_seen)
-        else:
-            total = torch.linalg.vector_norm(_residual(x, other, seen, num_seen)).square()
-        return (total / num_seen.square()).where(num_seen >= 2, 0), x.new_empty(0)
-
-
-@_p2p_pair.register_fake
-def _(x, y, seen, form, temperature):
-    return x.new_empty(()), x.new_empty(len(x) if form == "softmax" else 0)
-
-
-@torch.library.custom_op("allnc::p2p_pair_backward", mutates_args=())
-def _p2p_pair_backward(
-    grad: Tensor, lse: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, form: str, temperature: float
+@torch.library.custom_op("allnc::p2p_blocks", mutates_args=())
+def _p2p_blocks(
+    x: Tensor, y: Tensor | None, seen: Tensor, blocks: str, form: str, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
+    """Values [B], and what the backward needs: lse [B, C], residuals [B, C, C] or Gram matrices [sides, F, F]."""
+    if backend == "triton":
+        from allnc.kernels.p2p import p2p_forward
+
+        return p2p_forward(x, y, seen, target=kernel_target(form), temperature=temperature, blocks=blocks)
+    with torch.autocast(x.device.type, enabled=False):
+        num_seen = seen.sum().to(x.dtype)
+        kept = x.new_empty(_kept_shape(x, y, blocks, form))
+        if form == "closed":
+            for gram, side in zip(kept, _sides(x, y), strict=True):
+                torch.mm(side.T, side, out=gram)
+            total = _closed_form_sums(kept, x, y, num_seen, blocks)
+        elif form == "pairwise":
+            for residual, pair in zip(kept, _pairs(x, y, blocks), strict=True):
+                _write_residual(residual, *pair, seen, num_seen)
+            total = torch.linalg.vector_norm(kept, dim=(1, 2)).square()
+        else:
+            for lse, pair in zip(kept, _pairs(x, y, blocks), strict=True):
+                for rows, logits in _softmax_rows(*pair, seen, temperature):
+                    lse[rows] = torch.logsumexp(logits, 1)
+            kept.masked_fill_(~seen | (num_seen < 2), 0)  # a class without a peer has lse = -inf
+            return temperature * kept.sum(1) / num_seen.clamp(min=1), kept
+        return (total / num_seen.square()).where(num_seen >= 2, 0), kept
+
+
+@_p2p_blocks.register_fake
+def _(x, y, seen, blocks, form, temperature, backend):
+    num_blocks = 3 if blocks == "all" else 1
+    in_kernel = backend == "triton" and form != "softmax"
+    return x.new_empty(num_blocks), x.new_empty((num_blocks, 0) if in_kernel else _kept_shape(x, y, blocks, form))
+
+
+@torch.library.custom_op("allnc::p2p_blocks_backward", mutates_args=())
+def _p2p_blocks_backward(
+    grad: Tensor,
+    kept: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    seen: Tensor,
+    blocks: str,
+    form: str,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from allnc.kernels.p2p import p2p_backward
+
+        target = kernel_target(form)
+        dx, dy = p2p_backward(grad, kept, x, y, seen, target=target, temperature=temperature, blocks=blocks)
+        return dx, x.new_empty(0) if dy is None else dy
     with torch.autocast(x.device.type, enabled=False):
         num_seen = seen.sum().to(x.dtype)
         grad = grad.where(num_seen >= 2, 0)
-        if form == "softmax":
-            dx, dy = _softmax_backward(grad / num_seen.clamp(min=1), lse, x, y, seen, temperature)
+        scale = grad / num_seen.clamp(min=1)  # [B]
+        if form != "softmax":
+            scale = 2 * scale / num_seen.clamp(min=1)
+        if form == "closed":
+            dx, dy = _closed_backward(scale, kept, x, y, seen, num_seen, blocks)
         else:
-            dx, dy = _squared_backward(2 * grad / num_seen.clamp(min=1).square(), x, y, seen, num_seen, form)
+            parts = []
+            for weight, of_pair, (own, other) in zip(scale, kept, _pairs(x, y, blocks), strict=True):
+                if form == "softmax":
+                    parts.append(_softmax_backward(weight, of_pair, own, other, seen, temperature))
+                elif other is None:
+                    parts.append(((of_pair @ own).mul_(2 * weight), None))
+                else:
+                    parts.append(((of_pair @ other).mul_(weight), (of_pair.T @ own).mul_(weight)))
+            dx, dy = parts[-1]
+            if blocks == "all":
+                dx, dy = dx + parts[0][0], dy + parts[1][0]
         return dx, x.new_empty(0) if dy is None else dy
 
 
-@_p2p_pair_backward.register_fake
-def _(grad, lse, x, y, seen, form, temperature):
+@_p2p_blocks_backward.register_fake
+def _(grad, kept, x, y, seen, blocks, form, temperature, backend):
     return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y)
 
 
-def _save_for_pair(ctx, inputs, output) -> None:
-    x, y, seen, ctx.form, ctx.temperature = inputs
+def _save_for_blocks(ctx, inputs, output) -> None:
+    x, y, seen, *ctx.rest = inputs
     ctx.save_for_backward(x, y, seen, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _pair_autograd(ctx, grad: Tensor, _grad_lse: Tensor | None):
-    x, y, seen, lse = ctx.saved_tensors
-    dx, dy = torch.ops.allnc.p2p_pair_backward(grad, lse, x, y, seen, ctx.form, ctx.temperature)
-    return dx, None if y is None else dy, None, None, None
+def _blocks_autograd(ctx, grad: Tensor, _grad_kept: Tensor | None):
+    x, y, seen, kept = ctx.saved_tensors
+    dx, dy = torch.ops.allnc.p2p_blocks_backward(grad.contiguous(), kept, x, y, seen, *ctx.rest)
+    return dx, None if y is None else dy, None, None, None, None, None
 
 
-_p2p_pair.register_autograd(_pair_autograd, setup_context=_save_for_pair)
+_p2p_blocks.register_autograd(_blocks_autograd, setup_context=_save_for_blocks)
 
 
-def _closed_form_sum(x: Tensor, y: Tensor, num_seen: Tensor) -> Tensor:
+def kernel_target(form: str) -> Literal["etf", "softmax"]:
+    """What the Triton kernels call a form."""
+    return "softmax" if form == "softmax" else "etf"
+
+
+def _pairs(x: Tensor, y: Tensor | None, blocks: str) -> list[tuple[Tensor, Tensor | None]]:
+    """The pairs of the blocks; None where a side meets itself."""
+    if y is None:
+        return [(x, None)]
+    return [(x, y)] if blocks == "cross" else [(x, None), (y, None), (x, y)]
+
+
+def _sides(x: Tensor, y: Tensor | None) -> list[Tensor]:
+    return [x] if y is None else [x, y]
+
+
+def _kept_shape(x: Tensor, y: Tensor | None, blocks: str, form: str) -> tuple[int, ...]:
+    """Shape of what the forward leaves for the backward, no larger than x and y where `pair_form` chooses the form."""
+    num_classes, dim = x.shape
+    num_blocks = 3 if blocks == "all" else 1
+    if form == "closed":
+        return (len(_sides(x, y)), dim, dim)
+    return (num_blocks, num_classes) if form == "softmax" else (num_blocks, num_classes, num_classes)
+
+
+def _closed_form_sums(grams: Tensor, x: Tensor, y: Tensor | None, num_seen: Tensor, blocks: str) -> Tensor:
+    """Σ (X_c·Y_c' - ρ_cc')² of each block.  [B]"""
     peers = (num_seen - 1).clamp(min=1)
-    gram = ((x.T @ x) * (y.T @ y)).sum()  # <XᵀX, YᵀY>
-    cross = num_seen / peers * (x * y).sum() - x.sum(0) @ y.sum(0) / peers
-    return (gram - 2 * cross + num_seen.square() / peers).clamp(min=0)  # a sum of squares, up to rounding
+    totals = []
+    for own, other in _pairs(x, y, blocks):
+        other = own if other is None else other
+        gram = (grams[0 if own is x else -1] * grams[0 if other is x else -1]).sum()  # <XᵀX, YᵀY>
+        cross = num_seen / peers * (own * other).sum() - own.sum(0) @ other.sum(0) / peers
+        totals.append(gram - 2 * cross + num_seen.square() / peers)
+    return torch.stack(totals).clamp(min=0)  # sums of squares, up to rounding
 
 
-def _residual(x: Tensor, y: Tensor, seen: Tensor, num_seen: Tensor) -> Tensor:
+def _closed_backward(
+    scale: Tensor, grams: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, num_seen: Tensor, blocks: str
+) -> tuple[Tensor, Tensor | None]:
+    """Σ of scale (X Yᵀ - ρ) Y over the blocks a side takes part in, twice for a pair with itself, without X Yᵀ."""
+    peers = (num_seen - 1).clamp(min=1)
+    there = seen.to(x.dtype)[:, None]
+
+    def gradient(own: Tensor, pulls: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        gram = sum(weight * gram for weight, _, gram in pulls)  # [F, F]
+        rows = sum(weight * other for weight, other, _ in pulls)  # [C, F]
+        # ρ rows, 0 for classes not seen.
+        return (own @ gram).sub_(rows * (num_seen / peers)).add_(there * (rows.sum(0) / peers))
+
+    if y is None:
+        return gradient(x, [(2 * scale[0], x, grams[0])]), None
+    of_x, of_y = [(scale[-1], y, grams[1])], [(scale[-1], x, grams[0])]
+    if blocks == "all":
+        of_x, of_y = [(2 * scale[0], x, grams[0]), *of_x], [(2 * scale[1], y, grams[1]), *of_y]
+    return gradient(x, of_x), gradient(y, of_y)
+
+
+def _write_residual(residual: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, num_seen: Tensor) -> None:
     """X Yᵀ - ρ, zero in the rows and columns of unseen classes.  [C, C]"""
     there = seen.to(x.dtype)
     peers = (num_seen - 1).clamp(min=1)
-    residual = (x @ y.T).addr_(there, there / peers)
+    torch.mm(x, (x if y is None else y).T, out=residual)
+    residual.addr_(there, there / peers)
     residual.diagonal().sub_(there * (1 + 1 / peers))
-    return residual
-
-
-def _squared_backward(
-    scale: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, num_seen: Tensor, form: str
-) -> tuple[Tensor, Tensor | None]:
-    """scale (X Yᵀ - ρ) Y and scale (X Yᵀ - ρ)ᵀ X; twice the first for a pair with itself."""
-    if y is None:
-        dx, _ = _squared_backward(2 * scale, x, x, seen, num_seen, form)
-        return dx, None
-    if form == "pairwise":
-        residual = _residual(x, y, seen, num_seen)
-        return scale * (residual @ y), scale * (residual.T @ x)
-    peers = (num_seen - 1).clamp(min=1)
-    there = seen.to(x.dtype)[:, None]
-    rho_y = (num_seen * y - there * y.sum(0)) / peers  # ρ Y; rows of unseen classes are zero
-    rho_x = (num_seen * x - there * x.sum(0)) / peers
-    return scale * (x @ (y.T @ y) - rho_y), scale * (y @ (x.T @ x) - rho_x)
 
 
 def _softmax_rows(x: Tensor, y: Tensor | None, seen: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
@@ -215,29 +274,74 @@ def _softmax_backward(
     return dx.sub_(weight * y), dy.sub_(weight * x)
 
 
-def pair_form(target: Target, shape: tuple[int, int]) -> str:
-    """The way to compute a target at shape (C, F): "pairwise", "closed" (the squared form) or "softmax"."""
+def pair_form(
+    target: Target, shape: tuple[int, int], *, blocks: Blocks = "own", backend: str = "eager"
+) -> tuple[str, str]:
+    """How to compute a target at shape (C, F): the form and what computes it.
+
+    The squared form is "pairwise" (C x C matrices) or "closed" (F x F matrices), whichever takes fewer operations in
+    its matrix products, forward and backward: closed 4, 8, 8 times C F² for own, cross, all blocks, pairwise 4, 6, 14
+    times C² F. The closed form needs the Gram matrix of each side once, whatever the blocks; hence F < C, 3/4 C and
+    7/4 C. Measured on a CPU, benchmarks/results/p2p-forms-cpu.csv: the faster of the two wherever they differ by more
+    than a third.
+
+    With the Triton backend there are the kernels, which take fewer launches but form G again for every 512 columns of
+    the gradient, and matrix products of the library. Its rule counts operations too, with an allowance for the
+    launches, and is a prediction that no GPU has confirmed.
+
+    Args:
+        target: as in `p2p`.
+        shape: (C, F).
+        blocks: as in `p2p_blocks`.
+        backend: "eager" or "triton", that of the op (resolved).
+
+    Returns:
+        Form, "pairwise", "closed" or "softmax", and backend, "eager" or "triton", for `p2p_blocks`.
+    """
     num_classes, dim = shape
-    if target == "softmax" or (target == "auto" and dim < num_classes - 1):
-        return "softmax"
-    return "closed" if dim < num_classes else "pairwise"
+    by_classes, by_columns = num_classes * num_classes * dim, num_classes * dim * dim
+    which = ("own", "cross", "all").index(blocks)
+    softmax = target == "softmax" or (target == "auto" and dim < num_classes - 1)
+    form, operations = "softmax", (8, 8, 24)[which] * by_classes
+    if not softmax:
+        form, operations = "pairwise", (4, 6, 14)[which] * by_classes
+        closed = (4, 8, 8)[which] * by_columns
+        if closed < operations:
+            form, operations = "closed", closed
+    if backend == "triton":
+        forward = ((2, 2, 6) if softmax else (1, 2, 4))[which]
+        backward = (2, 4, 8)[which] * (-(-dim // _KERNEL_COLUMNS) + 1)
+        if (forward + backward) * by_classes <= operations + _LAUNCH_OPERATIONS:
+            return "softmax" if softmax else "pairwise", "triton"
+    return form, "eager"
 
 
-def p2p_pair(x: Tensor, y: Tensor | None, seen: Tensor, form: str, temperature: float) -> Tensor:
-    """P2P of rows that `centred_unit` has centred and normalised, differentiable once.
+def p2p_blocks(
+    x: Tensor,
+    y: Tensor | None,
+    seen: Tensor,
+    *,
+    blocks: Blocks,
+    form: str,
+    temperature: float,
+    backend: str = "eager",
+) -> Tensor:
+    """P2P of rows that `centred_units` has centred and normalised, differentiable once.
 
     Args:
         x: [C, F] float32 or float64, zero rows for unseen classes.
-        y: as x, or None for x with itself.
+        y: as x; None for blocks="own".
         seen: [C] bool.
+        blocks: "own" for (x, x), "cross" for (x, y), "all" for (x, x), (y, y) and (x, y).
         form: "pairwise", "closed" or "softmax", see `pair_form`.
         temperature: τ of the softmax form.
+        backend: "eager" or "triton" (float32, not for "closed").
 
     Returns:
-        Scalar of x's type.
+        [1] or, for "all", [3] of x's type.
     """
     y = None if y is None else y.contiguous()
-    return torch.ops.allnc.p2p_pair(x.contiguous(), y, seen, form, float(temperature))[0]
+    return torch.ops.allnc.p2p_blocks(x.contiguous(), y, seen, blocks, form, float(temperature), backend)[0]
 
 
 def check_p2p(x: Tensor, y: Tensor | None, seen: Tensor | None, target: str, temperature: float) -> None:
@@ -281,8 +385,8 @@ def p2p(
             where no simplex ETF exists) or "auto": "etf" if F >= C - 1, else "softmax".
         temperature: τ > 0 of the softmax form, on cosines (no unit).
         seen: [C] bool, classes that take part. Default: all.
-        backend: "auto" or "eager": torch operations on every device. `all_around` has this loss in one Triton
-            launch with HyCon.
+        backend: "auto" (fastest that can run), "eager" or "triton", whose kernels are used at shapes where they
+            should be faster than matrix products of the library. `all_around` has this loss in one launch with HyCon.
 
     Returns:
         Scalar, float32 (float64 when x or y is float64); in [0, 4] for "etf".
@@ -295,20 +399,17 @@ def p2p(
         for a Large Number of Classes, ICML 2024.
     """
     check_p2p(x, y, seen, target, temperature)
-    resolve_backend(backend, op="p2p", device=x.device, dtype=x.dtype, supported=())
+    dtype = pair_dtype(x, y)
+    used = resolve_backend(backend, op="p2p", device=x.device, dtype=dtype, supported=("triton",))
     with torch.autocast(x.device.type, enabled=False):
         if seen is None:
             seen = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        dtype = _pair_dtype(x, y)
-        own = centred_unit(x.to(dtype), seen)
-        other = None if y is None else centred_unit(y.to(dtype), seen)
-        return p2p_pair(own, other, seen, pair_form(target, (x.shape[0], x.shape[1])), temperature)
-
-
-def _pair_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:
-    dtype = accumulation_dtype(x.dtype)
-    return dtype if y is None else torch.promote_types(dtype, accumulation_dtype(y.dtype))
+        own, other = centred_units(x, y, seen, backend=used)
+        blocks: Blocks = "own" if y is None else "cross"
+        form, computed_by = pair_form(target, (x.shape[0], x.shape[1]), blocks=blocks, backend=used)
+        rest = {"form": form, "temperature": temperature, "backend": computed_by}
+        return p2p_blocks(own, other, seen, blocks=blocks, **rest).reshape(())
 
 
 def _resolve_target(target: Target, x: Tensor) -> Target:
-    return "softmax" if pair_form(target, (x.shape[0], x.shape[1])) == "softmax" else "etf"
+    return "softmax" if pair_form(target, (x.shape[0], x.shape[1]))[0] == "softmax" else "etf"

@@ -1,8 +1,9 @@
-"""The launch that computes HyCon and P2P together, against dense float64 formulas."""
+"""The launch that computes HyCon and P2P together, against the float64 references and HyCon's own launch."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,93 +14,135 @@ from tests.tolerances import assert_as_exact
 
 pytest.importorskip("triton")
 
+import allnc.kernels.all_around as kernels
 from allnc.kernels.all_around import all_around_forward
-from tests.kernels.test_hycon_kernels import DEVICE, Case, dense_lse, make_case
+from allnc.kernels.hycon_loss import hycon_loss_forward
+from allnc.kernels.p2p import p2p_forward
+from allnc.ops.hycon import hycon_reference
+from tests.kernels.test_hycon_kernels import DEVICE
+from tests.kernels.test_p2p_kernels import dense_values, unit_classes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")  # log2(0) is meant
 
 
-def p2p_pair(x: Tensor, y: Tensor, target: str, temperature: float) -> Tensor:
-    """P2P of one pair of [K, F] centred unit rows, all of them seen, as the formula is written."""
-    gram = x @ y.T
-    own = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    if target == "etf":
-        return (gram - torch.where(own, 1.0, -1 / (len(x) - 1))).square().mean()
-    exponent = (gram - (0 if x is y else gram.diag()[:, None])) / temperature
-    return temperature * exponent.masked_fill(own, -torch.inf).logsumexp(1).mean()
+def make_case(n: int, d: int, c: int, f: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(n + d + c + f)
+    seen = torch.arange(c) % 4 != 1
+    labels = torch.randint(0, c, (n,), generator=generator)
+    labels[::9] = -100
+    case = {
+        "z": F.normalize(torch.randn(n, d, generator=generator), dim=1).to(dtype),
+        "labels": labels,
+        "means": torch.randn(c, d, generator=generator),
+        "seen": seen,
+        "anchor_weight": None,
+    }
+    return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in case.items()}
 
 
-def p2p_dense(x: Tensor, y: Tensor, seen: Tensor, target: str, dtype: torch.dtype) -> Tensor:
-    x, y = x[seen].to(dtype), y[seen].to(dtype)
-    return torch.stack([p2p_pair(*pair, target, 0.07) for pair in ((x, x), (y, y), (x, y))])
-
-
-def classes(c: int, f: int, seen: Tensor) -> tuple[Tensor, Tensor]:
-    x, y = (F.normalize(torch.randn(c, f), dim=1).to(DEVICE) * seen[:, None] for _ in range(2))
-    return x, y
-
-
-def run(case: Case, x: Tensor, y: Tensor, seen: Tensor, target, *, temperature=0.07, tau=0.1, **mode):
-    mode = {"shifted": True, "deterministic": False} | mode
-    tau = torch.tensor(tau, device=DEVICE)
-    lse, rows = all_around_forward(*case[:4], tau, x, y, seen, target=target, p2p_temperature=temperature, **mode)
-    assert rows.shape == (3, len(seen)) and not rows[:, ~seen].any()
-    return lse, rows.sum(1)
+def hycon_options(**changes: Any) -> dict[str, Any]:
+    options = {"mean_weight": 1.0, "balance": "class", "ignore_index": -100, "shifted": True, "deterministic": False}
+    return options | changes
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(tensor: Tensor) -> Tensor:
+        return tensor.fill_(math.nan if tensor.is_floating_point() else -(2**31) + 7)
+
     empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: empty_like(*args, **kw).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: poisoned(empty_like(*args, **kw)))
 
 
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 @pytest.mark.parametrize(
-    ("n", "d", "c", "f", "dtype", "tau", "mode"),
+    ("n", "d", "c", "f", "dtype", "tau", "changes"),
     [
         (70, 20, 100, 48, torch.float32, 0.1, {}),
-        (150, 16, 65, 33, torch.bfloat16, 0.1, {"deterministic": True}),
-        (33, 300, 7, 5, torch.float16, 0.01, {"shifted": False}),
+        (150, 16, 65, 33, torch.bfloat16, 0.1, {"deterministic": True, "balance": "none"}),
+        (33, 200, 7, 5, torch.float16, 0.01, {"shifted": False, "mean_weight": 0.5}),
+        (5, 8, 1, 3, torch.float32, 0.2, {}),
     ],
 )
-def test_both_losses(target: str, n: int, d: int, c: int, f: int, dtype: torch.dtype, tau: float, mode) -> None:
-    case = make_case(n, d, c, dtype)
-    seen = (torch.arange(c) % 4 != 1).to(DEVICE)
-    x, y = classes(c, f, seen)
-    lse, values = run(case, x, y, seen, target, tau=tau, **mode)
-    assert_as_exact(lse, dense_lse(case, tau, torch.float32), dense_lse(case, tau, torch.float64), scale=1 / tau)
-    want = p2p_dense(x, y, seen, target, torch.float64)
-    assert_as_exact(values, p2p_dense(x, y, seen, target, torch.float32), want)
-
-
-def test_hand_computed_values() -> None:
-    case = make_case(3, 4, 0)
-    k = 4
-    seen = torch.ones(k, dtype=torch.bool, device=DEVICE)
-    simplex = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], device=DEVICE) / math.sqrt(3)
-    together = torch.tensor([[0.0, 1.0, 0.0]], device=DEVICE).repeat(k, 1)
-    # At the simplex ETF the target is met; with all classes in one direction every Gram entry is 1.
-    assert run(case, simplex, simplex, seen, "etf")[1].tolist() == pytest.approx([0, 0, 0], abs=1e-6)
-    values = run(case, together, simplex, seen, "etf")[1]
-    # (X, X): K (K-1) (1 + 1/(K-1))² / K²; (X, Y): the second components of the simplex, all ±1/√3.
-    column = simplex[:, 1].tolist()
-    cross = sum((g - (1 if i == j else -1 / 3)) ** 2 for i in range(k) for j, g in enumerate(column))
-    assert values.tolist() == pytest.approx([k / (k - 1), 0, cross / k**2], abs=1e-6)
-    values = run(case, together, together, seen, "softmax", temperature=0.2)[1]
-    expected = [1 + 0.2 * math.log(k - 1)] * 2 + [0.2 * math.log(k - 1)]
-    assert values.tolist() == pytest.approx(expected, rel=1e-6)
+def test_both_losses(target, n: int, d: int, c: int, f: int, dtype: torch.dtype, tau: float, changes) -> None:
+    case = make_case(n, d, c, f, dtype)
+    seen = case["seen"]
+    x, y = unit_classes(c, f, seen)
+    options = hycon_options(**changes)
+    loss, _, values, _ = all_around_forward(
+        **case, temperature=tau, x=x, y=y, target=target, p2p_temperature=0.07, **options
+    )
+    in_reference = {name: options[name] for name in ("mean_weight", "balance", "ignore_index")}
+    exact, same = (
+        hycon_reference(case["z"].to(to), case["labels"], case["means"], seen=seen, temperature=tau, **in_reference)
+        for to in (torch.float64, torch.float32)
+    )
+    assert_as_exact(loss, same, exact, scale=1 / tau, dtype=dtype)
+    want = dense_values(x.double(), y.double(), seen, target, 0.07, "all")
+    assert_as_exact(values, dense_values(x, y, seen, target, 0.07, "all"), want)
 
 
 @pytest.mark.parametrize("target", ["etf", "softmax"])
-@pytest.mark.parametrize(("c", "num_seen"), [(1, 1), (5, 0), (5, 1), (5, 2)])
-def test_few_classes_seen(target: str, c: int, num_seen: int) -> None:
-    case = make_case(4, 8, c)
-    seen = (torch.arange(c) < num_seen).to(DEVICE)
-    x, y = classes(c, 6, seen)
-    values = run(case, x, y, seen, target)[1]
-    if num_seen < 2:
-        assert values.tolist() == [0, 0, 0]
-    else:
-        want = p2p_dense(x, y, seen, target, torch.float64)
-        assert values.tolist() == pytest.approx(want.tolist(), rel=1e-5)
+@pytest.mark.parametrize("learned", [False, True])
+def test_equals_the_launches_of_each_loss(target, learned: bool) -> None:
+    """Bit for bit in deterministic mode, and all that the backward kernels read, with weights and a learned τ."""
+    case = make_case(90, 24, 40, 30)
+    case["anchor_weight"] = torch.rand(90, device=DEVICE)
+    tau = torch.tensor(0.15, device=DEVICE) if learned else 0.15
+    options = hycon_options(deterministic=True, shifted=not learned)
+    x, y = unit_classes(40, 30, case["seen"])
+    p2p_options = {"target": target, "temperature": 0.07, "blocks": "all"}
+    loss, prepared, values, lse = all_around_forward(
+        **case, temperature=tau, x=x, y=y, target=target, p2p_temperature=0.07, **options
+    )
+    want, want_prepared = hycon_loss_forward(**case, temperature=tau, reduction="mean", **options)
+    want_values, want_lse = p2p_forward(x, y, case["seen"], **p2p_options)
+    assert torch.equal(loss, want)
+    for mine, theirs in zip(prepared, want_prepared, strict=True):
+        assert torch.equal(
+            mine.nan_to_num(7.0) if mine.is_floating_point() else mine,
+            theirs.nan_to_num(7.0) if theirs.is_floating_point() else theirs,
+        )
+    torch.testing.assert_close(values, want_values, rtol=1e-6, atol=1e-7)  # chunks of other widths
+    torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=1e-6)
+
+
+def test_hand_computed_values() -> None:
+    case = make_case(3, 4, 4, 3)
+    case["seen"] = torch.ones(4, dtype=torch.bool, device=DEVICE)
+    simplex = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], device=DEVICE) / math.sqrt(3)
+    together = torch.tensor([[0.0, 1.0, 0.0]], device=DEVICE).repeat(4, 1)
+
+    def values(x: Tensor, y: Tensor, target, temperature: float = 0.07) -> list[float]:
+        rest = {"target": target, "p2p_temperature": temperature, **hycon_options()}
+        return all_around_forward(**case, temperature=0.1, x=x, y=y, **rest)[2].tolist()
+
+    # At the simplex ETF the target is met; with all classes in one direction every Gram entry is 1.
+    assert values(simplex, simplex, "etf") == pytest.approx([0, 0, 0], abs=1e-6)
+    # (X, X): K (K-1) (1 + 1/(K-1))² / K²; (X, Y): the second components of the simplex, all ±1/√3.
+    column = simplex[:, 1].tolist()
+    cross = sum((g - (1 if i == j else -1 / 3)) ** 2 for i in range(4) for j, g in enumerate(column))
+    assert values(together, simplex, "etf") == pytest.approx([4 / 3, 0, cross / 16], abs=1e-6)
+    expected = [1 + 0.2 * math.log(3)] * 2 + [0.2 * math.log(3)]
+    assert values(together, together, "softmax", 0.2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_launch_prepares_and_one_has_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("hycon_prepare_kernel", "all_around_fwd_kernel"):
+        monkeypatch.setattr(kernels, name, Counted(name))
+    case = make_case(20, 8, 6, 5)
+    x, y = unit_classes(6, 5, case["seen"])
+    rest = {"target": "etf", "p2p_temperature": 0.1, **hycon_options()}
+    all_around_forward(**case, temperature=0.1, x=x, y=y, **rest)
+    assert launched == ["hycon_prepare_kernel", "all_around_fwd_kernel"]

@@ -13,6 +13,7 @@ from allnc import AllAroundLosses, all_around, hycon, p2p
 from allnc.ops._common import Backend
 from allnc.ops.all_around import all_around_reference
 from tests.ops.test_hycon import CPU_BACKENDS
+from tests.ops.test_p2p import triton_or_skip
 from tests.tolerances import assert_as_exact
 
 NAMES = ("z", "proj_means", "means", "weights")
@@ -95,14 +96,84 @@ def test_one_seen_class_leaves_p2p_zero(backend: Backend) -> None:
     assert len(grads) == len(NAMES) and all(bool(grad.isfinite().all()) for grad in grads)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS[:2])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_compiles_without_a_graph_break(backend: Backend) -> None:
     case = make_case(21, 8, 4, 7)
 
     def total(z: Tensor) -> Tensor:
         return torch.stack(all_around(**{**case, "z": z}, backend=backend)).sum()
 
-    torch.testing.assert_close(torch.compile(total, fullgraph=True, backend="aot_eager")(case["z"]), total(case["z"]))
+    results = []
+    for function in (total, torch.compile(total, fullgraph=True, backend="aot_eager")):
+        z = case["z"].clone().requires_grad_()
+        value = function(z)
+        value.backward()
+        results.append((value.detach(), z.grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+def test_every_option(backend: Backend, target: str) -> None:
+    """Anchor weights, ignored rows, plain balance, a mean weight; also weights that need a gradient themselves."""
+    case = make_case(40, 12, 6, 9)
+    case["labels"][::7] = -100
+    weight = torch.rand(40, generator=torch.Generator().manual_seed(3))
+    options = {"target": target, "temperature": 0.3, "balance": "none", "mean_weight": 0.4, "p2p_temperature": 0.2}
+    want, want_grads = run(all_around_reference, case, torch.float64, anchor_weight=weight.double(), **options)
+    eager, eager_grads = run(all_around_reference, case, anchor_weight=weight, **options)
+    for of_weights in (False, True):
+        leaf = weight.clone().requires_grad_(of_weights)
+        got, grads = run(all_around, case, anchor_weight=leaf, backend=backend, **options)
+        for mine, same, exact in zip([*got, *grads], [*eager, *eager_grads], [*want, *want_grads], strict=True):
+            assert_as_exact(mine, same, exact, scale=4.0)
+        assert (leaf.grad is not None) == of_weights
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_ops_of_the_one_launch_pass_opcheck(learned: bool) -> None:
+    triton_or_skip()
+    case = make_case(9, 6, 4, 5)
+    leaves = [case[name].requires_grad_() for name in NAMES]
+    tau = torch.tensor(0.2, requires_grad=True) if learned else None
+    seen = torch.tensor([True, True, False, True])
+    weight = torch.rand(9) if learned else None
+    rest = (0.0 if learned else 0.2, 1.0, "class", -100, not learned, True, "softmax", 0.1)
+    arguments = (leaves[0], case["labels"], *leaves[1:], seen, weight, tau, *rest)
+    torch.library.opcheck(torch.ops.allnc.all_around.default, arguments)
+    loss, values, *kept = (t.detach() for t in torch.ops.allnc.all_around(*arguments))
+    saved = (*(leaf.detach() for leaf in leaves), seen, *kept)
+    backward = (torch.ones_like(loss), torch.ones_like(values), *saved, not learned, learned, "softmax", 0.1)
+    torch.library.opcheck(torch.ops.allnc.all_around_backward.default, backward)
+
+
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+def test_one_launch_forward_and_two_backward_beside_the_preparations(target: str, monkeypatch) -> None:
+    triton_or_skip()
+    import allnc.kernels.all_around
+    import allnc.kernels.centred_unit
+    import allnc.kernels.hycon
+    import allnc.kernels.hycon_loss
+    import allnc.kernels.p2p
+
+    launched = []
+
+    class Counted:
+        def __init__(self, module, name: str) -> None:
+            self.name, self.kernel = name, getattr(module, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    kernels = allnc.kernels
+    for module in (kernels.all_around, kernels.centred_unit, kernels.hycon, kernels.hycon_loss, kernels.p2p):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(module, name))
+    run(all_around, make_case(9, 6, 4, 5), backend="triton", target=target)
+    forward = ["unit_sums_kernel", "unit_rows_kernel", "hycon_prepare_kernel", "all_around_fwd_kernel"]
+    backward = ["hycon_loss_bwd_kernel", "p2p_bwd_kernel", "unit_bwd_sums_kernel", "unit_bwd_rows_kernel"]
+    assert launched == forward + backward
 
 
 def test_wrong_arguments_say_what_is_wrong() -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc.ops import p2p as public_p2p
-from allnc.ops.p2p import centred_unit, p2p, p2p_pair, p2p_reference, pair_form
+from allnc.ops._common import triton_interprets
+from allnc.ops.centred_unit import centred_unit
+from allnc.ops.p2p import p2p, p2p_blocks, p2p_reference, pair_form
 from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
@@ -27,6 +29,11 @@ def _leaves(num_classes: int, dim: int, *, with_y: bool, seed: int = 0) -> list[
 
 def _grads(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(value, leaves))
+
+
+def pair_value(x: Tensor, y: Tensor | None, seen: Tensor, form: str, temperature: float) -> Tensor:
+    blocks = "own" if y is None else "cross"
+    return p2p_blocks(x, y, seen, blocks=blocks, form=form, temperature=temperature).reshape(())
 
 
 def simplex(num_classes: int, dim: int) -> Tensor:
@@ -49,6 +56,31 @@ def test_matches_reference(data: st.DataObject, num_classes: int, dim: int, with
     # With few columns a row can lie close to the centre, where the slope of its direction is unbounded.
     for g, w in zip(_grads(got, leaves), _grads(want, leaves), strict=True):
         assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_blocks_equal_the_single_pairs(form: str) -> None:
+    """Values and gradients of (x, x), (y, y) and (x, y) at once; gradcheck and opcheck of the op that has them."""
+    leaves = _leaves(5, 3, with_y=True)
+    seen = torch.tensor([True, True, False, True, True])
+
+    def at_once(*rows: Tensor) -> Tensor:
+        x, y = (centred_unit(r, seen) for r in rows)
+        return p2p_blocks(x, y, seen, blocks="all", form=form, temperature=0.2)
+
+    def one_by_one(*rows: Tensor) -> Tensor:
+        x, y = (centred_unit(r, seen) for r in rows)
+        pairs = ((x, None), (y, None), (x, y))
+        return torch.stack([pair_value(*pair, seen, form, 0.2) for pair in pairs])
+
+    weight = torch.tensor([0.7, 1.3, -0.4], dtype=torch.float64)
+    got, want = at_once(*leaves), one_by_one(*leaves)
+    assert error(got, want) < 1e-13
+    for g, w in zip(_grads(got @ weight, leaves), _grads(want @ weight, leaves), strict=True):
+        assert error(g, w) < 1e-13
+    assert torch.autograd.gradcheck(at_once, leaves)
+    rows = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*rows, seen, "all", form, 0.2, "eager"))
 
 
 @pytest.mark.parametrize("num_seen", [0, 1, 2, 6])
@@ -76,7 +108,7 @@ def test_closed_form_equals_pairwise(shape: tuple[int, int], with_y: bool) -> No
     values = []
     for form in ("closed", "pairwise"):
         rows = [centred_unit(leaf, seen) for leaf in leaves]
-        values.append(p2p_pair(rows[0], rows[1] if with_y else None, seen, form, 0.1))
+        values.append(pair_value(rows[0], rows[1] if with_y else None, seen, form, 0.1))
     assert error(values[0], values[1]) < 1e-12
     for closed, pairwise in zip(_grads(values[0], leaves), _grads(values[1], leaves), strict=True):
         assert error(closed, pairwise) < 1e-12
@@ -106,11 +138,22 @@ def test_simplex_is_the_minimum(num_classes: int, dim: int) -> None:
 
 
 def test_auto_target_follows_the_room() -> None:
-    assert pair_form("auto", (10, 10)) == "pairwise"
-    assert pair_form("auto", (10, 9)) == "closed"
-    assert pair_form("auto", (10, 8)) == "softmax"
-    assert pair_form("etf", (10, 8)) == "closed"
-    assert pair_form("softmax", (10, 64)) == "softmax"
+    assert pair_form("auto", (10, 11))[0] == "pairwise"
+    assert pair_form("auto", (10, 9))[0] == "closed"
+    assert pair_form("auto", (10, 8))[0] == "softmax"
+    assert pair_form("etf", (10, 8))[0] == "closed"
+    assert pair_form("softmax", (10, 64))[0] == "softmax"
+
+
+def test_the_form_with_fewer_operations_is_chosen() -> None:
+    """Closed against pairwise: F < C for one side, 3/4 C for a pair and 7/4 C for all blocks."""
+    for blocks, limit in (("own", 1000), ("cross", 750), ("all", 1750)):
+        assert pair_form("etf", (1000, limit - 1), blocks=blocks) == ("closed", "eager")
+        assert pair_form("etf", (1000, limit + 1), blocks=blocks) == ("pairwise", "eager")
+    assert pair_form("auto", (100, 2048), blocks="all", backend="triton") == ("pairwise", "triton")
+    assert pair_form("auto", (1000, 64), blocks="all", backend="triton") == ("softmax", "triton")
+    assert pair_form("etf", (1000, 512), blocks="all", backend="triton") == ("closed", "eager")
+    assert pair_form("softmax", (8142, 2048), blocks="all", backend="triton") == ("softmax", "eager")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -121,17 +164,18 @@ def test_gradcheck_and_opcheck(form: str, with_y: bool) -> None:
 
     def value(*rows: Tensor) -> Tensor:
         units = [centred_unit(r, seen) for r in rows]
-        return p2p_pair(units[0], units[1] if with_y else None, seen, form, 0.2)
+        return pair_value(units[0], units[1] if with_y else None, seen, form, 0.2)
 
     assert torch.autograd.gradcheck(value, leaves)
     units = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
     y = units[1] if with_y else None
-    torch.library.opcheck(torch.ops.allnc.p2p_pair.default, (units[0], y, seen, form, 0.2))
-    lse = torch.zeros(5 if form == "softmax" else 0, dtype=torch.float64)
+    rest = (seen, "cross" if with_y else "own", form, 0.2, "eager")
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (units[0], y, *rest))
     rows = [u.detach() for u in units]
+    kept = torch.ops.allnc.p2p_blocks(rows[0], rows[1] if with_y else None, *rest)[1]
     torch.library.opcheck(
-        torch.ops.allnc.p2p_pair_backward.default,
-        (torch.ones((), dtype=torch.float64), lse, rows[0], rows[1] if with_y else None, seen, form, 0.2),
+        torch.ops.allnc.p2p_blocks_backward.default,
+        (torch.ones(1, dtype=torch.float64), kept, rows[0], rows[1] if with_y else None, *rest),
     )
 
 
@@ -179,8 +223,8 @@ def test_mixed_types_strides_and_autocast() -> None:
     unit = centred_unit(leaf.detach(), everyone)
     for form in FORMS:
         with torch.autocast("cpu", torch.bfloat16):
-            cast = p2p_pair(unit, None, everyone, form, 0.1)
-        assert torch.equal(cast, p2p_pair(unit, None, everyone, form, 0.1))
+            cast = pair_value(unit, None, everyone, form, 0.1)
+        assert torch.equal(cast, pair_value(unit, None, everyone, form, 0.1))
 
 
 def test_unseen_rows_are_never_read() -> None:
@@ -224,6 +268,111 @@ def test_compiles_without_a_break(shape: tuple[int, int], with_y: bool) -> None:
         assert error(g, w) < 1e-6
 
 
+def triton_or_skip() -> None:
+    pytest.importorskip("triton")
+    if not triton_interprets():
+        pytest.skip("Triton interprets nothing here: kernels on a GPU are tested in tests/gpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+@pytest.mark.parametrize("with_y", [False, True])
+def test_triton_is_as_good_as_eager(dtype: torch.dtype, target: str, with_y: bool) -> None:
+    triton_or_skip()
+    generator = torch.Generator().manual_seed(1)
+    rows = [(torch.randn(21, 34, generator=generator) + 1).to(dtype), torch.randn(21, 34, generator=generator)]
+    seen = torch.arange(21) % 5 != 2
+    results = []
+    for cast, function, options in (
+        (None, p2p, {"backend": "triton"}),
+        (None, p2p_reference, {}),
+        (torch.float64, p2p_reference, {}),
+    ):
+        leaves = [r.to(cast or r.dtype, copy=True).requires_grad_() for r in rows[: 1 + with_y]]
+        value = function(*leaves, target=target, seen=seen, **options)
+        results.append([value, *_grads(value, leaves)])
+    assert results[0][1].dtype == dtype
+    for got, eager, reference in zip(*results, strict=True):
+        assert_as_exact(got, eager, reference)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), num_classes=st.integers(1, 12), dim=st.integers(1, 10), with_y=st.booleans())
+def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: int, with_y: bool) -> None:
+    triton_or_skip()
+    seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes)))
+    target = data.draw(st.sampled_from(("auto", "etf", "softmax")))
+    exact = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
+    leaves = [leaf.detach().float().requires_grad_() for leaf in exact]
+    got = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="triton")
+    same = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="eager")
+    want = p2p_reference(*exact, target=target, temperature=0.3, seen=seen)
+    assert_as_exact(got, same, want)
+    for g, s, w in zip(_grads(got, leaves), _grads(same, leaves), _grads(want, exact), strict=True):
+        assert_as_exact(g, s, w, scale=max(1.0, float(w.abs().max())) ** 2)
+
+
+@pytest.mark.parametrize(("form", "blocks"), [("pairwise", "all"), ("softmax", "cross"), ("softmax", "own")])
+def test_triton_ops_pass_opcheck(form: str, blocks: str) -> None:
+    triton_or_skip()
+    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(5, 3, with_y=True)]
+    seen = torch.tensor([True, True, False, True, True])
+    sides = (leaves[0], None if blocks == "own" else leaves[1])
+    torch.library.opcheck(torch.ops.allnc.centred_unit.default, (*sides, seen))
+    u, v, scale = (t.detach() for t in torch.ops.allnc.centred_unit(*sides, seen))
+    v = None if blocks == "own" else v
+    types = (torch.float32, torch.float32)
+    torch.library.opcheck(torch.ops.allnc.centred_unit_backward.default, (u, v, u, v, scale, seen, *types))
+    rest = (seen, blocks, form, 0.2, "triton")
+    sides = (u.requires_grad_(), None if v is None else v.requires_grad_())
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*sides, *rest))
+    values, kept = (t.detach() for t in torch.ops.allnc.p2p_blocks(*sides, *rest))
+    sides = (u.detach(), None if v is None else v.detach())
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks_backward.default, (torch.ones_like(values), kept, *sides, *rest))
+
+
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+def test_triton_compiles_without_a_break(target) -> None:
+    triton_or_skip()
+    seen = torch.arange(10) != 1
+    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(10, 16, with_y=True)]
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return p2p(x, y, target=target, seen=seen, backend="triton")
+
+    value, want = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), loss(*leaves)
+    assert torch.equal(value, want)
+    for g, w in zip(_grads(value, leaves), _grads(want, leaves), strict=True):
+        assert torch.equal(g, w)
+
+
+def test_triton_backend_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward two launches for the rows and two for the value, backward one and two."""
+    triton_or_skip()
+    import allnc.kernels.centred_unit as units
+    import allnc.kernels.p2p as pairs
+
+    launched = []
+
+    class Counted:
+        def __init__(self, module, name: str) -> None:
+            self.name, self.kernel = name, getattr(module, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for module in (units, pairs):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(module, name))
+    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(6, 9, with_y=True)]
+    value = p2p(*leaves, backend="triton")
+    forward = ["unit_sums_kernel", "unit_rows_kernel", "p2p_fwd_kernel", "p2p_finish_kernel"]
+    assert launched == forward
+    _grads(value, leaves)
+    assert launched[len(forward) :] == ["p2p_bwd_kernel", "unit_bwd_sums_kernel", "unit_bwd_rows_kernel"]
+
+
 X = torch.zeros(4, 3)
 
 
@@ -240,7 +389,8 @@ X = torch.zeros(4, 3)
         ((X,), {"target": "simplex"}, "target must be one of 'auto', 'etf', 'softmax'; got 'simplex'"),
         ((X,), {"temperature": 0.0}, "temperature must be > 0; got 0.0"),
         ((X,), {"temperature": torch.tensor(0.1)}, "temperature must be a float"),
-        ((X,), {"backend": "triton"}, "p2p has no backend 'triton'"),
+        ((X,), {"backend": "cpp"}, "p2p has no backend 'cpp'"),
+        ((X, X.double()), {"backend": "triton"}, "p2p: backend 'triton' does not take float64"),
         ((X, X.to("meta")), {}, "all tensors must be on one device"),
     ],
 )

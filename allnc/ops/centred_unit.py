@@ -1,0 +1,114 @@
+"""Rows centred over the classes seen and scaled to unit length: what P2P compares.
+
+    m = (1/K) Σ_c x_c,   u_c = (x_c - m) / |x_c - m|
+
+with the sum over the K classes seen. In torch operations, or for two matrices at once in two Triton launches.
+
+Legend: C classes, F features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from allnc.ops._common import accumulation_dtype
+
+
+def centred_unit(x: Tensor, seen: Tensor) -> Tensor:
+    """Rows of x minus the mean of the seen rows, at unit length and differentiable; zero rows if not seen.
+
+    A row that coincides with the centre to rounding has no direction: it becomes a zero row with zero
+    gradient, not a unit row of amplified noise.
+
+    Args:
+        x: [C, F] floating; rows of unseen classes are never read into the result, whatever they hold.
+        seen: [C] bool.
+
+    Returns:
+        [C, F] in the accumulation type of x (float32, or float64 for float64 x).
+    """
+    x = x.to(accumulation_dtype(x.dtype)).where(seen[:, None], 0)  # [C, F]
+    centre = x.sum(0) / seen.sum().clamp(min=1)  # [F]
+    centred = (x - centre).where(seen[:, None], 0)
+    squared = centred.square().sum(1, keepdim=True)  # [C, 1]
+    noise = 8 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x.detach(), dim=1).amax()
+    has_direction = squared > noise.square()
+    return (centred * squared.where(has_direction, 1).rsqrt().where(has_direction, 0)).contiguous()
+
+
+@torch.library.custom_op("allnc::centred_unit", mutates_args=())
+def _centred_unit(x: Tensor, y: Tensor | None, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from allnc.kernels.centred_unit import centred_unit_forward
+
+    u, v, scale = centred_unit_forward(x, y, seen)
+    return u, scale.new_empty(0) if v is None else v, scale
+
+
+@_centred_unit.register_fake
+def _(x, y, seen):
+    u = x.new_empty(x.shape, dtype=torch.float32)
+    return u, u.new_empty(0 if y is None else x.shape), u.new_empty(1 if y is None else 2, len(x))
+
+
+@torch.library.custom_op("allnc::centred_unit_backward", mutates_args=())
+def _centred_unit_backward(
+    du: Tensor,
+    dv: Tensor | None,
+    u: Tensor,
+    v: Tensor | None,
+    scale: Tensor,
+    seen: Tensor,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from allnc.kernels.centred_unit import centred_unit_backward
+
+    dx, dy = centred_unit_backward(du, dv, u, v, scale, seen, x_dtype, y_dtype)
+    return dx, du.new_empty(0) if dy is None else dy
+
+
+@_centred_unit_backward.register_fake
+def _(du, dv, u, v, scale, seen, x_dtype, y_dtype):
+    return u.new_empty(u.shape, dtype=x_dtype), u.new_empty(0) if v is None else u.new_empty(u.shape, dtype=y_dtype)
+
+
+def _save_for_unit(ctx, inputs, output) -> None:
+    x, y, seen = inputs
+    u, v, scale = output
+    ctx.types = (x.dtype, x.dtype if y is None else y.dtype)
+    ctx.pair = y is not None
+    ctx.save_for_backward(u, v, scale, seen)
+    ctx.mark_non_differentiable(scale)
+
+
+def _unit_autograd(ctx, du: Tensor, dv: Tensor, _dscale: Tensor | None):
+    u, v, scale, seen = ctx.saved_tensors
+    pair = (dv, v) if ctx.pair else (None, None)
+    dx, dy = torch.ops.allnc.centred_unit_backward(du, pair[0], u, pair[1], scale, seen, *ctx.types)
+    return dx, dy if ctx.pair else None, None
+
+
+_centred_unit.register_autograd(_unit_autograd, setup_context=_save_for_unit)
+
+
+def centred_units(x: Tensor, y: Tensor | None, seen: Tensor, *, backend: str) -> tuple[Tensor, Tensor | None]:
+    """`centred_unit` of x and of y in their common accumulation type: torch operations, or two Triton launches.
+
+    Args:
+        x: [C, F] floating.
+        y: as x, of any floating type; or None.
+        seen: [C] bool.
+        backend: "eager" or "triton" (resolved; no float64).
+    """
+    if backend == "triton":
+        u, v, _ = torch.ops.allnc.centred_unit(x.contiguous(), None if y is None else y.contiguous(), seen)
+        return u, None if y is None else v
+    dtype = pair_dtype(x, y)
+    return centred_unit(x.to(dtype), seen), None if y is None else centred_unit(y.to(dtype), seen)
+
+
+def pair_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:
+    """The accumulation type of x and y together."""
+    dtype = accumulation_dtype(x.dtype)
+    return dtype if y is None else torch.promote_types(dtype, accumulation_dtype(y.dtype))

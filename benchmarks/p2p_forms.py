@@ -1,0 +1,119 @@
+"""Which way to compute P2P's squared form is the fastest, by shape: the measurement behind `pair_form`.
+
+    OMP_NUM_THREADS=1 python benchmarks/p2p_forms.py --out benchmarks/results/p2p-forms-cpu.csv
+
+Forward and backward from centred unit rows, every form on the same inputs, in turn, in one process. Forms: eager
+(C x C matrices and autograd), pairwise (C x C matrices, gradient by hand), closed (F x F matrices) and, on a GPU,
+triton. `flops` are those of the form's own matrix products.
+
+Legend: C classes, F columns; blocks own (X, X), cross (X, Y), all (X, X), (Y, Y), (X, Y).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from measure import time_interleaved
+from torch import Tensor
+
+from allnc.ops.centred_unit import centred_units
+from allnc.ops.p2p import Blocks, p2p_blocks
+
+COLUMNS = ("device", "threads", "blocks", "C", "F", "form", "median_ms", "p20_ms", "p80_ms", "runs", "flops")
+PAIRS: dict[str, tuple[tuple[int, int], ...]] = {
+    "own": ((0, 0),),
+    "cross": ((0, 1),),
+    "all": ((0, 0), (1, 1), (0, 1)),
+}
+
+
+def eager_value(x: Tensor, y: Tensor, blocks: Blocks) -> Tensor:
+    """The squared form as it is written, of rows that are centred and of unit length already."""
+    sides, num_classes = (x, y), len(x)
+    own = torch.eye(num_classes, dtype=torch.bool, device=x.device)
+    rho = torch.full((num_classes, num_classes), -1 / (num_classes - 1), device=x.device).masked_fill(own, 1)
+    return torch.stack([(sides[i] @ sides[j].T - rho).square().mean() for i, j in PAIRS[blocks]]).sum()
+
+
+def matrix_flops(form: str, blocks: Blocks, num_classes: int, dim: int) -> float:
+    """Operations of a form's matrix products, forward and backward."""
+    if form == "closed":  # forward: the Gram matrix of each side; backward: one product a side
+        return {"own": 4.0, "cross": 8.0, "all": 8.0}[blocks] * num_classes * dim**2
+    if form == "pairwise":  # G; one product with it a side
+        return {"own": 4.0, "cross": 6.0, "all": 14.0}[blocks] * num_classes**2 * dim
+    if form == "eager":
+        return 6.0 * len(PAIRS[blocks]) * num_classes**2 * dim
+    chunks = -(-dim // 512)  # triton: symmetric forward; backward 2 products a side and block, G again for each chunk
+    forward, products = {"own": (1, 1), "cross": (2, 2), "all": (4, 4)}[blocks]
+    return (forward + 2.0 * products * (chunks + 1)) * num_classes**2 * dim
+
+
+def steps(blocks: Blocks, num_classes: int, dim: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Each form's forward and backward."""
+    seen = torch.ones(num_classes, dtype=torch.bool, device=device)
+    rows = (torch.randn(num_classes, dim, device=device) for _ in range(2))
+    u, v = centred_units(*rows, seen, backend="eager")
+    assert v is not None
+    leaves = [u.requires_grad_(), v.requires_grad_()]
+
+    def step(form: str, backend: str = "eager") -> Callable[[], object]:
+        def run() -> object:
+            if form == "eager":
+                value = eager_value(*leaves, blocks)
+            else:
+                y = None if blocks == "own" else leaves[1]
+                rest = {"blocks": blocks, "form": form, "temperature": 0.1, "backend": backend}
+                value = p2p_blocks(leaves[0], y, seen, **rest).sum()
+            return torch.autograd.grad(value, leaves, allow_unused=blocks == "own")
+
+        return run
+
+    found = {form: step(form) for form in ("eager", "pairwise", "closed")}
+    return found | ({"triton": step("pairwise", "triton")} if device.type == "cuda" else {})
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    device = torch.device(arguments.device)
+    rows = []
+    for num_classes, dim, blocks in itertools.product(arguments.classes, arguments.features, arguments.blocks):
+        torch.manual_seed(0)
+        chosen = {form: [run] for form, run in steps(blocks, num_classes, dim, device).items()}
+        timings = time_interleaved(chosen, device, seconds=arguments.seconds, min_runs=arguments.runs)
+        for form, timing in timings.items():
+            values = (arguments.name or device.type, torch.get_num_threads(), blocks, num_classes, dim, form)
+            times = (f"{timing.median:.4g}", f"{timing.p20:.4g}", f"{timing.p80:.4g}", timing.runs)
+            flops = f"{matrix_flops(form, blocks, num_classes, dim):.3g}"
+            rows.append(dict(zip(COLUMNS, (*values, *times, flops), strict=True)))
+            print(*rows[-1].values(), file=sys.stderr, flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Times the forms of P2P's squared loss.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", help="what to call the device in the results")
+    parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000, 8142])
+    parser.add_argument("--features", type=int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--blocks", nargs="+", default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, help="CSV to write; rows are added to one that exists")
+    arguments = parser.parse_args(argv)
+    rows = measure(arguments)
+    if arguments.out:
+        new = not arguments.out.exists()
+        with arguments.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
