@@ -90,11 +90,11 @@ def wrong_calls(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
 
 def main(rank: int, world: int, folder: Path, backends: list[str]) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    store = (folder / "store").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     results: dict[Any, Any] = {}
     for size, sizes in SIZES.items():
-        group = dist.new_group(list(range(size)))
+        group: Any = dist.new_group(list(range(size)))
         if rank >= size:
             results["outside"] = message_of(hycon, torch.ones(1, 1), torch.zeros(1).long(), group=group)
             continue
