@@ -9,9 +9,10 @@ Counts are static: instructions in the code, not executed. `tensor_core`, `ex2`,
 a loop over tiles three times (diagonal, activations, class means; a loop of one trip is no loop in the code), and more
 often where the compiler peels trips, as on sm_100. What the formulas predict is one trip: `products` and `loop_ex2`
 are what the fullest loop holds (all code, where everything was unrolled), `products_ratio` and `ex2_ratio` that over
-the prediction. 1 is the least possible; a whole number above it in rows of many columns says how many chunks of columns
-the compiler unrolled. On sm_80 and sm_90 products are multiply-adds a warp or a group of four, by the shapes in the
-instructions; on sm_100, where the shape is in a register, they are instructions. `blocks` is how many run on a
+the prediction: 1, but a whole number in rows of many columns where the compiler unrolled that many chunks of columns,
+slightly more than 1 exponential where a running maximum rescales the sums, and less than 1 on sm_100 where the compiler
+split a trip into several loops. On sm_80 and sm_90 products are multiply-adds a warp or a group of four, by the shapes
+in the instructions; on sm_100, where the shape is in a register, they are instructions. `blocks` is how many run on a
 multiprocessor at once, by registers, shared and tensor memory.
 """
 
