@@ -119,7 +119,7 @@ inline Tensor with_dense_rows(const Tensor& t) {
   return dense ? t : torch::stable::contiguous(t);
 }
 
-// A tensor to be updated in place, dense while it is: what it was made of gets the result at the end if it is not dense.
+// A dense tensor to update in place of one that may not be; `write_back` then brings the result there.
 class DenseState {
  public:
   explicit DenseState(const Tensor& t) : original_(t), dense_(torch::stable::contiguous(t)) {}

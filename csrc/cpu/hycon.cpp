@@ -246,7 +246,8 @@ Arguments<Z, T> check_arguments(
       temperature.numel() == 1 && temperature.scalar_type() == type,
       "temperature must be one element of the type of a");
   const auto data = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
-  return {sizes, static_cast<const Z*>(z.const_data_ptr()), mu ? data(*mu) : nullptr, data(a), b ? data(*b) : nullptr, *data(temperature)};
+  const Z* const rows = static_cast<const Z*>(z.const_data_ptr());
+  return {sizes, rows, mu ? data(*mu) : nullptr, data(a), b ? data(*b) : nullptr, *data(temperature)};
 }
 
 // z and mu brought into the layout of the tiles.

@@ -18,7 +18,8 @@
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -94,8 +95,8 @@ namespace cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Whether the processor has `isa`. ALLNC_CPU_ISA names the highest set to use, so that the tests can reach every version
-// on one machine.
+// Whether the processor has `isa`. ALLNC_CPU_ISA names the highest set to use, so that the tests can reach every
+// version on one machine.
 enum Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 bool has(Isa isa) {

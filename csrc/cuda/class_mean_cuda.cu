@@ -1,8 +1,8 @@
 // class_mean_ema on CUDA: batch means of the classes, moved into their running means. allnc/ops/class_mean.py has the
 // formulas. N rows, C classes, F columns.
 //
-// Rows are grouped by class (their numbers, not the rows themselves) and each class's rows summed in segments of bounded
-// length. Most classes have one segment, whose block also updates the mean; an absent class has one without rows. Only
+// Rows are grouped by class (their numbers, not the rows themselves) and each class's rows summed in segments of
+// bounded length. Most classes have one segment, whose block also updates the mean; an absent class has one without rows. Only
 // heavier classes go through a buffer of partial sums, added up in order. The launches are
 //     count_kernel        rows of each class; the last block to finish plans: where classes and segments begin
 //     group_kernel        row numbers by class, at the ranks that the counting atomics gave;
@@ -26,7 +26,7 @@
 namespace allnc {
 namespace cuda {
 
-constexpr int kSegmentRows = 64;
+constexpr int kSegmentRows = 128;  // partial sums are then at most 1/32 of the bytes of 16-bit features
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
@@ -106,7 +106,8 @@ struct Plan {
 };
 
 // Segment `number` of a class of `count` rows.
-__device__ __forceinline__ void write_segment(const Plan& plan, int64_t c, int64_t count, Before before, int64_t number) {
+__device__ __forceinline__ void write_segment(
+    const Plan& plan, int64_t c, int64_t count, Before before, int64_t number) {
   const int64_t first = before.rows + number * kSegmentRows, class_end = before.rows + count;
   const int64_t last = first + kSegmentRows < class_end ? first + kSegmentRows : class_end;
   plan.segments[before.segments + number] = {c, first, last, count > kSegmentRows ? before.partials + number : -1};
