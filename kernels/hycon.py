@@ -503,9 +503,13 @@ def forward_constants(
 def backward_constants(
     dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, arch: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time arguments and launch options of `hycon_bwd_kernel`."""
+    """Compile-time arguments and launch options of `hycon_bwd_kernel`.
+
+    Beside an accumulator of 128 registers a thread, the two exponentials of unshifted mode leave room for half a tile.
+    """
     precision = matmul_precision(dtype)
     blocks = backward_blocks(dim, dtype, precision, arch)
+    accumulator = blocks.block_m * blocks.block_g // (32 * blocks.num_warps)
     constants = {
         "D": dim,
         "HAS_MU": has_mu,
@@ -513,7 +517,7 @@ def backward_constants(
         "SCALED": dtype == torch.float16,
         "PRECISION": precision,
         "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n,
+        "BLOCK_N": blocks.block_n if shifted or accumulator < 128 else min(blocks.block_n, 32),
         "BLOCK_D": blocks.block_d,
         "BLOCK_G": blocks.block_g,
         "RESIDENT": blocks.block_d >= dim,
