@@ -531,9 +531,13 @@ def finish_constants() -> dict[str, Any]:
     return {"BLOCK": _VECTOR_BLOCK}
 
 
-def num_splits(num_panels: int, tiles_per_panel: int, parts: int = 1) -> int:
+def num_splits(num_panels: int, tiles_per_panel: int, parts: int = 1, mean_tiles: int = 0) -> int:
     """Programs that share a part's tiles of a panel of the triangle: enough for the device, at most one a tile."""
-    tiles = triton.cdiv((num_panels // 2 + 1) * tiles_per_panel, parts)
+    return shared_by(num_panels, triton.cdiv((num_panels // 2 + 1) * tiles_per_panel + mean_tiles, parts))
+
+
+def shared_by(num_panels: int, tiles: int) -> int:
+    """Programs that share a panel of so many tiles: enough for the device, at most one a tile."""
     return max(1, min(PROGRAMS // num_panels, tiles))
 
 
@@ -582,11 +586,15 @@ def hycon_lse_forward(
         dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle, arch=arch
     )
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
-    splits = num_splits(num_panels, constants["BLOCK_M"] // constants["BLOCK_N"], parts) if triangle else 1
+    num_means = 0 if mu is None else len(mu)
+    splits = 1
+    if triangle:
+        tiles_per_panel = constants["BLOCK_M"] // constants["BLOCK_N"]
+        splits = num_splits(num_panels, tiles_per_panel, parts, triton.cdiv(num_means, constants["BLOCK_N"]))
     out = torch.zeros_like(a) if triangle else torch.empty_like(a)  # [N]
     with device_guard(z):
         hycon_fwd_kernel[(num_panels * splits,)](
-            z, pointer(mu, z), a, pointer(b, a), temperature, out, num_rows, 0 if mu is None else len(mu),
+            z, pointer(mu, z), a, pointer(b, a), temperature, out, num_rows, num_means,
             splits, part, parts, **constants, **options,
         )  # fmt: skip
         if triangle:

@@ -321,9 +321,20 @@ def loss_backward_constants(
     none: bool,
     shifted: bool,
     arch: int,
+    num_rows: int,
+    num_means: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time arguments and launch options of `hycon_loss_bwd_kernel`."""
+    """Compile-time arguments and launch options of `hycon_loss_bwd_kernel`.
+
+    One program forms a panel's gradient, so that no two add to one number. While panels are fewer than an H200's 132
+    multiprocessors they are halved, down to 32 rows; below that each would only wait longer for the same tiles.
+    """
     constants, options = hycon.backward_constants(dim, dtype, has_mu=has_mu, shifted=shifted, arch=arch)
+    block_m = constants["BLOCK_M"]
+    while block_m > 32 and triton.cdiv(num_rows, block_m) + triton.cdiv(num_means, block_m) < hycon.PROGRAMS // 2:
+        block_m //= 2
+    if block_m < constants["BLOCK_M"]:
+        constants["BLOCK_M"], options["num_warps"] = block_m, 4
     block_r = min(constants["BLOCK_M"], _ROW_TILE // constants["BLOCK_G"])
     return constants | {"HAS_PULL": has_pull, "HAS_TAU": has_tau, "NONE": none, "BLOCK_R": block_r}, options
 
@@ -338,10 +349,10 @@ def _num_splits(num_rows: int, num_means: int, constants: dict[str, Any]) -> int
     """Programs that share a panel: enough for the device, at most one a tile."""
     num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
     tiles_per_panel = constants["BLOCK_M"] // constants["BLOCK_N"]
+    mean_tiles = triton.cdiv(num_means, constants["BLOCK_N"])
     if constants["TRIANGLE"]:
-        return hycon.num_splits(num_panels, tiles_per_panel)
-    tiles = num_panels * tiles_per_panel + triton.cdiv(num_means, constants["BLOCK_N"])
-    return max(1, min(hycon.PROGRAMS // num_panels, tiles))
+        return hycon.num_splits(num_panels, tiles_per_panel, mean_tiles=mean_tiles)
+    return hycon.shared_by(num_panels, num_panels * tiles_per_panel + mean_tiles)
 
 
 def empty_results(
@@ -492,6 +503,8 @@ def hycon_loss_backward(
         none=none,
         shifted=shifted,
         arch=architecture(z.device),
+        num_rows=num_rows,
+        num_means=num_means,
     )
     width = num_rows + num_means
     dz, dmeans = torch.empty_like(z), None if means is None else torch.empty_like(means)
