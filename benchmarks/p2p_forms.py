@@ -12,10 +12,11 @@ Legend: C classes, F columns; blocks own (X, X), cross (X, Y), all (X, X), (Y, Y
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from allnc.ops.centred_unit import centred_units
 from allnc.ops.p2p import Blocks, p2p_blocks
 
 COLUMNS = ("device", "threads", "blocks", "C", "F", "form", "median_ms", "p20_ms", "p80_ms", "runs", "flops")
+FORMS = ("eager", "pairwise", "closed", "triton")
 PAIRS: dict[str, tuple[tuple[int, int], ...]] = {
     "own": ((0, 0),),
     "cross": ((0, 1),),
@@ -78,20 +80,19 @@ def steps(blocks: Blocks, num_classes: int, dim: int, device: torch.device) -> d
     return found | ({"triton": step("pairwise", "triton")} if device.type == "cuda" else {})
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """One row of the results for every shape, blocks and form."""
     device = torch.device(arguments.device)
-    rows = []
     for num_classes, dim, blocks in itertools.product(arguments.classes, arguments.features, arguments.blocks):
         torch.manual_seed(0)
-        chosen = {form: [run] for form, run in steps(blocks, num_classes, dim, device).items()}
+        found = steps(blocks, num_classes, dim, device)
+        chosen = {form: [run] for form, run in found.items() if form in arguments.forms}
         timings = time_interleaved(chosen, device, seconds=arguments.seconds, min_runs=arguments.runs)
         for form, timing in timings.items():
             values = (arguments.name or device.type, torch.get_num_threads(), blocks, num_classes, dim, form)
             times = (f"{timing.median:.4g}", f"{timing.p20:.4g}", f"{timing.p80:.4g}", timing.runs)
             flops = f"{matrix_flops(form, blocks, num_classes, dim):.3g}"
-            rows.append(dict(zip(COLUMNS, (*values, *times, flops), strict=True)))
-            print(*rows[-1].values(), file=sys.stderr, flush=True)
-    return rows
+            yield dict(zip(COLUMNS, (*values, *times, flops), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,16 +104,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--out", type=Path, help="CSV to write; rows are added to one that exists")
     arguments = parser.parse_args(argv)
-    rows = measure(arguments)
-    if arguments.out:
-        new = not arguments.out.exists()
-        with arguments.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    new = arguments.out and not arguments.out.exists()
+    with arguments.out.open("a", newline="") if arguments.out else contextlib.nullcontext(sys.stdout) as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        for row in measure(arguments):
+            writer.writerow(row)
+            file.flush()
+            print(*row.values(), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

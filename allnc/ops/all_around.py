@@ -1,8 +1,11 @@
 """All-around: HyCon and the three P2P terms of AllNC in one call, and one launch where Triton runs.
 
 The rows of [Z; μ; M; W] have one Gram matrix. HyCon needs its blocks Z·Zᵀ and Z·μᵀ, P2P its blocks M·Mᵀ, W·Wᵀ and
-M·Wᵀ; none needs another's result, so all of them are tiles of one grid. Elsewhere the losses are computed one after
-the other by the ops `hycon_lse` and `p2p_pair`; the values are the same.
+M·Wᵀ; none needs another's result, so all of them are tiles of one grid: with the Triton backend a step is two launches
+for the centred unit rows, one that prepares HyCon and one for all losses, then HyCon's and P2P's gradients and two
+launches back through the rows. Where `pair_form` prefers matrix products of the library for P2P, and on other
+backends, the losses are computed one after the other by `hycon_fused` or `hycon_lse` and `p2p_blocks`; the values are
+the same.
 
 Legend: N activations, D columns of the projection, C classes, F features.
 """
@@ -240,7 +243,8 @@ def all_around(
     """HyCon of the activations and P2P of class means and classifier vectors, all terms of AllNC's geometry.
 
     Equal to `hycon(z, labels, proj_means)`, `p2p(means)`, `p2p(weights)` and `p2p(means, weights)`. With the Triton
-    backend the Gram work of all four forward passes is one kernel launch.
+    backend the Gram work of all four forward passes is one kernel launch, that of the gradients two, wherever D <= 256,
+    `anchor_weight` needs no gradient and P2P is not faster as matrix products of the library.
 
     Args:
         z: [N, D] float16, bfloat16, float32 or float64; unit rows.

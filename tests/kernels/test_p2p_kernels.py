@@ -48,7 +48,7 @@ def dense_values(x: Tensor, y: Tensor, seen: Tensor, target: str, temperature: f
 def dense(x, y, seen, target, temperature, blocks, grad, dtype) -> list[Tensor]:
     """Values and gradients in `dtype`."""
     leaves = [x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()]
-    values = dense_values(*leaves, seen, target, temperature, blocks)
+    values = dense_values(leaves[0], leaves[1], seen, target, temperature, blocks)
     grads = torch.autograd.grad(values, leaves, grad.to(dtype), allow_unused=True)
     return [values.detach(), *(g for g in grads if g is not None)]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from allnc.ops import p2p as public_p2p
 from allnc.ops._common import triton_interprets
 from allnc.ops.centred_unit import centred_unit
-from allnc.ops.p2p import p2p, p2p_blocks, p2p_reference, pair_form
+from allnc.ops.p2p import Blocks, Target, p2p, p2p_blocks, p2p_reference, pair_form
 from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
@@ -147,7 +147,8 @@ def test_auto_target_follows_the_room() -> None:
 
 def test_the_form_with_fewer_operations_is_chosen() -> None:
     """Closed against pairwise: F < C for one side, 3/4 C for a pair and 7/4 C for all blocks."""
-    for blocks, limit in (("own", 1000), ("cross", 750), ("all", 1750)):
+    limits: dict[Blocks, int] = {"own": 1000, "cross": 750, "all": 1750}
+    for blocks, limit in limits.items():
         assert pair_form("etf", (1000, limit - 1), blocks=blocks) == ("closed", "eager")
         assert pair_form("etf", (1000, limit + 1), blocks=blocks) == ("pairwise", "eager")
     assert pair_form("auto", (100, 2048), blocks="all", backend="triton") == ("pairwise", "triton")
@@ -277,7 +278,7 @@ def triton_or_skip() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 @pytest.mark.parametrize("with_y", [False, True])
-def test_triton_is_as_good_as_eager(dtype: torch.dtype, target: str, with_y: bool) -> None:
+def test_triton_is_as_good_as_eager(dtype: torch.dtype, target: Target, with_y: bool) -> None:
     triton_or_skip()
     generator = torch.Generator().manual_seed(1)
     rows = [(torch.randn(21, 34, generator=generator) + 1).to(dtype), torch.randn(21, 34, generator=generator)]
