@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -171,7 +171,7 @@ def test_parts_have_equally_many_tiles(n: int, mode: Mode, monkeypatch: pytest.M
     counts = [0] * 4
     add_tile = hycon.add_tile
 
-    def counting(*args: object) -> object:
+    def counting(*args: Any) -> Any:
         counts[part] += 1
         return add_tile(*args)
 
