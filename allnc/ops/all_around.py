@@ -287,9 +287,7 @@ def all_around(
     backend_used = resolve_backend(backend, op="all_around", device=z.device, dtype=widest, supported=("cpp", "triton"))
     with torch.autocast(z.device.type, enabled=False):
         z = z.contiguous()
-        everyone = seen
-        if seen is None:
-            everyone = torch.ones(num_classes, dtype=torch.bool, device=z.device)
+        everyone = torch.ones(num_classes, dtype=torch.bool, device=z.device) if seen is None else seen
         x, y = centred_units(means, weights, everyone, backend=backend_used)
         assert y is not None
         form, p2p_backend = pair_form(target, (num_classes, means.shape[1]), blocks="all", backend=backend_used)

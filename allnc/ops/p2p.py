@@ -87,7 +87,8 @@ def _p2p_blocks(
     if backend == "triton":
         from allnc.kernels.p2p import p2p_forward
 
-        return p2p_forward(x, y, seen, target=kernel_target(form), temperature=temperature, blocks=blocks)
+        rest = {"target": kernel_target(form), "temperature": temperature, "blocks": blocks}
+        return p2p_forward(x, y, seen, **rest)
     with torch.autocast(x.device.type, enabled=False):
         num_seen = seen.sum().to(x.dtype)
         kept = x.new_empty(_kept_shape(x, y, blocks, form))
@@ -130,8 +131,8 @@ def _p2p_blocks_backward(
     if backend == "triton":
         from allnc.kernels.p2p import p2p_backward
 
-        target = kernel_target(form)
-        dx, dy = p2p_backward(grad, kept, x, y, seen, target=target, temperature=temperature, blocks=blocks)
+        rest = {"target": kernel_target(form), "temperature": temperature, "blocks": blocks}
+        dx, dy = p2p_backward(grad, kept, x, y, seen, **rest)
         return dx, x.new_empty(0) if dy is None else dy
     with torch.autocast(x.device.type, enabled=False):
         num_seen = seen.sum().to(x.dtype)
@@ -221,8 +222,10 @@ def _closed_backward(
     there = seen.to(x.dtype)[:, None]
 
     def gradient(own: Tensor, pulls: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        gram = sum(weight * gram for weight, _, gram in pulls)  # [F, F]
-        rows = sum(weight * other for weight, other, _ in pulls)  # [C, F]
+        gram, rows = torch.zeros_like(grams[0]), torch.zeros_like(own)  # [F, F], [C, F]
+        for weight, other, of_other in pulls:
+            gram.addcmul_(weight, of_other)
+            rows.addcmul_(weight, other)
         # ρ rows, 0 for classes not seen.
         return (own @ gram).sub_(rows * (num_seen / peers)).add_(there * (rows.sum(0) / peers))
 
