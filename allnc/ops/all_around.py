@@ -116,7 +116,8 @@ def _all_around(
         target=kernel_target(form),
         p2p_temperature=p2p_temperature,
     )
-    return loss, values, p2p_lse, *prepared
+    state, index, sums, mu = prepared
+    return loss, values, p2p_lse, state, index, sums, mu
 
 
 @_all_around.register_fake
@@ -160,6 +161,7 @@ def _all_around_backward(
         tau_gradient=tau_gradient,
     )
     dx, dy = torch.ops.allnc.p2p_blocks_backward(grad_p2p, p2p_lse, x, y, seen, "all", form, p2p_temperature, "triton")
+    assert dmeans is not None
     return dz, dmeans, x.new_empty(0) if dtau is None else dtau, dx, dy
 
 

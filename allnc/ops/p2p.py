@@ -285,8 +285,8 @@ def pair_form(
     The squared form is "pairwise" (C x C matrices) or "closed" (F x F matrices), whichever takes fewer operations in
     its matrix products, forward and backward: closed 4, 8, 8 times C F² for own, cross, all blocks, pairwise 4, 6, 14
     times C² F. The closed form needs the Gram matrix of each side once, whatever the blocks; hence F < C, 3/4 C and
-    7/4 C. Measured on a CPU, benchmarks/results/p2p-forms-cpu.csv: the faster of the two wherever they differ by more
-    than a third.
+    7/4 C. Measured on a CPU, benchmarks/results/p2p-forms-cpu.csv: at none of
+    its 38 shapes is the other form faster by more than 4 %.
 
     With the Triton backend there are the kernels, which take fewer launches but form G again for every 512 columns of
     the gradient, and matrix products of the library. Its rule counts operations too, with an allowance for the
