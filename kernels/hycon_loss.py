@@ -13,11 +13,11 @@ and, with the lse gradients of allnc.kernels.hycon for u_i = w_i exp(-lse_i),
 the last because L depends on rows and τ through z·z/τ and z·μ/τ only: rows times s and τ times s² change nothing.
 Symbols, `state` and `index` as in allnc.kernels.hycon_classes.
 
-Forward. The panels of allnc.kernels.hycon. Every program counts itself when its sums are in memory; the last one
+Forward. The panels of allnc.kernels.hycon_panels. Every program counts itself when its sums are in memory; the last one
 forms the loss from all of them, in a fixed order, and leaves u for the backward. Deterministic or unshifted, the
 programs that share a panel write their sums side by side and the last one adds them, in order.
 
-Backward. The panels of allnc.kernels.hycon. A whole tile of the other terms beside the accumulator would not fit
+Backward. The panels of allnc.kernels.hycon_panels. A whole tile of the other terms beside the accumulator would not fit
 the registers: a program writes its panel's lse gradient to scratch memory, and reads it back a few rows at a time to
 add the positive term and, for a panel of μ, to go on to the raw means. With one gradient a row (reduction "none") u,
 q and t are weighted with it first, by a launch of its own.
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from allnc.kernels import hycon
 from allnc.kernels._common import LN_2, LOG2_E, architecture, device_guard, pointer
-from allnc.kernels.hycon import HALF_SCALE, backward_panel, forward_sums, store_tile
+from allnc.kernels.hycon import HALF_SCALE
 from allnc.kernels.hycon_classes import (
     LEAST_NORM,
     LEAST_WEIGHT,
@@ -47,6 +47,7 @@ from allnc.kernels.hycon_classes import (
     state_rows,
     weigh_constants,
 )
+from allnc.kernels.hycon_panels import backward_panel, forward_sums, store_tile
 
 
 @triton.jit
