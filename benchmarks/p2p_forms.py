@@ -26,7 +26,7 @@ from torch import Tensor
 from allnc.ops.centred_unit import centred_units
 from allnc.ops.p2p import Blocks, p2p_blocks
 
-COLUMNS = ("device", "threads", "blocks", "C", "F", "form", "median_ms", "p20_ms", "p80_ms", "runs", "flops")
+COLUMNS: list[str] = ["device", "threads", "blocks", "C", "F", "form", "median_ms", "p20_ms", "p80_ms", "runs", "flops"]
 FORMS = ("eager", "pairwise", "closed", "triton")
 PAIRS: dict[str, tuple[tuple[int, int], ...]] = {
     "own": ((0, 0),),
@@ -59,15 +59,15 @@ def matrix_flops(form: str, blocks: Blocks, num_classes: int, dim: int) -> float
 def steps(blocks: Blocks, num_classes: int, dim: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """Each form's forward and backward."""
     seen = torch.ones(num_classes, dtype=torch.bool, device=device)
-    rows = (torch.randn(num_classes, dim, device=device) for _ in range(2))
-    u, v = centred_units(*rows, seen, backend="eager")
+    x, y = torch.randn(2, num_classes, dim, device=device).unbind()
+    u, v = centred_units(x, y, seen, backend="eager")
     assert v is not None
-    leaves = [u.requires_grad_(), v.requires_grad_()]
+    leaves = (u.requires_grad_(), v.requires_grad_())
 
     def step(form: str, backend: str = "eager") -> Callable[[], object]:
         def run() -> object:
             if form == "eager":
-                value = eager_value(*leaves, blocks)
+                value = eager_value(leaves[0], leaves[1], blocks)
             else:
                 y = None if blocks == "own" else leaves[1]
                 rest = {"blocks": blocks, "form": form, "temperature": 0.1, "backend": backend}

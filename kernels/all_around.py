@@ -114,7 +114,8 @@ def all_around_constants(
     """Compile-time arguments and launch options of `all_around_fwd_kernel`.
 
     P2P's chunks are of 16 columns: with the warps and stages of HyCon's tiles, whose launch it shares, they need no
-    more registers and shared memory than those (chunks of 32 spill on sm_100).
+    more registers and shared memory than those (chunks of 32 spill on sm_100). With panels of 512 bytes a row shared
+    memory holds one program an SM, and the assembler is told not to spill a few registers for the sake of a second.
     """
     constants, options = loss_forward_constants(
         dim, dtype, has_mu=True, shifted=shifted, triangle=triangle, reduction="mean", arch=arch
@@ -126,6 +127,8 @@ def all_around_constants(
         "BLOCK_C": panel_rows(num_classes),
         "BLOCK_F": min(16, padded_dim(features)),
     }
+    if constants["BLOCK_D"] * dtype.itemsize >= 512:
+        options |= {"maxnreg": 255}
     return constants, options
 
 

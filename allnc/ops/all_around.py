@@ -110,7 +110,8 @@ def _all_around(
         target=kernel_target(form),
         p2p_temperature=p2p_temperature,
     )
-    return loss, values, p2p_lse, *prepared
+    state, index, sums, mu = prepared
+    return loss, values, p2p_lse, state, index, sums, mu
 
 
 @_all_around.register_fake
@@ -154,6 +155,7 @@ def _all_around_backward(
         tau_gradient=tau_gradient,
     )
     dx, dy = torch.ops.allnc.p2p_blocks_backward(grad_p2p, p2p_lse, x, y, seen, "all", form, p2p_temperature, "triton")
+    assert dmeans is not None
     return dz, dmeans, x.new_empty(0) if dtau is None else dtau, dx, dy
 
 
@@ -282,9 +284,7 @@ def all_around(
     backend_used = resolve_backend(backend, op="all_around", device=z.device, dtype=widest, supported=("cpp", "triton"))
     with torch.autocast(z.device.type, enabled=False):
         z = z.contiguous()
-        everyone = seen
-        if seen is None:
-            everyone = torch.ones(num_classes, dtype=torch.bool, device=z.device)
+        everyone = torch.ones(num_classes, dtype=torch.bool, device=z.device) if seen is None else seen
         x, y = centred_units(means, weights, everyone, backend=backend_used)
         assert y is not None
         form, p2p_backend = pair_form(target, (num_classes, means.shape[1]), blocks="all", backend=backend_used)

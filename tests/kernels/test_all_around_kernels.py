@@ -59,7 +59,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("n", "d", "c", "f", "dtype", "tau", "changes"),
     [
-        (70, 20, 100, 48, torch.float32, 0.1, {}),
+        (70, 20, 70, 18, torch.float32, 0.1, {}),
         (150, 16, 65, 33, torch.bfloat16, 0.1, {"deterministic": True, "balance": "none"}),
         (33, 200, 7, 5, torch.float16, 0.01, {"shifted": False, "mean_weight": 0.5}),
         (5, 8, 1, 3, torch.float32, 0.2, {}),

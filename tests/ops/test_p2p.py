@@ -297,7 +297,7 @@ def test_triton_is_as_good_as_eager(dtype: torch.dtype, target: Target, with_y: 
         assert_as_exact(got, eager, reference)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data(), num_classes=st.integers(1, 12), dim=st.integers(1, 10), with_y=st.booleans())
 def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: int, with_y: bool) -> None:
     triton_or_skip()
