@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -30,15 +31,20 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from allnc.kernels import all_around, hycon, waves
+from allnc.kernels import all_around, centred_unit, hycon, hycon_classes, hycon_loss, p2p, waves
 from allnc.kernels._common import uses_waves
 from allnc.kernels.sass import TENSOR_CORES, Section, read_code
 
 TRITON_TYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
-# Arguments that have the type of the activations; the other pointers are float32, except `seen`.
-_IN_INPUT_TYPE = {"z_ptr", "mu_ptr", "dz_ptr", "dmu_ptr", "rows_ptr", "k_ptr"}
-_OTHER_TYPES = {"seen_ptr": "*i1", "p2p_temperature": "fp32"}
+# Arguments that have the type of the activations; the other pointers are float32, unless named below.
+_IN_INPUT_TYPE = {"z_ptr", "mu_ptr", "dz_ptr", "dmu_ptr", "rows_ptr", "k_ptr", "means_ptr", "dmeans_ptr"}
+_OTHER_TYPES = {
+    **dict.fromkeys(("temperature", "p2p_temperature", "mean_weight"), "fp32"),
+    **dict.fromkeys(("labels_ptr", "sorted_ptr", "sorted_order_ptr"), "*i64"),
+    **dict.fromkeys(("index_ptr", "order_ptr"), "*i32"),
+    "seen_ptr": "*i1",
+}
 _ALIGNED = {"width"}  # a multiple of 64, which the launcher's specialisation sees
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide
@@ -102,8 +108,22 @@ _KERNELS: dict[str, Any] = {
     "hycon_bwd_terms": hycon.hycon_bwd_terms_kernel,
     "hycon_bwd": hycon.hycon_bwd_kernel,
     "hycon_wave": waves.hycon_wave_kernel,
+    "hycon_prepare": hycon_classes.hycon_prepare_kernel,
+    "hycon_weigh": hycon_classes.hycon_weigh_kernel,
+    "hycon_loss_fwd": hycon_loss.hycon_loss_fwd_kernel,
+    "hycon_loss_bwd": hycon_loss.hycon_loss_bwd_kernel,
     "all_around_fwd": all_around.all_around_fwd_kernel,
+    "p2p_fwd": p2p.p2p_fwd_kernel,
+    "p2p_finish": p2p.p2p_finish_kernel,
+    "p2p_bwd": p2p.p2p_bwd_kernel,
+    "unit_sums": centred_unit.unit_sums_kernel,
+    "unit_rows": centred_unit.unit_rows_kernel,
+    "unit_bwd_sums": centred_unit.unit_bwd_sums_kernel,
+    "unit_bwd_rows": centred_unit.unit_bwd_rows_kernel,
 }
+
+_CLASSES = 1000  # C, where block sizes depend on it
+_SMALL_BATCH, _LARGE_BATCH = 512, 65536  # N, where they depend on it
 
 
 def variants(
@@ -122,7 +142,7 @@ def variants(
         dtypes: of the activations.
         precision: value of torch.get_float32_matmul_precision() to choose for; it only matters to float32.
         kernels: names, without "_kernel".
-        features: F of the class means and classifier, for all_around.
+        features: F of the class means and classifier, for all_around and the kernels of P2P, which are float32.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -130,27 +150,30 @@ def variants(
         for arch in archs:
             for dtype in dtypes:
                 for dim in dims:
-                    for name, mode, (constants, options) in _modes(arch, dim, dtype, features):
+                    found = itertools.chain(_modes(arch, dim, dtype), _loss_modes(arch, dim, dtype, features))
+                    for name, mode, (constants, options) in found:
                         if name in kernels:
                             of = constants.get("PRECISION", "ieee")
                             yield Variant(name, arch, TRITON_TYPE[dtype], of, dim, mode, constants, options)
+            for name, mode, (constants, options) in _class_modes(features):
+                if name in kernels:
+                    yield Variant(
+                        name, arch, "fp32", constants.get("PRECISION", "ieee"), features, mode, constants, options
+                    )
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _modes(
-    arch: int, dim: int, dtype: torch.dtype, features: int
-) -> Iterator[tuple[str, str, tuple[dict[str, Any], dict[str, Any]]]]:
-    for mode, shifted, triangle in (
-        ("triangle", True, True),
-        ("square", True, False),
-        ("unshifted", False, False),
-    ):
+_Mode = tuple[str, str, tuple[dict[str, Any], dict[str, Any]]]  # kernel, mode, constants and options
+
+_FORWARD_MODES = (("triangle", True, True), ("square", True, False), ("unshifted", False, False))
+
+
+def _modes(arch: int, dim: int, dtype: torch.dtype) -> Iterator[_Mode]:
+    """The kernels of lse: for several ranks and for many columns."""
+    for mode, shifted, triangle in _FORWARD_MODES:
         choice = {"has_mu": True, "shifted": shifted, "triangle": triangle, "arch": arch}
         yield "hycon_fwd", mode, hycon.forward_constants(dim, dtype, **choice)
-        for target in ("etf", "softmax"):
-            chosen = all_around.all_around_constants(dim, dtype, features, torch.float32, target=target, **choice)
-            yield "all_around_fwd", f"{mode}, {target}", chosen
     yield "hycon_finish", "triangle", (hycon.finish_constants(), {})
     for mode, shifted in (("shifted", True), ("unshifted", False)):
         backward = hycon.backward_constants(dim, dtype, has_mu=True, shifted=shifted, arch=arch)
@@ -159,6 +182,70 @@ def _modes(
             yield "hycon_wave", mode, waves.wave_constants(dim, dtype, shifted=shifted, arch=arch)
         else:
             yield "hycon_bwd", mode, backward
+
+
+def _loss_modes(arch: int, dim: int, dtype: torch.dtype, features: int) -> Iterator[_Mode]:
+    """The kernels of whole losses, for as many columns as they take."""
+    if hycon.backward_constants(dim, dtype, has_mu=True, shifted=True, arch=arch)[0]["BLOCK_G"] < dim:
+        return
+    for mode, sorted_labels, weighted in (("scan", False, True), ("sorted", True, False)):
+        yield (
+            "hycon_prepare",
+            mode,
+            hycon_classes.prepare_constants(
+                dim,
+                has_mu=True,
+                has_seen=True,
+                has_weight=weighted,
+                has_pull=weighted,
+                has_tau=False,
+                balanced=True,
+                shifted=not weighted,
+                sorted_labels=sorted_labels,
+            ),
+        )
+    yield "hycon_weigh", "", hycon_classes.weigh_constants(dim, dtype)
+    for mode, shifted, triangle in _FORWARD_MODES:
+        choice = {"shifted": shifted, "triangle": triangle, "arch": arch}
+        forward = hycon_loss.loss_forward_constants(dim, dtype, has_mu=True, reduction="mean", **choice)
+        yield "hycon_loss_fwd", mode, forward
+        for target in ("etf", "softmax"):
+            chosen = all_around.all_around_constants(dim, dtype, _CLASSES, features, target=target, **choice)
+            yield "all_around_fwd", f"{mode}, {target}", chosen
+    for mode, shifted, num_rows, everything in (
+        ("shifted", True, _LARGE_BATCH, False),
+        ("shifted, small batch", True, _SMALL_BATCH, False),
+        ("unshifted, weighted, tau", False, _LARGE_BATCH, True),
+    ):
+        backward = hycon_loss.loss_backward_constants(
+            dim,
+            dtype,
+            has_mu=True,
+            has_pull=everything,
+            has_tau=everything,
+            none=False,
+            shifted=shifted,
+            arch=arch,
+            num_rows=num_rows,
+            num_means=_CLASSES if num_rows == _LARGE_BATCH else 100,
+        )
+        yield "hycon_loss_bwd", mode, backward
+
+
+def _class_modes(features: int) -> Iterator[_Mode]:
+    """The kernels of P2P, on F columns."""
+    for target in ("etf", "softmax"):
+        for blocks in ("own", "all"):
+            choice: dict[str, Any] = {"target": target, "blocks": blocks}
+            forward = p2p.p2p_forward_constants(_CLASSES, features, torch.float32, **choice)
+            yield "p2p_fwd", f"{target}, {blocks}", forward
+            backward = p2p.p2p_backward_constants(_CLASSES, features, torch.float32, **choice)
+            yield "p2p_bwd", f"{target}, {blocks}", backward
+            yield "p2p_finish", f"{target}, {blocks}", (p2p.p2p_finish_constants(forward[0]), {})
+    constants, options = centred_unit.unit_constants(features)
+    for name in ("unit_sums", "unit_rows", "unit_bwd_sums", "unit_bwd_rows"):
+        shares = {"SHARES": centred_unit._SHARES} if name == "unit_rows" else {}
+        yield name, "", (constants | shares, options)
 
 
 def resources(variant: Variant) -> Resources:
@@ -200,7 +287,7 @@ def resources(variant: Variant) -> Resources:
 
 
 def predicted(variant: Variant) -> Prediction:
-    """The loops of hycon_fwd, hycon_bwd and hycon_wave, by formula: S, the exponentials of S, and K times z."""
+    """The loops of hycon's forwards, backwards and waves, by formula: S, the exponentials of S, and K times z."""
     constants = variant.constants
     rows, columns, chunk = (constants[f"BLOCK_{name}"] for name in "MND")
     gradient = constants.get("BLOCK_G", 0)  # columns of K z
@@ -208,7 +295,7 @@ def predicted(variant: Variant) -> Prediction:
     tile = rows * columns // (warps if variant.arch == 80 else warps // 4)
     depth = 32 // {"fp32": 4}.get(variant.dtype, 2)  # columns one instruction of sm_100 takes
     once = gradient and columns // depth
-    per_element = 1 if variant.kernel == "hycon_fwd" or constants["SHIFTED"] else 2
+    per_element = 1 if variant.kernel.endswith("fwd") or constants["SHIFTED"] else 2
     exponentials = per_element * rows * columns // (32 * warps)
     if constants.get("RESIDENT"):
         return Prediction((tile * (chunk + gradient), 0), (chunk // depth + once, 0), exponentials)
