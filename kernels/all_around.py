@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from allnc.kernels._common import architecture, device_guard, matmul_precision, padded_dim, pointer
-from allnc.kernels.hycon import forward_sums
 from allnc.kernels.hycon_classes import VECTOR_BLOCK, hycon_prepare_kernel, prepare_constants, state_rows
 from allnc.kernels.hycon_loss import _SCAN_LIMIT as SCAN_LIMIT
 from allnc.kernels.hycon_loss import Prepared, empty_results, finish_loss, loss_forward_constants
 from allnc.kernels.hycon_loss import _num_splits as loss_splits
+from allnc.kernels.hycon_panels import forward_sums
 from allnc.kernels.p2p import num_programs, p2p_finish_program, p2p_forward_program, p2p_outputs, panel_rows
 
 
