@@ -47,10 +47,9 @@ from allnc.kernels.hycon import (
     _VECTOR_BLOCK,
     HALF_SCALE,
     hycon_bwd_terms_kernel,
-    pair_coefficient,
-    pair_terms,
     terms_constants,
 )
+from allnc.kernels.hycon_panels import pair_coefficient, pair_terms
 
 WAVE = 1024  # rows: 8 panels of 128, and a first dimension that library GEMMs fill a GPU with from D = 2048 on
 _PAD = 64  # elements: 128 bytes of 16-bit types, and a multiple of every BLOCK_D
