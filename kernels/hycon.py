@@ -26,13 +26,12 @@ there are too few panels for the device. A second, small launch turns the sums i
 deterministic or unshifted: (T), all distances, row sums only, no atomics: twice the work. Several ranks share a
 forward as `parts`: the tiles of all panels, numbered one after the other, are dealt out in turn.
 
-Backward grid: (panels of the own rows + panels of μ, chunks of D); of several ranks, each asks for its own rows.
+Backward grid: (panels of the own rows + panels of μ); of several ranks, each asks for its own rows.
 K_ij = exp(S_ij)(u_i a_j + u_j a_i) is symmetric and holds the gradient of row *and* column, so that one
 exponential (two in unshifted mode) and one product K z_j a tile give dz without atomics. A mean is a row with
 u = 0 and a = b_c: the same formula gives z against μ, and dμ. A first, small launch forms u, so that no program
-computes it again for every tile. Up to 256 columns (128 of float32) the panel stays on chip. Beyond, S is summed
-over chunks of columns; every program forms the gradient of one chunk of 256 columns and computes S for it again:
-2 N² D (D / 256 + 1) operations in place of 4 N² D.
+computes it again for every tile. Up to 512 bytes a row a panel's gradient stays on chip; beyond, see
+allnc.kernels.waves. The forward takes any D: S is summed over chunks of columns where a panel does not fit.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ from allnc.kernels.hycon_panels import backward_panel, forward_panel, store_tile
 # float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g|
 # is 2^14: |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
 HALF_SCALE = tl.constexpr(16384.0)
-_LEAST_GRAD = tl.constexpr(1e-30)  # keeps the scale finite where all of g is 0
+LEAST_GRAD = tl.constexpr(1e-30)  # keeps the scale finite where all of g is 0
 
 
 @triton.jit(do_not_specialize=["N", "C", "num_splits", "part", "parts"])
@@ -128,7 +127,7 @@ def hycon_bwd_terms_kernel(
     used = (grad != 0) & (lse != float("-inf"))
     lse = tl.where(used, lse, float("inf"))
     if SCALED:
-        grad *= HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD)
+        grad *= HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), LEAST_GRAD)
     stored = index < N + C
     if SHIFTED:
         exponent = (1.0 / tl.load(temperature_ptr) - lse) * LOG2_E
@@ -163,19 +162,18 @@ def hycon_bwd_kernel(
     BLOCK_G: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    column = 0 if RESIDENT else tl.program_id(1) * BLOCK_G
     dx, start, num_x, of_mean = backward_panel(
-        tl.program_id(0), column, term_ptr, term_ptr, z_ptr, mu_ptr, temperature_ptr, N, C, own,
+        tl.program_id(0), term_ptr, term_ptr, z_ptr, mu_ptr, temperature_ptr, N, C, own,
         D, HAS_MU, SHIFTED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G, RESIDENT,
     )  # fmt: skip
     factor = 1.0 / tl.load(temperature_ptr)
     if SCALED:
-        factor *= tl.maximum(tl.load(grad_max_ptr), _LEAST_GRAD) / HALF_SCALE
+        factor *= tl.maximum(tl.load(grad_max_ptr), LEAST_GRAD) / HALF_SCALE
     dx_ptr = dz_ptr
     if HAS_MU:
         if of_mean:
             dx_ptr = dmu_ptr
-    store_tile(dx_ptr, dx * factor, start, num_x, column, D)
+    store_tile(dx_ptr, dx * factor, start, num_x, 0, D)
 
 
 # Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.
@@ -323,6 +321,8 @@ def hycon_lse_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `hycon_lse_forward` with respect to z and mu; no atomics, so equal calls are equal bit for bit.
 
+    For D of which `_common.uses_waves` is false; `waves.hycon_lse_backward` takes any.
+
     With `own`, of the first `own` rows only: their whole gradient, as anchors and as columns of all N anchors, and
     their share of dmu, the sum over the anchors i < own. The work is proportional to own.
 
@@ -354,7 +354,7 @@ def hycon_lse_backward(
             grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,
             **terms_constants(constants),
         )  # fmt: skip
-        hycon_bwd_kernel[(num_panels, triton.cdiv(dim, constants["BLOCK_G"]))](
+        hycon_bwd_kernel[(num_panels,)](
             terms, grad_max, z, pointer(mu, z), temperature, dz, pointer(dmu, dz), num_rows, num_means,
             own, **constants, **options,
         )  # fmt: skip

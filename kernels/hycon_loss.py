@@ -223,7 +223,7 @@ def hycon_loss_bwd_kernel(
         u_ptr = weighted_ptr
         q_ptr = weighted_ptr + width
     dx, start, num_x, of_mean = backward_panel(
-        tl.program_id(0), 0, u_ptr, term_ptr, z_ptr, mu_ptr, state_ptr, N, C, N,
+        tl.program_id(0), u_ptr, term_ptr, z_ptr, mu_ptr, state_ptr, N, C, N,
         D, HAS_MU, SHIFTED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G, RESIDENT,
     )  # fmt: skip
     lse_gradient_ptr = scratch_ptr

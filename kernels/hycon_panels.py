@@ -203,7 +203,6 @@ def pair_coefficient(
 @triton.jit
 def backward_panel(
     panel,
-    column,
     u_ptr,
     term_ptr,
     z_ptr,
@@ -222,7 +221,7 @@ def backward_panel(
     BLOCK_G: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """Σ_j K_ij y_j [BLOCK_M, BLOCK_G] of a panel of the own rows or, counted on from those, of μ, from `column` on."""
+    """Σ_j K_ij y_j [BLOCK_M, BLOCK_G] of a panel of the own rows or, counted on from those, of μ."""
     num_own = tl.cdiv(own, BLOCK_M)
     # A panel's diagonal is in TILES tiles, the ones from `base` on; the sizes divide each other.
     UNIT: tl.constexpr = BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N
@@ -261,7 +260,7 @@ def backward_panel(
     for tile in range(num_diagonal):
         first = base + tile * BLOCK_N
         columns = first + tl.arange(0, BLOCK_N)
-        y = load_tile(z_ptr, first, N, column, D, BLOCK_N, BLOCK_G)
+        y = load_tile(z_ptr, first, N, 0, D, BLOCK_N, BLOCK_G)
         s = similarity(x, y, x_ptr, z_ptr, start, first, num_x, N, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
         s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
         u, a, lse = pair_terms(u_ptr, term_ptr, columns, columns < N, num_terms, SHIFTED)
@@ -276,7 +275,7 @@ def backward_panel(
         first = origin + item * BLOCK_N
         first = tl.where(first >= num_units * UNIT, first - num_units * UNIT, first)
         columns = first + tl.arange(0, BLOCK_N)
-        y = load_tile(z_ptr, first, num_y, column, D, BLOCK_N, BLOCK_G)
+        y = load_tile(z_ptr, first, num_y, 0, D, BLOCK_N, BLOCK_G)
         s = similarity(
             x, y, x_ptr, z_ptr, start, first, num_x, num_y,
             D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION,
@@ -288,7 +287,7 @@ def backward_panel(
     if HAS_MU:
         for first in range(0, num_means, BLOCK_N):
             columns = first + tl.arange(0, BLOCK_N)
-            y = load_tile(mu_ptr, first, C, column, D, BLOCK_N, BLOCK_G)
+            y = load_tile(mu_ptr, first, C, 0, D, BLOCK_N, BLOCK_G)
             s = similarity(x, y, z_ptr, mu_ptr, start, first, N, C, D, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, PRECISION)
             u, b, lse = pair_terms(u_ptr, term_ptr, N + columns, columns < C, num_terms, SHIFTED)
             k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, b, lse, SHIFTED)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from triton.runtime.errors import OutOfResources
 
 from allnc.kernels import _common
 from allnc.kernels._common import CHUNKED, Tile, row_class, table_arch, uses_waves
-from allnc.kernels.hycon import hycon_lse_backward, hycon_lse_forward
-from allnc.kernels.waves import hycon_wave_backward
+from allnc.kernels.hycon import hycon_lse_forward
+from allnc.kernels.waves import hycon_lse_backward
 
 NOISE = 0.03  # of the time: less is no reason to change a row
 Table = dict[int, dict[int, Tile]]
@@ -111,10 +110,8 @@ def tune(
     def forward() -> object:
         return hycon_lse_forward(*inputs, shifted=True, deterministic=False)
 
-    backward_function: Callable[..., Any] = hycon_wave_backward if uses_waves(dim, dtype) else hycon_lse_backward
-
     def backward() -> object:
-        return backward_function(grad, lse, *inputs, shifted=True)
+        return hycon_lse_backward(grad, lse, *inputs, shifted=True)
 
     lines = report("FORWARD", arch, row, measure(_common.FORWARD, arch, row, forward, timer))
     name, table = ("WAVES", _common.WAVES) if uses_waves(dim, dtype) else ("BACKWARD", _common.BACKWARD)

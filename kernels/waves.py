@@ -43,9 +43,9 @@ from allnc.kernels._common import (
     wave_blocks,
 )
 from allnc.kernels.hycon import (
-    _LEAST_GRAD,
     _VECTOR_BLOCK,
     HALF_SCALE,
+    LEAST_GRAD,
     hycon_bwd_terms_kernel,
     terms_constants,
 )
@@ -222,7 +222,7 @@ def hycon_wave_backward(
     terms = torch.empty((2 if shifted else 3, num_terms), dtype=torch.float32, device=z.device)
     factor = 1 / temperature  # 0-dim
     if scaled:
-        factor = factor * grad_max.clamp(min=_LEAST_GRAD.value) / HALF_SCALE.value
+        factor = factor * grad_max.clamp(min=LEAST_GRAD.value) / HALF_SCALE.value
     dz = torch.empty((own, dim), dtype=z.dtype, device=z.device)
     workspace = torch.empty((min(WAVE, own), width), dtype=z.dtype, device=z.device)
     dz_sum = torch.empty((len(workspace), rows.shape[1]), dtype=torch.float32, device=z.device)

@@ -15,7 +15,8 @@ from tests.tolerances import ATOL, assert_as_exact
 pytest.importorskip("triton")
 
 from allnc.kernels import _common, hycon, hycon_panels
-from allnc.kernels.hycon import hycon_lse_backward, hycon_lse_forward
+from allnc.kernels.hycon import hycon_lse_forward
+from allnc.kernels.waves import hycon_lse_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")  # log2(0) is meant
 
