@@ -381,24 +381,24 @@ def panel_rows(num_classes: int) -> int:
     return min(64, max(16, triton.next_power_of_2(num_classes) // 4))
 
 
-def _launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """The assembler is told not to spill a few registers for the sake of one more program an SM, as it would."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": 255, "enable_fp_fusion": True}
-
-
 def p2p_forward_constants(
     num_classes: int, features: int, dtype: torch.dtype, *, target: str, blocks: PairBlocks
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time arguments and launch options of `p2p_fwd_kernel`."""
+    """Compile-time arguments and launch options of `p2p_fwd_kernel`.
+
+    Exact products unroll into one FMA each: longer chunks, or fewer registers than there are, would spill.
+    """
+    precision = matmul_precision(dtype)
     constants = {
         "F": features,
         "ETF": target == "etf",
         "FIRST_KIND": 2 if blocks == "cross" else 0,
-        "PRECISION": matmul_precision(dtype),
+        "PRECISION": precision,
         "BLOCK_C": panel_rows(num_classes),
-        "BLOCK_F": min(32, padded_dim(features)),
+        "BLOCK_F": min(16 if precision == "ieee" else 32, padded_dim(features)),
     }
-    return constants, _launch_options(4, 3)
+    options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    return constants, options | ({"maxnreg": 255} if precision == "ieee" else {})
 
 
 def p2p_finish_constants(forward: dict[str, Any]) -> dict[str, Any]:
@@ -413,7 +413,8 @@ def p2p_backward_constants(
 
     The accumulator BLOCK_C x BLOCK_G decides. 32 x 512 takes 64 registers of a thread and computes G once up to
     F = 512, where 64 x 256 in the same registers would compute it twice. Columns that need a mask take more
-    registers and leave room for 256, and rows that 16 bytes do not divide for 128.
+    registers and leave room for 256, and rows that 16 bytes do not divide for 128. The assembler
+    is told not to spill a few registers for the sake of one more program an SM, as it would.
     """
     constants = {
         "F": features,
@@ -426,7 +427,7 @@ def p2p_backward_constants(
         "BLOCK_F": min(32, padded_dim(features)),
         "BLOCK_G": 512 if features % 512 == 0 else min(256 if features % 4 == 0 else 128, padded_dim(features)),
     }
-    return constants, _launch_options(8, 2)
+    return constants, {"num_warps": 8, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": True}
 
 
 def num_programs(num_classes: int, constants: dict[str, Any]) -> tuple[int, int]:
