@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh STAGE... FOLDER
 #
 #   build       the extension for this GPU, and what this machine has (every other stage begins with it)
-#   correct     the GPU tests: every kernel and dtype against float64, graphs, compile, no synchronisation
+#   correct     the GPU tests and the kernels' own: every kernel and dtype against float64, graphs, no synchronisation
 #   sanitize    compute-sanitizer memcheck and racecheck over the kernels at small, ragged shapes
 #   bench       the table: our ops, eager, other packages
 #   class_mean  class_mean_ema against copy bandwidth
@@ -97,7 +97,9 @@ correct() {
     local rest=()
     has jsonargparse || rest=(--ignore=tests/trainer --ignore=tests/test_config.py --ignore=tests/test_readme.py)
     has xdist && rest+=(-n 6) # most of the time is Triton compiling, on the CPU
-    part correct 420 "$python" -m pytest -q -m gpu --continue-on-collection-errors --tb=short -p no:cacheprovider tests "${rest[@]}"
+    local run=("$python" -m pytest -q --continue-on-collection-errors --tb=short -p no:cacheprovider)
+    part correct 260 "${run[@]}" -m gpu tests "${rest[@]}"
+    part kernels 200 "${run[@]}" --ignore=tests/kernels/test_compile.py tests/kernels tests/ops/test_hycon_triton.py "${rest[@]}"
 }
 
 sanitize() {

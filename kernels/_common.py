@@ -36,9 +36,13 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def launch_options(blocks: Blocks) -> dict[str, Any]:
-    """Options of a launch; fused multiply-add is asked for because Triton's default for it is changing."""
-    return {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "enable_fp_fusion": True}
+def launch_options(blocks: Blocks, *, alone: bool = False) -> dict[str, Any]:
+    """Options of a launch; fused multiply-add is asked for because Triton's default for it is changing.
+
+    alone: shared memory holds one program a multiprocessor, and the assembler is told not to spill for a second.
+    """
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "enable_fp_fusion": True}
+    return options | {"maxnreg": 255} if alone else options
 
 
 @functools.lru_cache(maxsize=None)

@@ -53,6 +53,7 @@ from allnc.kernels._common import (
     launch_options,
     matmul_precision,
     pointer,
+    row_class,
 )
 from allnc.kernels.hycon_panels import backward_panel, forward_panel, store_tile
 
@@ -184,7 +185,10 @@ _VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vector
 def forward_constants(
     dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, triangle: bool, arch: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time arguments and launch options of `hycon_fwd_kernel`."""
+    """Compile-time arguments and launch options of `hycon_fwd_kernel`.
+
+    The running maximum of unshifted mode leaves room for half a tile where a thread reads whole rows of it (sm_100).
+    """
     precision = matmul_precision(dtype)
     blocks = forward_blocks(dim, dtype, precision, arch)
     constants = {
@@ -194,11 +198,11 @@ def forward_constants(
         "TRIANGLE": triangle,
         "PRECISION": precision,
         "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n,
+        "BLOCK_N": blocks.block_n if shifted or arch < 100 else min(blocks.block_n, 64),
         "BLOCK_D": blocks.block_d,
         "RESIDENT": blocks.block_d >= dim,
     }
-    return constants, launch_options(blocks)
+    return constants, launch_options(blocks, alone=row_class(dim, dtype) == 512)
 
 
 def backward_constants(
@@ -223,7 +227,7 @@ def backward_constants(
         "BLOCK_G": blocks.block_g,
         "RESIDENT": blocks.block_d >= dim,
     }
-    return constants, launch_options(blocks)
+    return constants, launch_options(blocks, alone=row_class(dim, dtype) == 512)
 
 
 def terms_constants(backward: dict[str, Any]) -> dict[str, Any]:

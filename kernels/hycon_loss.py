@@ -134,6 +134,53 @@ def finish_loss(
         tl.store(loss_ptr, tl.sum(losses, 0) * per_weight)
 
 
+@triton.jit
+def loss_sums(
+    program,
+    z_ptr,
+    mu_ptr,
+    state_ptr,
+    partial_ptr,
+    N,
+    C,
+    num_splits,
+    D: tl.constexpr,
+    HAS_MU: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    TRIANGLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """One split of one panel: its sums of exponentials, to `state` (TRIANGLE) or side by side to partial_ptr."""
+    _, a_ptr, sum_ptr, _, _, _, plain_a_ptr = state_rows(state_ptr, N + C)
+    if not SHIFTED:
+        a_ptr = plain_a_ptr
+    rows, maximum, total = forward_sums(
+        program, z_ptr, mu_ptr, a_ptr, a_ptr + N, state_ptr, sum_ptr, N, C, num_splits, 0, 1,
+        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
+    )  # fmt: skip
+    if TRIANGLE:
+        tl.atomic_add(sum_ptr + rows, total, mask=rows < N, sem="relaxed")
+    else:
+        split = program % num_splits
+        tl.store(partial_ptr + split * N + rows, total, mask=rows < N)
+        if not SHIFTED:
+            tl.store(partial_ptr + (num_splits + split) * N + rows, maximum, mask=rows < N)
+
+
+@triton.jit
+def is_last(index_ptr, N, num_classes):
+    """Whether all other programs have come here before: what they wrote can be read, past the first-level cache."""
+    # All threads' sums are issued before the barrier; the release of the one thread that counts covers them, and
+    # its acquire lets the last program see those of all others.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(index_ptr + N + 2 * num_classes, 1, sem="acq_rel", scope="gpu")
+    return arrived == tl.num_programs(0) - 1
+
+
 @triton.jit(do_not_specialize=["N", "C", "num_classes", "num_splits"])
 def hycon_loss_fwd_kernel(
     z_ptr,
@@ -160,27 +207,11 @@ def hycon_loss_fwd_kernel(
     RESIDENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    _, a_ptr, sum_ptr, _, _, _, plain_a_ptr = state_rows(state_ptr, N + C)
-    if not SHIFTED:
-        a_ptr = plain_a_ptr
-    rows, maximum, total = forward_sums(
-        program, z_ptr, mu_ptr, a_ptr, a_ptr + N, state_ptr, sum_ptr, N, C, num_splits, 0, 1,
+    loss_sums(
+        tl.program_id(0), z_ptr, mu_ptr, state_ptr, partial_ptr, N, C, num_splits,
         D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
     )  # fmt: skip
-    if TRIANGLE:
-        tl.atomic_add(sum_ptr + rows, total, mask=rows < N, sem="relaxed")
-    else:
-        split = program % num_splits
-        tl.store(partial_ptr + split * N + rows, total, mask=rows < N)
-        if not SHIFTED:
-            tl.store(partial_ptr + (num_splits + split) * N + rows, maximum, mask=rows < N)
-    # All threads' sums are issued before the barrier; the release of the one thread that counts covers them, and
-    # its acquire lets the last program see those of all others.
-    tl.debug_barrier()
-    counter_ptr = index_ptr + N + 2 * num_classes
-    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-    if arrived == tl.num_programs(0) - 1:
+    if is_last(index_ptr, N, num_classes):
         finish_loss(state_ptr, partial_ptr, loss_ptr, N, C, num_splits, MEAN, NONE, SHIFTED, TRIANGLE, SCALED, BLOCK)
 
 
@@ -346,14 +377,17 @@ def fits(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     return constants["BLOCK_G"] >= dim
 
 
-def _num_splits(num_rows: int, num_means: int, constants: dict[str, Any]) -> int:
-    """Programs that share a panel: enough for the device, at most one a tile."""
-    num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
+def forward_grid(z: Tensor, num_means: int, constants: dict[str, Any]) -> tuple[int, int, Tensor]:
+    """Programs of the forward, how many of them share a panel, and memory for what those write side by side."""
+    num_panels = triton.cdiv(len(z), constants["BLOCK_M"])
     tiles_per_panel = constants["BLOCK_M"] // constants["BLOCK_N"]
     mean_tiles = triton.cdiv(num_means, constants["BLOCK_N"])
     if constants["TRIANGLE"]:
-        return hycon.num_splits(num_panels, tiles_per_panel, mean_tiles=mean_tiles)
-    return hycon.shared_by(num_panels, num_panels * tiles_per_panel + mean_tiles)
+        splits = hycon.num_splits(num_panels, tiles_per_panel, mean_tiles=mean_tiles)
+        return num_panels * splits, splits, z.new_empty(0, dtype=torch.float32)
+    splits = hycon.shared_by(num_panels, num_panels * tiles_per_panel + mean_tiles)
+    size = (1 if constants["SHIFTED"] else 2) * splits * len(z)
+    return num_panels * splits, splits, z.new_empty(size, dtype=torch.float32)
 
 
 def empty_results(
@@ -375,6 +409,59 @@ def empty_results(
         mu=torch.empty((num_means, dim), dtype=z.dtype, device=z.device),
     )
     return floats(num_rows) if reduction == "none" else floats(), prepared
+
+
+def start_loss(
+    z: Tensor,
+    labels: Tensor,
+    means: Tensor | None,
+    seen: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: Tensor | float,
+    *,
+    mean_weight: float,
+    balance: str,
+    reduction: str,
+    ignore_index: int,
+    shifted: bool,
+) -> tuple[Tensor, Prepared]:
+    """The prepare launch, and memory for the loss; arguments as in `hycon_loss_forward`, z contiguous."""
+    labels = labels.contiguous()
+    means = None if means is None else means.contiguous()
+    seen = None if seen is None else seen.contiguous()
+    anchor_weight = None if anchor_weight is None else anchor_weight.contiguous()
+    num_rows, dim = z.shape
+    num_means = 0 if means is None else len(means)
+    num_classes = num_rows if means is None else num_means
+    has_tau = isinstance(temperature, Tensor)
+    sorted_labels = num_rows * num_classes > _SCAN_LIMIT
+    constants, options = prepare_constants(
+        dim,
+        has_mu=means is not None,
+        has_seen=seen is not None,
+        has_weight=anchor_weight is not None,
+        has_pull=anchor_weight is not None and reduction != "none",
+        has_tau=has_tau,
+        balanced=balance == "class",
+        shifted=shifted,
+        sorted_labels=sorted_labels,
+    )
+    ordered, label_order = labels.sort(stable=True) if sorted_labels else (labels, labels)
+    loss, prepared = empty_results(
+        z, None if means is None else num_means, weighted=anchor_weight is not None, reduction=reduction,
+        shifted=shifted,
+    )  # fmt: skip
+    state, index, sums, mu = prepared
+    # Ignored rows leave the list's end unwritten: where it is part of the result, that is 0.
+    order = index[-num_rows:].zero_() if reduction == "none" else torch.empty_like(index[:num_rows])
+    with device_guard(z):
+        hycon_prepare_kernel[(num_classes + triton.cdiv(num_rows, VECTOR_BLOCK),)](
+            z, labels, ordered, label_order, pointer(means, z), pointer(seen, z), pointer(anchor_weight, z),
+            temperature if has_tau else state, mu, sums, state, index, order,
+            num_rows, num_means, num_classes, ignore_index, 0.0 if has_tau else temperature, float(mean_weight),
+            **constants, **options,
+        )  # fmt: skip
+    return loss, prepared
 
 
 def hycon_loss_forward(
@@ -411,58 +498,36 @@ def hycon_loss_forward(
     Returns:
         The loss, 0-dim or [N], float32; and what the backward needs.
     """
-    z, labels = z.contiguous(), labels.contiguous()
-    means = None if means is None else means.contiguous()
-    seen = None if seen is None else seen.contiguous()
-    anchor_weight = None if anchor_weight is None else anchor_weight.contiguous()
+    z = z.contiguous()
     num_rows, dim = z.shape
     num_means = 0 if means is None else len(means)
-    num_classes = num_rows if means is None else num_means
-    has_tau = isinstance(temperature, Tensor)
-    has_pull = anchor_weight is not None and reduction != "none"
-    sorted_labels = num_rows * num_classes > _SCAN_LIMIT
-    triangle = shifted and not deterministic
-    prepare, prepare_options = prepare_constants(
-        dim,
-        has_mu=means is not None,
-        has_seen=seen is not None,
-        has_weight=anchor_weight is not None,
-        has_pull=has_pull,
-        has_tau=has_tau,
-        balanced=balance == "class",
-        shifted=shifted,
-        sorted_labels=sorted_labels,
-    )
     constants, options = loss_forward_constants(
         dim,
         z.dtype,
         has_mu=means is not None,
         shifted=shifted,
-        triangle=triangle,
+        triangle=shifted and not deterministic,
         reduction=reduction,
         arch=architecture(z.device),
     )
-    ordered, label_order = labels.sort(stable=True) if sorted_labels else (labels, labels)
-    num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
-    splits = _num_splits(num_rows, num_means, constants)
-    partial_size = 0 if triangle else (1 if shifted else 2) * splits * num_rows
-    partial = torch.empty(partial_size, dtype=torch.float32, device=z.device)
-    loss, prepared = empty_results(
-        z, None if means is None else num_means, weighted=anchor_weight is not None, reduction=reduction,
+    programs, splits, partial = forward_grid(z, num_means, constants)
+    loss, prepared = start_loss(
+        z,
+        labels,
+        means,
+        seen,
+        anchor_weight,
+        temperature,
+        mean_weight=mean_weight,
+        balance=balance,
+        reduction=reduction,
+        ignore_index=ignore_index,
         shifted=shifted,
-    )  # fmt: skip
-    state, index, sums, mu = prepared
-    # Ignored rows leave the list's end unwritten: where it is part of the result, that is 0.
-    order = index[-num_rows:].zero_() if reduction == "none" else torch.empty_like(index[:num_rows])
+    )
     with device_guard(z):
-        hycon_prepare_kernel[(num_classes + triton.cdiv(num_rows, VECTOR_BLOCK),)](
-            z, labels, ordered, label_order, pointer(means, z), pointer(seen, z), pointer(anchor_weight, z),
-            temperature if has_tau else state, mu, sums, state, index, order,
-            num_rows, num_means, num_classes, ignore_index, 0.0 if has_tau else temperature, float(mean_weight),
-            **prepare, **prepare_options,
-        )  # fmt: skip
-        hycon_loss_fwd_kernel[(num_panels * splits,)](
-            z, mu, state, index, partial, loss, num_rows, num_means, num_classes, splits, **constants, **options,
+        hycon_loss_fwd_kernel[(programs,)](
+            z, prepared.mu, prepared.state, prepared.index, partial, loss, num_rows, num_means,
+            num_rows if means is None else num_means, splits, **constants, **options,
         )  # fmt: skip
     return loss, prepared
 

@@ -123,13 +123,13 @@ def resolve_backend(
         _require(device.type == "cuda", f"{op}: backend 'cuda' runs on CUDA tensors; got {device}")
         _require_extension(_extension.has_cuda(), op, "cuda")
     else:
+        _require(dtype != torch.float64, f"{op}: backend 'triton' does not take float64; use 'eager' or 'cpp'")
         on_device = device.type == "cuda" or triton_interprets()
         _require(
             on_device,
             f"{op}: backend 'triton' runs on CUDA tensors; got {device}. "
             "Use backend='cpp' or 'eager' on CPU (TRITON_INTERPRET=1 interprets kernels, for tests)",
         )
-        _require(dtype != torch.float64, f"{op}: backend 'triton' does not take float64; use 'eager' or 'cpp'")
         if not has_triton():
             raise RuntimeError(f"{op}: backend 'triton' needs the triton package; pip install triton (Linux)")
     return requested

@@ -78,10 +78,68 @@ def test_all_around(target: str, dtype: torch.dtype) -> None:
     check(all_around, all_around_reference, leaves, dtype, 1.0, labels=labels, target=target, backend="triton")
 
 
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("target", ["etf", "softmax"])
 @pytest.mark.parametrize("shape", [(100, 64), (1000, 512), (3000, 2048)])
-def test_p2p(shape: tuple[int, int]) -> None:
+def test_p2p(shape: tuple[int, int], target: str, backend: str) -> None:
     leaves = {"x": torch.randn(*shape, device="cuda"), "y": torch.randn(*shape, device="cuda")}
-    check(p2p, p2p_reference, leaves, torch.float32, 1.0)
+    check(p2p, p2p_reference, leaves, torch.float32, 1.0, target=target, backend=backend)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "sum"}, {"reduction": "none"}, {"balance": "none"}, {"seen": True}])
+@pytest.mark.parametrize("n", [500, 40_000])  # labels are compared with every class, and sorted
+def test_hycon_options(n: int, options: dict[str, Any]) -> None:
+    c = 1000
+    if "seen" in options:
+        options = {"seen": torch.arange(c, device="cuda") % 7 != 0, "anchor_weight": torch.rand(n, device="cuda")}
+    labels = torch.randint(0, c, (n,), device="cuda")
+    leaves = {"z": unit_rows(n, 64), "means": torch.randn(c, 64, device="cuda")}
+
+    def summed(function):
+        return lambda **inputs: function(**inputs).sum()
+
+    check(summed(hycon), summed(hycon_reference), leaves, torch.float32, 1.0, labels=labels, **options)
+
+
+@pytest.mark.parametrize("d", [64, 512])
+def test_hycon_learned_temperature(d: int) -> None:
+    leaves = {"z": unit_rows(300, d), "temperature": torch.tensor(0.2, device="cuda")}
+    labels = torch.randint(0, 9, (300,), device="cuda")
+    check(hycon, hycon_reference, leaves, torch.float32, 5.0, labels=labels, backend="triton")
+
+
+def test_hycon_takes_three_launches() -> None:
+    z, labels = unit_rows(600, 128).requires_grad_(), torch.randint(0, 20, (600,), device="cuda")
+    means = torch.randn(20, 128, device="cuda").requires_grad_()
+
+    def step() -> None:
+        z.grad = means.grad = None
+        hycon(z, labels, means, backend="triton").backward()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    launched = [e.name for e in profile.events() or () if e.device_type.name == "CUDA"]
+    ours = [name for name in launched if name.startswith("hycon")]
+    assert sorted(ours) == ["hycon_loss_bwd_kernel", "hycon_loss_fwd_kernel", "hycon_prepare_kernel"]
+    assert len(launched) <= 4, launched  # autograd's first gradient, a one, is filled by torch
+
+
+def test_hycon_of_131072_rows() -> None:
+    z = unit_rows(131_072, 64, dtype=torch.bfloat16)
+    labels = torch.randint(0, 100, (131_072,), device="cuda")
+    loss, dz = gradients(hycon, {"z": z}, labels=labels, balance="none", backend="triton")
+    some = torch.arange(0, 131_072, 8192, device="cuda")  # these anchors' losses by the formula
+    logits = z[some].double() @ z.double().T / 0.1
+    same = labels[some, None] == labels[None, :]
+    logits[torch.arange(len(some)), some] = -torch.inf
+    same[torch.arange(len(some)), some] = False
+    positives = (logits.where(same, 0).sum(1) / same.sum(1)).cpu()
+    want = torch.logsumexp(logits, 1).cpu() - positives
+    got = hycon(z, labels, balance="none", reduction="none", backend="triton")[some].double().cpu()
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=4e-3)
+    assert loss.isfinite() and dz.isfinite().all() and dz.any(1).all()
 
 
 def test_hycon_deterministic_mode_is_bit_equal() -> None:

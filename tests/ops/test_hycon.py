@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc import _extension, hycon
-from allnc.ops._common import Backend, has_triton
+from allnc.ops._common import Backend
 from allnc.ops.hycon import hycon_reference
+from tests.backends import needs_interpreter
 from tests.tolerances import assert_as_exact
 
 CPU_BACKENDS = [
     "eager",
     pytest.param("cpp", marks=pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")),
-    pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="triton not installed")),
+    pytest.param("triton", marks=needs_interpreter),
 ]
 
 

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from allnc import _extension
-from allnc.ops._common import has_triton
+from allnc.ops._common import has_triton, triton_interprets
 from tests.ops._ranks_worker import CASES, SIZES, make_case, run
 from tests.tolerances import assert_as_exact
 
 WORLD = max(SIZES)
-BACKENDS = ["eager", *(["cpp"] if _extension.has_cpp() else []), *(["triton"] if has_triton() else [])]
-
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the processes of this test interpret Triton on the CPU"),
+BACKENDS = [
+    "eager",
+    *(["cpp"] if _extension.has_cpp() else []),
+    *(["triton"] if triton_interprets() and has_triton() else []),
 ]
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
 
 @pytest.fixture(scope="module")
