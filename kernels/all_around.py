@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allnc.kernels._common import architecture, device_guard, matmul_precision, padded_dim, row_class
+from allnc.kernels._common import CHUNKED, architecture, device_guard, matmul_precision, padded_dim, row_class
 from allnc.kernels.hycon_loss import (
     Prepared,
     finish_loss,
@@ -105,7 +105,8 @@ def all_around_constants(
 
     P2P's chunks are of 16 columns: with the warps and stages of HyCon's tiles, whose launch it shares, they need no
     more registers and shared memory than those (chunks of 32 spill on sm_100). On sm_80 they need some more beside
-    panels of 256 bytes a row, and the assembler is told not to spill for the sake of a second program an SM.
+    panels of 256 bytes a row and beside chunks, whose tiles are halved too; the assembler is told not to spill for the
+    sake of a second program an SM.
     """
     constants, options = loss_forward_constants(
         dim, dtype, has_mu=True, shifted=shifted, triangle=triangle, reduction="mean", arch=arch
@@ -117,8 +118,10 @@ def all_around_constants(
         "BLOCK_C": panel_rows(num_classes),
         "BLOCK_F": min(16, padded_dim(features)),
     }
-    if arch < 90 and row_class(dim, dtype) == 256:
+    if arch < 90 and row_class(dim, dtype) in (256, CHUNKED):
         options |= {"maxnreg": 255}
+    if arch < 90 and row_class(dim, dtype) == CHUNKED:
+        constants["BLOCK_N"], constants["BLOCK_C"] = min(constants["BLOCK_N"], 64), min(constants["BLOCK_C"], 32)
     return constants, options
 
 

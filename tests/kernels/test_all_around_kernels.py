@@ -15,6 +15,7 @@ from tests.tolerances import assert_as_exact
 pytest.importorskip("triton")
 
 import allnc.kernels.all_around as kernels
+import allnc.kernels.hycon_loss as hycon_loss
 from allnc.kernels.all_around import all_around_forward
 from allnc.kernels.hycon_loss import hycon_loss_forward
 from allnc.kernels.p2p import p2p_forward
@@ -132,15 +133,16 @@ def test_one_launch_prepares_and_one_has_everything_else(monkeypatch: pytest.Mon
     launched = []
 
     class Counted:
-        def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(kernels, name)
+        def __init__(self, module, name: str) -> None:
+            self.name, self.kernel = name, getattr(module, name)
 
         def __getitem__(self, grid):
             launched.append(self.name)
             return self.kernel[grid]
 
-    for name in ("hycon_prepare_kernel", "all_around_fwd_kernel"):
-        monkeypatch.setattr(kernels, name, Counted(name))
+    for module in (kernels, hycon_loss):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(module, name))
     case = make_case(20, 8, 6, 5)
     x, y = unit_classes(6, 5, case["seen"])
     rest = {"target": "etf", "p2p_temperature": 0.1, **hycon_options()}
