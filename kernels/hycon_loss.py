@@ -384,10 +384,10 @@ def forward_grid(z: Tensor, num_means: int, constants: dict[str, Any]) -> tuple[
     mean_tiles = triton.cdiv(num_means, constants["BLOCK_N"])
     if constants["TRIANGLE"]:
         splits = hycon.num_splits(num_panels, tiles_per_panel, mean_tiles=mean_tiles)
-        return num_panels * splits, splits, z.new_empty(0, dtype=torch.float32)
+        return num_panels * splits, splits, torch.empty(0, dtype=torch.float32, device=z.device)
     splits = hycon.shared_by(num_panels, num_panels * tiles_per_panel + mean_tiles)
     size = (1 if constants["SHIFTED"] else 2) * splits * len(z)
-    return num_panels * splits, splits, z.new_empty(size, dtype=torch.float32)
+    return num_panels * splits, splits, torch.empty(size, dtype=torch.float32, device=z.device)
 
 
 def empty_results(

@@ -60,7 +60,7 @@ class AllNC(nn.Module):
             "auto".
 
     Raises:
-        TypeError, ValueError: an argument out of its range, or a backend that no op of this combination has.
+        TypeError, ValueError: an argument out of its range.
 
     Example:
         >>> import torch
@@ -113,11 +113,6 @@ class AllNC(nn.Module):
         check_integer("feature_dim", feature_dim, minimum=1)
         check_integer("projection_dim", projection_dim, minimum=1)
         check_choice("mean_gradient", mean_gradient, ("exact", "straight_through"))
-        if backend == "triton" and hycon != "softmax":
-            raise ValueError(
-                f"backend must not be 'triton' with hycon={hycon!r}: only softmax HyCon has a Triton kernel. "
-                "Use backend='auto' or hycon='softmax'"
-            )
         self.form, self.hycon_weight, self.alpha = hycon, hycon_weight, alpha
         self.gbbn = GBBN(class_counts, rebalance=rebalance, gamma=gamma, horizon=horizon)
         self.p2p = P2P(

@@ -36,7 +36,7 @@ class P2P(ClassMeans):
         temperature: τ > 0 of the softmax target.
         momentum: share of the old class mean kept at each step, in [0, 1).
         gradient: gradient through the class means, "exact" or "straight_through".
-        backend: "auto", "eager", "cpp" or "cuda", for the class means; P2P is torch operations.
+        backend: "auto", "eager", "cpp" or "cuda" for the class means, or "triton" for P2P; the other is "auto".
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -95,11 +95,12 @@ class P2P(ClassMeans):
 
     def terms(self, means: Tensor, seen: Tensor, weight: Tensor) -> P2PTerms:
         """The three terms for given means [C, F], seen [C] and classifier weight [C, F]."""
+        backend = self.backend_for("triton")
 
         def pair(scale: float, x: Tensor, y: Tensor | None) -> Tensor:
             if scale == 0:
                 return means.new_zeros(())
-            return p2p(x, y, target=self.target, temperature=self.temperature, seen=seen)
+            return p2p(x, y, target=self.target, temperature=self.temperature, seen=seen, backend=backend)
 
         mm = pair(self.means_weight, means, None)
         ww = pair(self.classifier_weight, weight, None)

@@ -269,7 +269,6 @@ def test_build_passes_every_setting() -> None:
         (lambda: GBBN([3, 4], rebalance="ce"), "rebalance must be one of"),  # pyright: ignore[reportArgumentType]
         (lambda: GBBN([3, 4]).eta(1.01), r"progress must be in \[0, 1\]; got 1.01"),
         (lambda: AllNC([3, 4], 4, 4, alpha=math.nan), "alpha must be in"),
-        (lambda: AllNC([3, 4], 4, 4, hycon="cosine", backend="triton"), "backend must not be 'triton'"),
         (lambda: _call_without("softmax"), "z must be given with hycon='softmax'"),
         (lambda: _call_without("cosine"), "h must be given with hycon='cosine'"),
     ],
@@ -283,3 +282,11 @@ def _call_without(form: str) -> None:
     batch = _Batch()
     loss = AllNC(COUNTS, WIDTH, DIM, hycon=form).double()  # pyright: ignore[reportArgumentType]
     loss(batch.features, batch.labels, batch.weight, batch.uniform, batch.rebalance, 0.0)
+
+
+@pytest.mark.parametrize(("chosen", "for_p2p"), [("triton", "triton"), ("eager", "eager"), ("cpp", "auto")])
+def test_p2p_is_given_the_chosen_backend_where_it_has_it(monkeypatch, chosen: Any, for_p2p: str) -> None:
+    given = []
+    monkeypatch.setattr("allnc.losses.p2p.p2p", lambda x, y, *, backend, **_: given.append(backend) or x.sum())
+    P2P(3, 4, backend=chosen).terms(torch.ones(3, 4), torch.ones(3, dtype=torch.bool), torch.ones(3, 4))
+    assert given == [for_p2p] * 3
