@@ -63,7 +63,7 @@ def peaks(device: torch.device, dtype_name: str) -> Peaks:
     copy = _copy_bandwidth(device)
     dtype = getattr(torch, dtype_name.replace("tf32", "float32"))
     if device.type == "cpu":
-        return _cpu_peaks(torch.float64 if dtype == torch.float64 else torch.float32, copy)  # 16 bits: in float32
+        return _cpu_peaks(torch.float32 if dtype == torch.float16 else dtype, copy)  # float16 is widened
     name = torch.cuda.get_device_name(device)
     for known, rates in GPUS.items():
         if known in name:
@@ -77,10 +77,13 @@ def peaks(device: torch.device, dtype_name: str) -> Peaks:
 def _cpu_peaks(dtype: torch.dtype, copy: float) -> Peaks:
     cpu = torch.device("cpu")
     # Small enough for the cache, large enough for all threads. torch.exp2 is several times as fast as torch.exp.
-    x, y = (torch.zeros(1 << 18, dtype=dtype) for _ in range(2))
+    exp_type = torch.float64 if dtype == torch.float64 else torch.float32
+    x, y = (torch.zeros(1 << 18, dtype=exp_type) for _ in range(2))
     exps = x.numel() / _shortest(lambda: torch.exp2(x, out=y), cpu)
     matrix = max(_matrix_rate(size, dtype, cpu) for size in (512, 2048))
-    loop = _multiply_add_rate("double" if dtype == torch.float64 else "float", torch.get_num_threads())
+    loops = {torch.float64: [_FLOAT64], torch.bfloat16: [_BFLOAT16, _FLOAT32]}.get(dtype, [_FLOAT32])
+    rates = (_multiply_add_rate(code, torch.get_num_threads()) for code in loops)
+    loop = next((rate for rate in rates if rate is not None), None)
     source = ("torch.mm" if loop is None or loop < matrix else "a multiply-add loop") + ", torch.exp2 and copy measured"
     return Peaks(flops=max(matrix, loop or 0.0), exps=exps, copy=copy, source=source)
 
@@ -91,43 +94,61 @@ def _matrix_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     return 2.0 * size**3 / _shortest(lambda: torch.mm(a, b, out=c), device)
 
 
-# Twelve independent chains of vector multiply-adds fill the units of any current processor.
-_MULTIPLY_ADD = """
-typedef TYPE Vector __attribute__((vector_size(64)));
+# Twelve independent chains of vector multiply-adds fill the units of any current processor. LANES are the
+# multiply-adds of one instruction.
+_CHAINS = """
 double multiply_add(long rounds) {
-    Vector sums[12], a = {0}, b = {0};
-    a += (TYPE)0.999;
-    b += (TYPE)0.001;
-    for (int k = 0; k < 12; k++) { sums[k] = b * (TYPE)k; }
+    Vector sums[12], zero = {0};
+    for (int k = 0; k < 12; k++) { sums[k] = zero + (float)k; }  /* unlike, or the compiler makes them one */
     for (long i = 0; i < rounds; i++) {
         #pragma GCC unroll 12
-        for (int k = 0; k < 12; k++) { sums[k] = sums[k] * a + b; }
+        for (int k = 0; k < 12; k++) { sums[k] = STEP; }
     }
     for (int k = 1; k < 12; k++) { sums[0] += sums[k]; }
     return sums[0][0];
 }
+long lanes(void) { return LANES; }
 """
+_PLAIN = """
+typedef TYPE Vector __attribute__((vector_size(64)));
+#define LANES (64 / sizeof(TYPE))
+#define STEP sums[k] * (TYPE)0.999 + (TYPE)0.001
+"""
+_FLOAT32, _FLOAT64 = (_PLAIN.replace("TYPE", name) + _CHAINS for name in ("float", "double"))
+# Pairs of bfloat16, where the processor has them; elsewhere this does not compile.
+_BFLOAT16 = (
+    """
+#include <immintrin.h>
+#ifndef __AVX512BF16__
+#error "no bfloat16 products"
+#endif
+typedef __m512 Vector;
+#define LANES 32
+#define STEP _mm512_dpbf16_ps(sums[k], _mm512_cvtne2ps_pbh(one, one), _mm512_cvtne2ps_pbh(one, one))
+static const __m512 one = {1};
+"""
+    + _CHAINS
+)
 
 
-def _multiply_add_rate(type_name: str, threads: int) -> float | None:
-    """FLOP/s of multiply-adds in registers on some threads; None without a C compiler."""
+def _multiply_add_rate(code: str, threads: int) -> float | None:
+    """FLOP/s of multiply-adds in registers on some threads; None without a C compiler or such instructions."""
     compiler = shutil.which("cc")
     if compiler is None:
         return None
     rounds = 1_000_000
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "peak.c"), Path(folder, "peak.so")
-        source.write_text(_MULTIPLY_ADD.replace("TYPE", type_name))
-        command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-o", library, source]
+        source, path = Path(folder, "peak.c"), Path(folder, "peak.so")
+        source.write_text(code)
+        command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-o", path, source]
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
             return None
-        function = ctypes.CDLL(str(library)).multiply_add
-    function.argtypes, function.restype = [ctypes.c_long], ctypes.c_double
+        library = ctypes.CDLL(str(path))
+    library.multiply_add.argtypes, library.multiply_add.restype = [ctypes.c_long], ctypes.c_double
     with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-        run = lambda: list(pool.map(function, [rounds] * threads))  # noqa: E731
+        run = lambda: list(pool.map(library.multiply_add, [rounds] * threads))  # noqa: E731
         seconds = _shortest(run, torch.device("cpu"))
-    lanes = 64 // (8 if type_name == "double" else 4)
-    return 2.0 * 12 * lanes * rounds * threads / seconds
+    return 2.0 * 12 * library.lanes() * rounds * threads / seconds
 
 
 def _copy_bandwidth(device: torch.device) -> float:
