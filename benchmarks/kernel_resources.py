@@ -31,6 +31,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton
 
 from allnc.kernels.aot import (
+    PREDICTED,
     SHARED_LIMIT,
     Resources,
     Variant,
@@ -52,7 +53,7 @@ COLUMNS = (
 
 def against_prediction(variant: Variant, used: Resources) -> list[object]:
     """Products and exponentials of the fullest loop, what is predicted for them, and their ratios."""
-    if variant.kernel not in ("hycon_fwd", "hycon_bwd", "hycon_wave"):
+    if variant.kernel not in PREDICTED:
         return [""] * 6
     want = predicted(variant)
     products: list[object] = ["", "", ""]  # float32 without tensor cores

@@ -122,6 +122,9 @@ _KERNELS: dict[str, Any] = {
     "unit_bwd_rows": centred_unit.unit_bwd_rows_kernel,
 }
 
+# Those whose loops the formulas predict.
+PREDICTED = ("hycon_fwd", "hycon_bwd", "hycon_wave", "hycon_loss_fwd", "hycon_loss_bwd")
+
 _CLASSES = 1000  # C, where block sizes depend on it
 _SMALL_BATCH, _LARGE_BATCH = 512, 65536  # N, where they depend on it
 

@@ -76,6 +76,17 @@ def test_one_exponential_an_element(compiled: list[dict[str, Any]]) -> None:
             assert row["counts"]["MUFU.EX2"] == 3 * elements, label(row)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", ["hycon_loss_fwd", "hycon_loss_bwd"])
+def test_the_loops_of_whole_losses_are_those_of_lse(compiled: list[dict[str, Any]], kernel: str, arch: int) -> None:
+    for row in select(compiled, arch=arch, kernel=kernel):
+        products, exponentials = row["predicted"]["products"][0], row["predicted"]["exponentials"]
+        main = [loop for loop in row["loops"] if loop["products"]]
+        assert main, label(row)
+        for loop in main:
+            assert (loop["products"], loop["counts"]["MUFU.EX2"]) == (products, exponentials), label(row)
+
+
 def loops_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Its loops, and the code in none: the diagonal's one trip, and the end of a tile of K."""
     return [*row["loops"], row["outside"]]
