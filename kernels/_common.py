@@ -19,6 +19,8 @@ from triton import knobs
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LEAST_SCALED = tl.constexpr(1e-30)  # keeps a scale finite where all that it scales is 0
+VECTOR_BLOCK = 1024  # labels or rows a step of what only touches vectors
 
 
 class Blocks(NamedTuple):

@@ -189,7 +189,7 @@ def _modes(arch: int, dim: int, dtype: torch.dtype) -> Iterator[_Mode]:
 
 def _loss_modes(arch: int, dim: int, dtype: torch.dtype, features: int) -> Iterator[_Mode]:
     """The kernels of whole losses, for as many columns as they take."""
-    if hycon.backward_constants(dim, dtype, has_mu=True, shifted=True, arch=arch)[0]["BLOCK_G"] < dim:
+    if not hycon_loss.fits(dim, dtype, arch):
         return
     for mode, sorted_labels, weighted in (("scan", False, True), ("sorted", True, False)):
         yield (
@@ -247,7 +247,7 @@ def _class_modes(features: int) -> Iterator[_Mode]:
             yield "p2p_finish", f"{target}, {blocks}", (p2p.p2p_finish_constants(forward[0]), {})
     constants, options = centred_unit.unit_constants(features)
     for name in ("unit_sums", "unit_rows", "unit_bwd_sums", "unit_bwd_rows"):
-        shares = {"SHARES": centred_unit._SHARES} if name == "unit_rows" else {}
+        shares = {"SHARES": centred_unit.SHARES} if name == "unit_rows" else {}
         yield name, "", (constants | shares, options)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from allnc.kernels._common import device_guard, narrow, padded_dim, pointer
 from allnc.kernels.p2p import count_seen
 
-_SHARES = 64
+SHARES = 64
 _NOISE = tl.constexpr(8 * torch.finfo(torch.float32).eps)
 
 
@@ -209,7 +209,7 @@ def unit_constants(features: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def shares_of(num_classes: int, block_c: int) -> tuple[int, int]:
     """Number of shares of the classes and rows of a share, a multiple of BLOCK_C."""
     panels = triton.cdiv(num_classes, block_c)
-    share_rows = triton.cdiv(panels, _SHARES) * block_c
+    share_rows = triton.cdiv(panels, SHARES) * block_c
     return triton.cdiv(num_classes, share_rows), share_rows
 
 
@@ -240,7 +240,7 @@ def centred_unit_forward(x: Tensor, y: Tensor | None, seen: Tensor) -> tuple[Ten
         )
         unit_rows_kernel[(sides * triton.cdiv(num_classes, constants["BLOCK_C"]),)](
             x, pointer(y, x), seen, sums, squares, u, pointer(v, u), scale, num_classes, num_shares,
-            **constants, SHARES=_SHARES, **options,
+            **constants, SHARES=SHARES, **options,
         )  # fmt: skip
     return u, v, scale
 

@@ -44,8 +44,10 @@ import triton.language as tl
 from torch import Tensor
 
 from allnc.kernels._common import (
+    LEAST_SCALED,
     LN_2,
     LOG2_E,
+    VECTOR_BLOCK,
     architecture,
     backward_blocks,
     device_guard,
@@ -55,12 +57,11 @@ from allnc.kernels._common import (
     pointer,
     row_class,
 )
-from allnc.kernels.hycon_panels import backward_panel, forward_panel, store_tile
+from allnc.kernels.hycon_panels import backward_panel, forward_sums, store_tile
 
 # float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g|
 # is 2^14: |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
 HALF_SCALE = tl.constexpr(16384.0)
-LEAST_GRAD = tl.constexpr(1e-30)  # keeps the scale finite where all of g is 0
 
 
 @triton.jit(do_not_specialize=["N", "C", "num_splits", "part", "parts"])
@@ -86,10 +87,20 @@ def hycon_fwd_kernel(
     BLOCK_D: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    forward_panel(
-        tl.program_id(0), z_ptr, mu_ptr, a_ptr, b_ptr, temperature_ptr, out_ptr, N, C, num_splits,
-        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT, part, parts,
+    """One split of one panel of one part: adds to the sums of exponentials (TRIANGLE), or writes the panel's lse."""
+    rows, maximum, total = forward_sums(
+        tl.program_id(0), z_ptr, mu_ptr, a_ptr, b_ptr, temperature_ptr, out_ptr, N, C, num_splits, part, parts,
+        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
     )  # fmt: skip
+    if TRIANGLE:
+        tl.atomic_add(out_ptr + rows, total, mask=rows < N, sem="relaxed")
+    else:
+        # The maximum is that of z_i·z_j: one rounding makes it lse, as large as 1/τ, and the backward undoes
+        # it with the same 1/τ.
+        shift = 1.0 / tl.load(temperature_ptr)
+        if not SHIFTED:
+            shift *= maximum
+        tl.store(out_ptr + rows, tl.log2(total) * LN_2 + shift, mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -128,7 +139,7 @@ def hycon_bwd_terms_kernel(
     used = (grad != 0) & (lse != float("-inf"))
     lse = tl.where(used, lse, float("inf"))
     if SCALED:
-        grad *= HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), LEAST_GRAD)
+        grad *= HALF_SCALE / tl.maximum(tl.load(grad_max_ptr), LEAST_SCALED)
     stored = index < N + C
     if SHIFTED:
         exponent = (1.0 / tl.load(temperature_ptr) - lse) * LOG2_E
@@ -169,7 +180,7 @@ def hycon_bwd_kernel(
     )  # fmt: skip
     factor = 1.0 / tl.load(temperature_ptr)
     if SCALED:
-        factor *= tl.maximum(tl.load(grad_max_ptr), LEAST_GRAD) / HALF_SCALE
+        factor *= tl.maximum(tl.load(grad_max_ptr), LEAST_SCALED) / HALF_SCALE
     dx_ptr = dz_ptr
     if HAS_MU:
         if of_mean:
@@ -179,7 +190,6 @@ def hycon_bwd_kernel(
 
 # Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.
 PROGRAMS = 264
-_VECTOR_BLOCK = 1024  # rows a program of the two kernels that only touch vectors
 
 
 def forward_constants(
@@ -232,12 +242,12 @@ def backward_constants(
 
 def terms_constants(backward: dict[str, Any]) -> dict[str, Any]:
     """Compile-time arguments of `hycon_bwd_terms_kernel`, from those of the backward it prepares."""
-    return {name: backward[name] for name in ("HAS_MU", "SHIFTED", "SCALED")} | {"BLOCK": _VECTOR_BLOCK}
+    return {name: backward[name] for name in ("HAS_MU", "SHIFTED", "SCALED")} | {"BLOCK": VECTOR_BLOCK}
 
 
 def finish_constants() -> dict[str, Any]:
     """Compile-time arguments of `hycon_finish_kernel`."""
-    return {"BLOCK": _VECTOR_BLOCK}
+    return {"BLOCK": VECTOR_BLOCK}
 
 
 def num_splits(num_panels: int, tiles_per_panel: int, parts: int = 1, mean_tiles: int = 0) -> int:
@@ -248,12 +258,6 @@ def num_splits(num_panels: int, tiles_per_panel: int, parts: int = 1, mean_tiles
 def shared_by(num_panels: int, tiles: int) -> int:
     """Programs that share a panel of so many tiles: enough for the device, at most one a tile."""
     return max(1, min(PROGRAMS // num_panels, tiles))
-
-
-def finish_triangle(sums: Tensor, temperature: Tensor) -> None:
-    """Turn the triangle's sums of exponentials [N] into lse, in place."""
-    grid = (triton.cdiv(len(sums), _VECTOR_BLOCK),)
-    hycon_finish_kernel[grid](sums, temperature, len(sums), **finish_constants())
 
 
 def hycon_lse_forward(
@@ -307,7 +311,8 @@ def hycon_lse_forward(
             splits, part, parts, **constants, **options,
         )  # fmt: skip
         if triangle:
-            finish_triangle(out, temperature)
+            finish = (triton.cdiv(num_rows, VECTOR_BLOCK),)
+            hycon_finish_kernel[finish](out, temperature, num_rows, **finish_constants())
     return out
 
 
@@ -354,7 +359,7 @@ def hycon_lse_backward(
     block_m = constants["BLOCK_M"]
     num_panels = triton.cdiv(own, block_m) + triton.cdiv(num_means, block_m)
     with device_guard(z):
-        hycon_bwd_terms_kernel[(triton.cdiv(num_rows + num_means, _VECTOR_BLOCK),)](
+        hycon_bwd_terms_kernel[(triton.cdiv(num_rows + num_means, VECTOR_BLOCK),)](
             grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,
             **terms_constants(constants),
         )  # fmt: skip

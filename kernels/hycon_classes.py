@@ -29,13 +29,12 @@ import torch
 import triton
 import triton.language as tl
 
-from allnc.kernels._common import narrow, padded_dim
+from allnc.kernels._common import LEAST_SCALED, VECTOR_BLOCK, narrow, padded_dim
 
 SCALARS = tl.constexpr(16)  # floats before the rows of `state`, so that they start 64 bytes in
 LEAST_NORM = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
 _BELOW = tl.constexpr(False)
 _UP_TO = tl.constexpr(True)
-LEAST_WEIGHT = tl.constexpr(1e-30)  # keeps the scale finite where all weights are 0
 
 
 @triton.jit
@@ -375,7 +374,7 @@ def hycon_weigh_kernel(
     q_ptr = u_ptr + 3 * width
     scale = 1.0
     if SCALED:
-        scale = 1.0 / tl.maximum(tl.load(grad_max_ptr), LEAST_WEIGHT)
+        scale = 1.0 / tl.maximum(tl.load(grad_max_ptr), LEAST_SCALED)
     if program < num_classes:
         first = tl.load(index_ptr + N + program)
         count = tl.load(index_ptr + N + num_classes + program)
@@ -396,7 +395,6 @@ def hycon_weigh_kernel(
         tl.store(weighted_ptr + width + rows, q * grad, mask=rows < width)
 
 
-VECTOR_BLOCK = 1024  # labels or rows a step of the loops over all of them
 _CLASS_TILE = 4096  # elements of z a class's program adds up at once: 32 registers a thread
 
 

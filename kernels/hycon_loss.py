@@ -33,13 +33,11 @@ import triton.language as tl
 from torch import Tensor
 
 from allnc.kernels import hycon
-from allnc.kernels._common import LN_2, LOG2_E, architecture, device_guard, pointer
+from allnc.kernels._common import LEAST_SCALED, LN_2, LOG2_E, VECTOR_BLOCK, architecture, device_guard, pointer
 from allnc.kernels.hycon import HALF_SCALE
 from allnc.kernels.hycon_classes import (
     LEAST_NORM,
-    LEAST_WEIGHT,
     SCALARS,
-    VECTOR_BLOCK,
     gather_tile,
     hycon_prepare_kernel,
     hycon_weigh_kernel,
@@ -82,7 +80,7 @@ def finish_loss(
         per_weight = 1.0 / tl.where(total_weight == 0, 1.0, total_weight)
     scale = 1.0
     if SCALED:
-        scale = HALF_SCALE / tl.maximum(tl.max(largest, 0), LEAST_WEIGHT)
+        scale = HALF_SCALE / tl.maximum(tl.max(largest, 0), LEAST_SCALED)
     tl.store(state_ptr + 1, per_weight)
     tl.store(state_ptr + 2, scale)
 
@@ -269,7 +267,7 @@ def hycon_loss_bwd_kernel(
         factor *= tl.load(grad_ptr)
     of_lse = factor / (tau * tl.load(state_ptr + 2))
     if NONE and SCALED:
-        of_lse *= tl.maximum(tl.load(grad_ptr), LEAST_WEIGHT)  # the largest gradient of a row, left out of u
+        of_lse *= tl.maximum(tl.load(grad_ptr), LEAST_SCALED)  # the largest gradient of a row, left out of u
     columns = tl.arange(0, BLOCK_G)
     for first in range(0, BLOCK_M, BLOCK_R):
         rows = start + first + tl.arange(0, BLOCK_R)
@@ -371,9 +369,9 @@ def loss_backward_constants(
     return constants | {"HAS_PULL": has_pull, "HAS_TAU": has_tau, "NONE": none, "BLOCK_R": block_r}, options
 
 
-def fits(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+def fits(dim: int, dtype: torch.dtype, arch: int) -> bool:
     """Whether one program of the backward forms whole rows of the gradient, which these kernels rely on."""
-    constants, _ = hycon.backward_constants(dim, dtype, has_mu=True, shifted=True, arch=architecture(device))
+    constants, _ = hycon.backward_constants(dim, dtype, has_mu=True, shifted=True, arch=arch)
     return constants["BLOCK_G"] >= dim
 
 

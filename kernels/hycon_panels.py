@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from allnc.kernels._common import LN_2, LOG2_E, load_tile, matmul, narrow, similarity
+from allnc.kernels._common import LOG2_E, load_tile, matmul, narrow, similarity
 
 
 @triton.jit
@@ -129,46 +129,6 @@ def forward_sums(
             b_columns = tl.load(b_ptr + columns, mask=columns < C, other=0.0)
             maximum, total, _ = add_tile(maximum, total, s, b_columns, scale, SHIFTED)
     return rows, maximum, total
-
-
-@triton.jit
-def forward_panel(
-    program,
-    z_ptr,
-    mu_ptr,
-    a_ptr,
-    b_ptr,
-    temperature_ptr,
-    out_ptr,
-    N,
-    C,
-    num_splits,
-    D: tl.constexpr,
-    HAS_MU: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    TRIANGLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    part=0,
-    parts=1,
-):
-    """One split of one panel of one part: adds to the sums of exponentials (TRIANGLE), or writes the panel's lse."""
-    rows, maximum, total = forward_sums(
-        program, z_ptr, mu_ptr, a_ptr, b_ptr, temperature_ptr, out_ptr, N, C, num_splits, part, parts,
-        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
-    )  # fmt: skip
-    if TRIANGLE:
-        tl.atomic_add(out_ptr + rows, total, mask=rows < N, sem="relaxed")
-    else:
-        # The maximum is that of z_i·z_j: one rounding makes it lse, as large as 1/τ, and the backward undoes
-        # it with the same 1/τ.
-        shift = 1.0 / tl.load(temperature_ptr)
-        if not SHIFTED:
-            shift *= maximum
-        tl.store(out_ptr + rows, tl.log2(total) * LN_2 + shift, mask=rows < N)
 
 
 @triton.jit

@@ -32,6 +32,8 @@ from torch import Tensor
 
 from allnc.kernels import hycon
 from allnc.kernels._common import (
+    LEAST_SCALED,
+    VECTOR_BLOCK,
     architecture,
     device_guard,
     launch_options,
@@ -43,9 +45,7 @@ from allnc.kernels._common import (
     wave_blocks,
 )
 from allnc.kernels.hycon import (
-    _VECTOR_BLOCK,
     HALF_SCALE,
-    LEAST_GRAD,
     hycon_bwd_terms_kernel,
     terms_constants,
 )
@@ -222,7 +222,7 @@ def hycon_wave_backward(
     terms = torch.empty((2 if shifted else 3, num_terms), dtype=torch.float32, device=z.device)
     factor = 1 / temperature  # 0-dim
     if scaled:
-        factor = factor * grad_max.clamp(min=LEAST_GRAD.value) / HALF_SCALE.value
+        factor = factor * grad_max.clamp(min=LEAST_SCALED.value) / HALF_SCALE.value
     dz = torch.empty((own, dim), dtype=z.dtype, device=z.device)
     workspace = torch.empty((min(WAVE, own), width), dtype=z.dtype, device=z.device)
     dz_sum = torch.empty((len(workspace), rows.shape[1]), dtype=torch.float32, device=z.device)
@@ -234,7 +234,7 @@ def hycon_wave_backward(
 
     with device_guard(z):
         choice = {"HAS_MU": mu is not None, "SHIFTED": shifted, "SCALED": scaled}
-        hycon_bwd_terms_kernel[(triton.cdiv(num_terms, _VECTOR_BLOCK),)](
+        hycon_bwd_terms_kernel[(triton.cdiv(num_terms, VECTOR_BLOCK),)](
             grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,
             **terms_constants(choice),
         )  # fmt: skip

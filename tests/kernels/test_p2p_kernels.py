@@ -210,7 +210,7 @@ def test_centred_unit_rows_of_any_shape_and_mask(data: st.DataObject, c: int, f:
 
 def test_many_classes_share_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """More panels than shares: a share has several panels, the last one fewer rows."""
-    monkeypatch.setattr(p2p_units, "_SHARES", 4)
+    monkeypatch.setattr(p2p_units, "SHARES", 4)
     constants, _ = p2p_units.unit_constants(1100)
     assert constants["BLOCK_C"] == 4 and p2p_units.shares_of(66, 4) == (4, 20)
     check_units(66, 1100, (torch.float32,) * 2, (torch.arange(66) % 7 != 1).to(DEVICE))

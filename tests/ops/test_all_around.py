@@ -12,8 +12,8 @@ from torch import Tensor
 from allnc import AllAroundLosses, all_around, hycon, p2p
 from allnc.ops._common import Backend
 from allnc.ops.all_around import all_around_reference
+from tests.backends import needs_interpreter
 from tests.ops.test_hycon import CPU_BACKENDS
-from tests.ops.test_p2p import triton_or_skip
 from tests.tolerances import assert_as_exact
 
 NAMES = ("z", "proj_means", "means", "weights")
@@ -131,9 +131,9 @@ def test_every_option(backend: Backend, target: str) -> None:
         assert (leaf.grad is not None) == of_weights
 
 
+@needs_interpreter
 @pytest.mark.parametrize("learned", [False, True])
 def test_ops_of_the_one_launch_pass_opcheck(learned: bool) -> None:
-    triton_or_skip()
     case = make_case(9, 6, 4, 5)
     leaves = [case[name].requires_grad_() for name in NAMES]
     tau = torch.tensor(0.2, requires_grad=True) if learned else None
@@ -148,9 +148,9 @@ def test_ops_of_the_one_launch_pass_opcheck(learned: bool) -> None:
     torch.library.opcheck(torch.ops.allnc.all_around_backward.default, backward)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 def test_one_launch_forward_and_two_backward_beside_the_preparations(target: str, monkeypatch) -> None:
-    triton_or_skip()
     import allnc.kernels.all_around
     import allnc.kernels.centred_unit
     import allnc.kernels.hycon

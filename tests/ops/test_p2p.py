@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc.ops import p2p as public_p2p
-from allnc.ops._common import triton_interprets
 from allnc.ops.centred_unit import centred_unit
 from allnc.ops.p2p import Blocks, Target, p2p, p2p_blocks, p2p_reference, pair_form
+from tests.backends import needs_interpreter
 from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
@@ -269,17 +269,11 @@ def test_compiles_without_a_break(shape: tuple[int, int], with_y: bool) -> None:
         assert error(g, w) < 1e-6
 
 
-def triton_or_skip() -> None:
-    pytest.importorskip("triton")
-    if not triton_interprets():
-        pytest.skip("Triton interprets nothing here: kernels on a GPU are tested in tests/gpu")
-
-
+@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 @pytest.mark.parametrize("with_y", [False, True])
 def test_triton_is_as_good_as_eager(dtype: torch.dtype, target: Target, with_y: bool) -> None:
-    triton_or_skip()
     generator = torch.Generator().manual_seed(1)
     rows = [(torch.randn(21, 34, generator=generator) + 1).to(dtype), torch.randn(21, 34, generator=generator)]
     seen = torch.arange(21) % 5 != 2
@@ -297,10 +291,10 @@ def test_triton_is_as_good_as_eager(dtype: torch.dtype, target: Target, with_y: 
         assert_as_exact(got, eager, reference)
 
 
+@needs_interpreter
 @settings(max_examples=8, deadline=None)
 @given(data=st.data(), num_classes=st.integers(1, 12), dim=st.integers(1, 10), with_y=st.booleans())
 def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: int, with_y: bool) -> None:
-    triton_or_skip()
     seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes)))
     target = data.draw(st.sampled_from(("auto", "etf", "softmax")))
     exact = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
@@ -313,9 +307,9 @@ def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: in
         assert_as_exact(g, s, w, scale=max(1.0, float(w.abs().max())) ** 2)
 
 
+@needs_interpreter
 @pytest.mark.parametrize(("form", "blocks"), [("pairwise", "all"), ("softmax", "cross"), ("softmax", "own")])
 def test_triton_ops_pass_opcheck(form: str, blocks: str) -> None:
-    triton_or_skip()
     leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(5, 3, with_y=True)]
     seen = torch.tensor([True, True, False, True, True])
     sides = (leaves[0], None if blocks == "own" else leaves[1])
@@ -332,9 +326,9 @@ def test_triton_ops_pass_opcheck(form: str, blocks: str) -> None:
     torch.library.opcheck(torch.ops.allnc.p2p_blocks_backward.default, (torch.ones_like(values), kept, *sides, *rest))
 
 
+@needs_interpreter
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 def test_triton_compiles_without_a_break(target) -> None:
-    triton_or_skip()
     seen = torch.arange(10) != 1
     leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(10, 16, with_y=True)]
 
@@ -347,9 +341,9 @@ def test_triton_compiles_without_a_break(target) -> None:
         assert torch.equal(g, w)
 
 
+@needs_interpreter
 def test_triton_backend_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward two launches for the rows and two for the value, backward one and two."""
-    triton_or_skip()
     import allnc.kernels.centred_unit as units
     import allnc.kernels.p2p as pairs
 
