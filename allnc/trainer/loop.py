@@ -12,7 +12,7 @@ from rich.console import Console
 
 from allnc.config import Config
 from allnc.data import Batch, TrainLoader, load
-from allnc.losses.build import build_loss
+from allnc.losses.build import LOSSES, build_loss
 from allnc.metrics.plots import plot_angles, plot_curves
 from allnc.models import build_model
 from allnc.trainer import checkpoint
@@ -23,6 +23,7 @@ from allnc.trainer.runlog import RunLog, final_table, finite
 from allnc.trainer.runtime import (
     git_commit,
     pick_device,
+    pick_matmul_precision,
     pick_precision,
     random_state,
     restore_random_state,
@@ -51,6 +52,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = pick_device(config.train)
+        torch.set_float32_matmul_precision(pick_matmul_precision(config.train, self.device))
         self.dtype = pick_precision(config.train, self.device)
         if self.device.type == "cpu":
             if config.train.threads is not None:
@@ -64,21 +66,21 @@ class Run:
                 f"the training set must have an image of every class; class {int(self.counts.argmin())} has none"
             )
 
-        two_branches = config.loss.name == "allnc"
+        entry = LOSSES[config.loss.name]
         self.loader = TrainLoader(
             self.train_set,
             config.data,
             batch_size=config.train.batch_size,
             seed=config.seed,
-            two_batches=two_branches and config.data.rebalance_sampler != "uniform",
+            two_batches=entry.two_branches and config.data.rebalance_sampler != "uniform",
             device=self.device,
         )
         model = build_model(
             config.model,
             in_channels=self.train_set.channels,
             num_classes=self.train_set.num_classes,
-            head=config.loss.head,
-            two_branches=two_branches,
+            head=entry.head(config.loss),
+            two_branches=entry.two_branches,
         )
         self.memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory)
@@ -213,25 +215,29 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
 
 
 def forward(run: Run, batch: Batch, *, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss of a batch and its parts; the model runs under autocast, the loss in fp32."""
+    """Return the loss of a batch and its parts.
+
+    The model runs under autocast. The loss takes features and projections in the type they come in and adds up in
+    float32, as it does logits.
+    """
     images = batch.images.contiguous(memory_format=run.memory)
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
         output = run.model(images)
     result = run.loss(
-        output.features.float(),
+        output.features,
         batch.labels,
         run.model.classifier_weight,
         (
-            batch.branch(output.logits_uniform.float(), rebalance=False),
+            batch.branch(output.logits_uniform, rebalance=False),
             batch.branch(batch.labels, rebalance=False),
         ),
         (
-            batch.branch(output.logits_rebalance.float(), rebalance=True),
+            batch.branch(output.logits_rebalance, rebalance=True),
             batch.branch(batch.labels, rebalance=True),
         ),
         progress,
         z=output.z,
-        h=None if output.h is None else output.h.float(),
+        h=output.h,
         num_views=run.config.data.views,
     )
     return result.total, result.parts
