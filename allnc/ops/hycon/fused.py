@@ -15,7 +15,7 @@ from allnc.ops._common import accumulation_dtype, validated_labels
 from allnc.ops.hycon.options import Batch, Options
 
 MAX_DIM = 256  # the widest rows of which one Triton program can hold a panel's whole gradient
-_CPP_STATE_ROWS = 6  # see csrc/schema.cpp
+_CPP_STATE_ROWS = 3  # see csrc/schema.cpp
 
 
 def fuses(batch: Batch, options: Options, backend: str) -> bool:
