@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from allnc.ops.hycon_triton import MAX_DIM, fuses, hycon_fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc.ops.hycon import hycon_reference, uses_constant_shift
-from allnc.ops.hycon_triton import MAX_DIM, fuses, hycon_fused
 from tests.tolerances import assert_as_exact
 
 pytest.importorskip("triton")
