@@ -27,7 +27,7 @@ from allnc.kernels._common import device_guard, narrow, padded_dim, pointer
 from allnc.kernels.p2p import count_seen
 
 SHARES = 64
-_NOISE = tl.constexpr(8 * torch.finfo(torch.float32).eps)
+_SQUARED_NOISE = tl.constexpr((8 * torch.finfo(torch.float32).eps) ** 2)
 
 
 @triton.jit
@@ -129,7 +129,8 @@ def unit_rows_kernel(
     x = load_rows(x_ptr, y_ptr, side, offsets, mask)
     centred = tl.where(mask, x - centre[None, :], 0.0)
     squared = tl.sum(centred * centred, 1)
-    has_direction = squared > _NOISE * _NOISE * largest
+    # The tensor is on the left: where the constant is, the interpreter of Triton 3.8 makes the product a constant.
+    has_direction = squared > largest * _SQUARED_NOISE
     scale = tl.where(has_direction, tl.rsqrt(tl.where(has_direction, squared, 1.0)), 0.0)
     out_ptr = u_ptr
     if side == 1:

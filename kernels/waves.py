@@ -121,17 +121,19 @@ def hycon_wave_kernel(
     row_terms = pair_terms(term_ptr, term_ptr, rows, rows < N, num_terms, SHIFTED)
     inverse_temperature = 1.0 / tl.load(temperature_ptr)
     k_panel = k_ptr + tl.cast(origin, tl.int64) * width
-    # A quarter of the columns at a time: the terms of all columns at once would take more registers than the sums do,
-    # and leave one block a multiprocessor, with nothing to compute while it forms K.
+    # A few columns at a time: the terms of all columns at once would take more registers than the sums do, and leave
+    # one block a multiprocessor, with nothing to compute while it forms K.
     left, right = halves(s, BLOCK_M, BLOCK_N)
-    QUARTER: tl.constexpr = BLOCK_N // 4
-    for side in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
-        pair = halves(left if side == 0 else right, BLOCK_M, BLOCK_N // 2)
-        for part in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
-            write_coefficients(
-                pair[part], row_terms, rows, first + (2 * side + part) * QUARTER, count - origin, term_ptr,
-                inverse_temperature, k_panel, num_terms, width, SHIFTED, BLOCK_M, QUARTER,
-            )  # fmt: skip
+    PIECE: tl.constexpr = BLOCK_N // 8
+    for i in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+        half = halves(left if i == 0 else right, BLOCK_M, BLOCK_N // 2)
+        for j in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+            pair = halves(half[j], BLOCK_M, BLOCK_N // 4)
+            for k in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+                write_coefficients(
+                    pair[k], row_terms, rows, first + (4 * i + 2 * j + k) * PIECE, count - origin, term_ptr,
+                    inverse_temperature, k_panel, num_terms, width, SHIFTED, BLOCK_M, PIECE,
+                )  # fmt: skip
 
 
 def wave_constants(dim: int, dtype: torch.dtype, *, shifted: bool, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
