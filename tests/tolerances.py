@@ -16,9 +16,9 @@ from torch import Tensor
 FACTOR = 2.0
 SHARPEST = 0.05  # of the largest wanted entry: half of what 1.1 · want is off
 
-# float32: exponents of size 1/τ = 50 are rounded, and the exponentials relatively by as much. 16-bit types: inputs of the
-# matrix products, coefficients and gradients are rounded to 2^-9 (bfloat16) or 2^-12 (float16), and the class means,
-# whose unit rows are rounded too, are multiplied by 1/τ. "tf32": float32 whose products are rounded to 2^-11.
+# float32: exponents of size 1/τ = 50 are rounded, and the exponentials relatively by as much. 16-bit types: inputs of
+# the matrix products, coefficients and gradients are rounded to 2^-9 (bfloat16) or 2^-12 (float16), and the class
+# means, whose unit rows are rounded too, are multiplied by 1/τ. "tf32": float32 with factors rounded to 2^-11.
 RELATIVE: dict[torch.dtype | str, float] = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,

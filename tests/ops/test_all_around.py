@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from allnc import AllAroundLosses, all_around
 from allnc.ops._common import Backend
