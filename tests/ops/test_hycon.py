@@ -15,7 +15,7 @@ from torch import Tensor
 
 from allnc import _extension, hycon
 from allnc.ops._common import Backend
-from allnc.ops.hycon import hycon_reference
+from allnc.ops.hycon import Reduction, hycon_reference
 from tests.backends import needs_interpreter
 from tests.cases import check_against_float64, make_case, rounding_of, unit_rows, value_and_gradients
 from tests.launches import Dispatches, count_launches, opcheck_all
@@ -161,6 +161,26 @@ def test_anchor_weights_seen_and_ignored_rows(backend: Backend) -> None:
     weight = torch.rand(23)
     weight[3] = 0
     check(case, backend, seen=seen, anchor_weight=weight)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradient_of_anchor_weights_some_of_which_are_zero(backend: Backend, reduction: Reduction) -> None:
+    """An anchor of weight 0 has no share of the loss, but its weight has a gradient: its value (less the mean's)."""
+    case, weight = make_case(), torch.linspace(0, 2, 37)
+    weight[5::6] = 0
+    results = []
+    for function, dtype in (
+        (functools.partial(hycon, backend=backend), torch.float32),
+        (hycon_reference, torch.float64),
+    ):
+        g = weight.to(dtype, copy=True).requires_grad_()
+        z, means = (case[name].to(dtype, copy=True).requires_grad_() for name in ("z", "means"))
+        loss = function(z, case["labels"], means, anchor_weight=g, reduction=reduction)
+        (loss * torch.linspace(0.5, 1.5, loss.numel(), dtype=dtype).reshape(loss.shape)).sum().backward()
+        results.append((loss, g.grad, z.grad, means.grad))
+    for got, want in zip(*results, strict=True):
+        assert_near(got, want)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
