@@ -32,6 +32,7 @@ from allnc._checks import check_choice
 from allnc.ops._common import (
     Backend,
     check_floating,
+    check_no_tangent,
     check_same_device,
     check_seen,
     check_shape,
@@ -365,6 +366,7 @@ def check_p2p(x: Tensor, y: Tensor | None, seen: Tensor | None, target: str, tem
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0; got {temperature}")
     check_same_device(x=x, y=y, seen=seen)
+    check_no_tangent("p2p", x, y)
 
 
 def p2p(
