@@ -23,7 +23,6 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "all_around": ("cpp", "triton"),
     "class_mean_ema": ("cpp", "cuda"),
     "p2p": ("triton",),
-    "hycon_cosine": (),
 }
 
 

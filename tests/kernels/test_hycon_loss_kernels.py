@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from allnc.ops.hycon_triton import MAX_DIM
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allnc.ops.hycon import hycon_reference
-from allnc.ops.hycon_triton import MAX_DIM
 from tests.tolerances import assert_as_exact
 
 pytest.importorskip("triton")

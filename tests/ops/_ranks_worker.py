@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from allnc import hycon
+from tests.cases import generator_of, make_case, value_and_gradients
 
 N, D, C = 61, 19, 7
 
@@ -35,31 +35,22 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_case(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def rows_and_options(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Per-row tensors (z, labels, maybe anchor_weight) and everything else, the same in every process."""
     options = dict(CASES[name])
-    dtype = options.pop("dtype", torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    z = F.normalize(torch.randn(N, D, generator=generator, dtype=torch.float64), dim=1).to(dtype)
-    labels = torch.randint(0, C, (N,), generator=generator)
-    labels[::9] = -100
-    means = torch.randn(C, D, generator=generator, dtype=torch.float64).to(dtype)
-    rows = {"z": z, "labels": labels}
+    rows = make_case(N, D, C, dtype=options.pop("dtype", torch.float32), seed=3)
+    rows["labels"][::9] = -100
+    options = {"means": rows.pop("means"), **options}
     if options.pop("anchor_weight", False):
-        rows["anchor_weight"] = torch.rand(N, generator=generator)
+        rows["anchor_weight"] = torch.rand(N, generator=generator_of(4))
     if options.pop("seen", False):
         options["seen"] = torch.arange(C) != 2
-    return rows, {"means": means, **options}
+    return rows, options
 
 
 def run(rows: dict[str, Tensor], options: dict[str, Any], **keywords: Any) -> dict[str, Tensor]:
-    """Loss, and gradients with respect to z, the means and the temperature where there are such."""
-    leaves = {k: v for k, v in {**rows, **options}.items() if k in ("z", "means", "temperature")}
-    leaves = {k: v.clone().requires_grad_() for k, v in leaves.items() if isinstance(v, Tensor)}
-    loss = hycon(**{**rows, **options, **leaves, **keywords})
-    probe = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)  # "none": unlike weights
-    (loss * probe).sum().backward()
-    return {"loss": loss.detach(), **{k: v.grad for k, v in leaves.items() if v.grad is not None}}
+    """Value, and gradients with respect to z, the means and the temperature where there are such."""
+    return value_and_gradients(hycon, rows, **options, **keywords)
 
 
 def message_of(function, *arguments: Any, **keywords: Any) -> str:
@@ -72,7 +63,7 @@ def message_of(function, *arguments: Any, **keywords: Any) -> str:
 
 def wrong_calls(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     """What each rank is told when rank 1 alone gives a wrong or another argument."""
-    rows, options = make_case("plain")
+    rows, options = rows_and_options("plain")
     wrong = dict(rows, labels=rows["labels"].int()) if rank == 1 else rows
     unlike = {**options, "temperature": 0.2 if rank == 1 else 0.1}
     os.environ["ALLNC_DEBUG"] = "1"
@@ -101,7 +92,7 @@ def main(rank: int, world: int, folder: Path, backends: list[str]) -> None:
         start = sum(sizes[:rank])
         own = slice(start, start + sizes[rank])
         for name in CASES:
-            rows, options = make_case(name)
+            rows, options = rows_and_options(name)
             local = {k: v[own] for k, v in rows.items()}
             for backend in backends:
                 if backend != "triton" or options["means"] is None or options["means"].dtype != torch.float64:

@@ -1,177 +1,158 @@
-"""All-around against the float64 reference and against the single ops it stands for."""
+"""All-around against the float64 reference, which is made of the references of the single ops."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from allnc import AllAroundLosses, all_around, hycon, p2p
+from allnc import AllAroundLosses, all_around
 from allnc.ops._common import Backend
 from allnc.ops.all_around import all_around_reference
+from allnc.ops.hycon import hycon_reference
+from allnc.ops.p2p import p2p_reference
 from tests.backends import needs_interpreter
-from tests.ops.test_hycon import CPU_BACKENDS
-from tests.tolerances import assert_as_exact
+from tests.cases import check_against_float64, make_case, rounding_of, value_and_gradients
+from tests.launches import Dispatches, count_launches, opcheck_all
+from tests.ops.test_hycon import CPU_BACKENDS, OPTIONS
+from tests.tolerances import assert_near
 
 NAMES = ("z", "proj_means", "means", "weights")
 
 
-def make_case(n: int, d: int, c: int, f: int, *, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(n + d + c + f)
-
-    def rows(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return {
-        "z": F.normalize(rows(n, d), dim=1).to(dtype),
-        "labels": torch.randint(0, c, (n,), generator=generator),
-        "proj_means": rows(c, d).to(dtype),
-        "means": rows(c, f).to(dtype),
-        "weights": rows(c, f).to(dtype),
-    }
-
-
-def run(function, case: dict[str, Any], dtype: torch.dtype | None = None, **options: Any):
-    leaves = {name: case[name].detach().clone().to(dtype or case[name].dtype).requires_grad_() for name in NAMES}
-    losses = function(leaves["z"], case["labels"], *(leaves[name] for name in NAMES[1:]), **options)
-    (losses[0] + 0.7 * losses[1] + 1.3 * losses[2] + 0.9 * losses[3]).backward()
-    return losses, [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+def check(case: dict[str, Any], backend: Backend, **options: Any) -> None:
+    function = functools.partial(all_around, backend=backend)
+    check_against_float64(function, all_around_reference, case, dtype=rounding_of(backend, case), **options)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("target", ["auto", "etf", "softmax"])
 @pytest.mark.parametrize("shape", [(33, 9, 6, 11), (20, 17, 12, 5)], ids=["F >= C-1", "F < C-1"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_and_gradients(backend: Backend, target: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    seen = torch.arange(shape[2]) != 1
     case = make_case(*shape, dtype=dtype)
-    seen = torch.ones(shape[2], dtype=torch.bool)
-    seen[1] = False
-    options = {"target": target, "seen": seen, "temperature": 0.2}
-    want, want_grads = run(all_around_reference, case, torch.float64, **options)
-    eager, eager_grads = run(all_around_reference, case, **options)
-    got, grads = run(all_around, case, backend=backend, **options)
-    assert isinstance(got, AllAroundLosses)
-    # The matrix units' type, for Triton and for C++ with bfloat16; the others compute in float32.
-    rounds_to = dtype if backend == "triton" or (backend == "cpp" and dtype == torch.bfloat16) else None
-    for mine, same, exact in zip([*got, *grads], [*eager, *eager_grads], [*want, *want_grads], strict=True):
-        assert_as_exact(mine, same.to(mine.dtype), exact, scale=5.0, dtype=rounds_to)
+    assert isinstance(all_around(**case, backend=backend), AllAroundLosses)
+    check(case, backend, target=target, seen=seen, temperature=0.2)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_equals_the_single_ops(backend: Backend) -> None:
-    case = make_case(21, 8, 4, 7)
-    got = all_around(**case, backend=backend)
+def test_the_reference_is_that_of_the_single_ops() -> None:
+    case = make_case(21, 8, 4, 7, dtype=torch.float64)
+    options = {"temperature": 0.3, "mean_weight": 0.4, "balance": "none", "seen": torch.arange(4) != 1}
+    got = all_around_reference(**case, **options, target="softmax", p2p_temperature=0.2)
     means, weights = case["means"], case["weights"]
+    pairs = {"target": "softmax", "temperature": 0.2, "seen": options["seen"]}
     want = (
-        hycon(case["z"], case["labels"], case["proj_means"], backend=backend),
-        p2p(means),
-        p2p(weights),
-        p2p(means, weights),
+        hycon_reference(case["z"], case["labels"], case["proj_means"], **options),
+        p2p_reference(means, **pairs),
+        p2p_reference(weights, **pairs),
+        p2p_reference(means, weights, **pairs),
     )
-    torch.testing.assert_close(tuple(got), want)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_learnable_temperature_gets_the_gradient_of_hycon(backend: Backend) -> None:
-    case = make_case(21, 8, 4, 7)
-    gradients = []
-    for loss_of in (
-        lambda tau: all_around(**case, temperature=tau, backend=backend).hycon,
-        lambda tau: hycon(case["z"], case["labels"], case["proj_means"], temperature=tau, backend="eager"),
-    ):
-        tau = torch.tensor(0.2, requires_grad=True)
-        loss_of(tau).backward()
-        gradients.append(tau.grad)
-    torch.testing.assert_close(*gradients)
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "reduction" not in OPTIONS[name]])
+def test_options_of_the_contrast(backend: Backend, name: str) -> None:
+    """Among them those that no single launch has."""
+    check(make_case(37, 8, 5, 7), backend, **OPTIONS[name])
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_one_seen_class_leaves_p2p_zero(backend: Backend) -> None:
-    case = make_case(10, 6, 3, 5)
-    seen = torch.tensor([True, False, False])
-    losses, grads = run(all_around, case, backend=backend, seen=seen)
-    assert [loss.item() for loss in losses[1:]] == [0.0, 0.0, 0.0]
-    assert len(grads) == len(NAMES) and all(bool(grad.isfinite().all()) for grad in grads)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_rows(backend: Backend, dtype: torch.dtype) -> None:
+    check(make_case(29, 300, 4, 70, dtype=dtype), backend)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_compiles_without_a_graph_break(backend: Backend) -> None:
-    case = make_case(21, 8, 4, 7)
-
-    def total(z: Tensor) -> Tensor:
-        return torch.stack(all_around(**{**case, "z": z}, backend=backend)).sum()
-
-    results = []
-    for function in (total, torch.compile(total, fullgraph=True, backend="aot_eager")):
-        z = case["z"].clone().requires_grad_()
-        value = function(z)
-        value.backward()
-        results.append((value.detach(), z.grad))
-    torch.testing.assert_close(*results)
+def test_deterministic_mode(backend: Backend) -> None:
+    case = make_case(40, 8, 4, 7)
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(case, backend)
+        first, second = (value_and_gradients(functools.partial(all_around, backend=backend), case) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("target", ["etf", "softmax"])
-def test_every_option(backend: Backend, target: str) -> None:
+def test_one_seen_class_leaves_p2p_zero(backend: Backend, target: str) -> None:
+    """Exactly zero, and so are its gradients; HyCon goes on."""
+    case, seen = make_case(10, 6, 3, 5), torch.tensor([True, False, False])
+    got = value_and_gradients(functools.partial(all_around, backend=backend), case, seen=seen, target=target)
+    for name in (f"{field} loss" for field in AllAroundLosses._fields[1:]):
+        assert got[name] == 0
+    for name in NAMES:
+        assert got[name].isfinite().all()
+        assert got[name].any() == (name in ("z", "proj_means"))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_compiles_without_a_graph_break(backend: Backend) -> None:
+    """By inductor for the backend "eager", whose operations it fuses; the others are opaque to it."""
+    case = make_case(21, 8, 4, 7)
+    compiler = "inductor" if backend == "eager" else "aot_eager"
+    function = functools.partial(all_around, backend=backend)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    want, got = value_and_gradients(function, case), value_and_gradients(compiled, case)
+    for name in want:
+        assert_near(got[name], want[name])
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+@pytest.mark.parametrize("weights_need_gradient", [False, True])
+def test_every_option(backend: Backend, target: str, weights_need_gradient: bool) -> None:
     """Anchor weights, ignored rows, plain balance, a mean weight; also weights that need a gradient themselves."""
     case = make_case(40, 12, 6, 9)
     case["labels"][::7] = -100
     weight = torch.rand(40, generator=torch.Generator().manual_seed(3))
     options = {"target": target, "temperature": 0.3, "balance": "none", "mean_weight": 0.4, "p2p_temperature": 0.2}
-    want, want_grads = run(all_around_reference, case, torch.float64, anchor_weight=weight.double(), **options)
-    eager, eager_grads = run(all_around_reference, case, anchor_weight=weight, **options)
-    for of_weights in (False, True):
-        leaf = weight.clone().requires_grad_(of_weights)
-        got, grads = run(all_around, case, anchor_weight=leaf, backend=backend, **options)
-        for mine, same, exact in zip([*got, *grads], [*eager, *eager_grads], [*want, *want_grads], strict=True):
-            assert_as_exact(mine, same, exact, scale=4.0)
-        assert (leaf.grad is not None) == of_weights
+    if not weights_need_gradient:
+        check(case, backend, anchor_weight=weight, **options)
+        return
+    gradients = []
+    for function, dtype in (
+        (functools.partial(all_around, backend=backend), torch.float32),
+        (all_around_reference, torch.float64),
+    ):
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        arguments = {name: x.to(dtype) if name in NAMES else x for name, x in case.items()}
+        function(**arguments, anchor_weight=leaf, **options).hycon.backward()
+        gradients.append(leaf.grad)
+    assert_near(*gradients)
 
 
-@needs_interpreter
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("learned", [False, True])
-def test_ops_of_the_one_launch_pass_opcheck(learned: bool) -> None:
+def test_opcheck(backend: Backend, learned: bool) -> None:
+    """Every op of ours that a call and its backward dispatch, with the arguments that it is given there."""
     case = make_case(9, 6, 4, 5)
-    leaves = [case[name].requires_grad_() for name in NAMES]
-    tau = torch.tensor(0.2, requires_grad=True) if learned else None
+    for name in NAMES:
+        case[name].requires_grad_()
+    temperature: Any = torch.tensor(0.2, requires_grad=True) if learned else 0.2
     seen = torch.tensor([True, True, False, True])
-    weight = torch.rand(9) if learned else None
-    rest = (0.0 if learned else 0.2, 1.0, "class", -100, not learned, True, "softmax", 0.1)
-    arguments = (leaves[0], case["labels"], *leaves[1:], seen, weight, tau, *rest)
-    torch.library.opcheck(torch.ops.allnc.all_around.default, arguments)
-    loss, values, *kept = (t.detach() for t in torch.ops.allnc.all_around(*arguments))
-    saved = (*(leaf.detach() for leaf in leaves), seen, *kept)
-    backward = (torch.ones_like(loss), torch.ones_like(values), *saved, not learned, learned, "softmax", 0.1)
-    torch.library.opcheck(torch.ops.allnc.all_around_backward.default, backward)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Dispatches() as ops:
+            losses = all_around(**case, seen=seen, temperature=temperature, target="softmax", backend=backend)
+            torch.stack(tuple(losses)).sum().backward()
+        assert all(case[name].grad is not None for name in NAMES)
+        assert any(name.endswith("backward") for name in opcheck_all(ops))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 def test_one_launch_forward_and_two_backward_beside_the_preparations(target: str, monkeypatch) -> None:
-    import allnc.kernels.all_around
-    import allnc.kernels.centred_unit
-    import allnc.kernels.hycon
-    import allnc.kernels.hycon_loss
-    import allnc.kernels.p2p
-
-    launched = []
-
-    class Counted:
-        def __init__(self, module, name: str) -> None:
-            self.name, self.kernel = name, getattr(module, name)
-
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.kernel[grid]
-
-    kernels = allnc.kernels
-    for module in (kernels.all_around, kernels.centred_unit, kernels.hycon, kernels.hycon_loss, kernels.p2p):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted(module, name))
-    run(all_around, make_case(9, 6, 4, 5), backend="triton", target=target)
+    launched = count_launches(monkeypatch)
+    value_and_gradients(functools.partial(all_around, backend="triton"), make_case(9, 6, 4, 5), target=target)
     forward = ["unit_sums_kernel", "unit_rows_kernel", "hycon_prepare_kernel", "all_around_fwd_kernel"]
     backward = ["hycon_loss_bwd_kernel", "p2p_bwd_kernel", "unit_bwd_sums_kernel", "unit_bwd_rows_kernel"]
     assert launched == forward + backward

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc.ops.hycon_cosine import hycon_cosine, hycon_cosine_reference
-from tests.tolerances import assert_as_exact, error
+from tests.launches import Dispatches, opcheck_all
+from tests.tolerances import assert_as_exact, assert_near
 
 
 def _case(
@@ -49,11 +50,12 @@ def test_matches_reference(data: st.DataObject, num_views: int, num_images: int,
     labels = labels.masked_fill(ignored.repeat(num_views), -100)
     got = hycon_cosine(h, f, labels, means, num_views=num_views, seen=seen)
     want = hycon_cosine_reference(h, f, labels, means, num_views=num_views, seen=seen)
-    assert error(got, want) < 1e-12
-    grads = torch.autograd.grad(got, (h, f))
-    wanted = torch.autograd.grad(want, (h, f), allow_unused=True)
-    for g, w in zip(grads, wanted, strict=True):
-        assert error(g, torch.zeros_like(g) if w is None else w) < 1e-11 * max(1.0, float(g.abs().max()))
+    assert_near(got, want, floor=2.0)  # the sum of two cosines
+    grads = torch.autograd.grad(got, (h, f), materialize_grads=True)
+    wanted = torch.autograd.grad(want, (h, f), materialize_grads=True)
+    for rows, g, w in zip((h, f), grads, wanted, strict=True):
+        steepest = float(1 / rows.detach().norm(dim=1).min())  # in one column all cosines are flat: their terms cancel
+        assert_near(g, w, growth=10, floor=steepest)
 
 
 def test_hand_computed() -> None:
@@ -90,7 +92,7 @@ def test_targets_are_constants() -> None:
 
 
 @pytest.mark.parametrize("num_views", [1, 2, 3])
-def test_gradcheck_and_opcheck(num_views: int) -> None:
+def test_gradcheck(num_views: int) -> None:
     h, f, labels, means = _case(num_views, 3, 4, 5)
     seen = torch.tensor([True, True, False, True])
     fixed = f.detach()
@@ -106,11 +108,13 @@ def test_gradcheck_and_opcheck(num_views: int) -> None:
 
     assert torch.autograd.gradcheck(first, (h,))
     assert torch.autograd.gradcheck(second, (f,))
-    torch.library.opcheck(torch.ops.allnc.hycon_cosine.default, (h, f, labels, means, seen, num_views, -100))
-    torch.library.opcheck(
-        torch.ops.allnc.hycon_cosine_backward.default,
-        (torch.ones((), dtype=torch.float64), h.detach(), fixed, labels, means, seen, num_views, -100),
-    )
+
+
+def test_opcheck() -> None:
+    h, f, labels, means = _case(2, 3, 4, 5)
+    with Dispatches() as ops:
+        hycon_cosine(h, f, labels, means, seen=torch.tensor([True, True, False, True])).backward()
+    opcheck_all(ops)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -135,7 +139,7 @@ def test_strides_mixed_types_and_autocast() -> None:
     h, f, labels, means = _case(2, 6, 3, 4)
     want = hycon_cosine(h, f, labels, means)
     strided = torch.stack((h, f), 2)  # columns of each are two apart
-    assert error(hycon_cosine(strided[..., 0], strided[..., 1], labels, means), want) < 1e-14
+    assert_near(hycon_cosine(strided[..., 0], strided[..., 1], labels, means), want)
     assert hycon_cosine(h.to(torch.bfloat16), f, labels, means).dtype == torch.float64
     single = (h.detach().float().requires_grad_(), f.detach().float().requires_grad_())
     plain = hycon_cosine(*single, labels, means)
@@ -163,9 +167,9 @@ def test_compiles_without_a_break() -> None:
     h, f, labels, means = _case(2, 6, 3, 4)
     compiled = torch.compile(hycon_cosine, fullgraph=True, backend="aot_eager")
     value, want = compiled(h, f, labels, means), hycon_cosine(h, f, labels, means)
-    assert error(value, want) < 1e-14
+    assert_near(value, want)
     for g, w in zip(torch.autograd.grad(value, (h, f)), torch.autograd.grad(want, (h, f)), strict=True):
-        assert error(g, w) < 1e-14
+        assert_near(g, w)
 
 
 X, LABELS, MEANS = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.zeros(2, 3)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from allnc.ops import p2p as public_p2p
-from allnc.ops.centred_unit import centred_unit
-from allnc.ops.p2p import Blocks, Target, p2p, p2p_blocks, p2p_reference, pair_form
+from allnc.ops.p2p import Blocks, Target, centred_unit, p2p, p2p_blocks, p2p_reference, pair_form
 from tests.backends import needs_interpreter
 from tests.tolerances import assert_as_exact, error
 

@@ -7,20 +7,24 @@ and, for g = dL/dlse and u_i = g_i exp(-lse_i),
     dz_i  = (1/τ) [ Σ_{j≠i} exp(z_i·z_j/τ) (u_i a_j + u_j a_i) z_j + u_i Σ_c b_c exp(z_i·mu_c/τ) mu_c ]
     dmu_c = (1/τ) b_c Σ_i u_i exp(z_i·mu_c/τ) z_i
 
-It needs no labels. The ops are `allnc::hycon_lse`, `allnc::hycon_lse_part` (one of several ranks' share) and
-`allnc::hycon_lse_backward`, each with dense, C++ and Triton code.
+It needs no labels. The ops are `allnc::hycon_lse` and `allnc::hycon_lse_backward`, each with dense, C++ and Triton
+code. Over several ranks each does one part of the pairs of the forward, and the gradient of its own rows.
 
 Legend: N activations, D columns, C classes; a [N], b [C] column weights >= 0; τ temperature.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-# With the constant shift every exponent is S - 1/τ >= -2/τ. At 64 the smallest term is e^-64 = 1.6e-28, which leaves a
-# factor of 1e10 for the column weights before float32 (1.2e-38) loses it.
-_SHIFT_LIMIT = 64.0
+from allnc.ops.hycon.options import Options
+from allnc.ops.hycon.terms import Terms
+
+if TYPE_CHECKING:
+    from allnc.ops.ranks import Ranks
 
 
 def _lse_forward_eager(
@@ -39,19 +43,26 @@ def _lse_forward_eager(
 
 
 def _lse_backward_eager(
-    grad: Tensor, lse: Tensor, z: Tensor, mu: Tensor | None, a: Tensor, b: Tensor | None, temperature: Tensor, own: int
+    grad: Tensor,
+    lse: Tensor,
+    z: Tensor,
+    mu: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    temperature: Tensor,
+    num_own: int,
 ) -> tuple[Tensor, Tensor]:
     lse = lse.where(grad != 0, torch.inf)  # no share for an anchor without gradient: its lse may be -inf
-    logits = (z[:own] @ z.T).div_(temperature)  # [own, N]
+    logits = (z[:num_own] @ z.T).div_(temperature)  # [num_own, N]
     # Weights inside the exponent: a column of weight 0 may be far above lse, and inf times 0 is NaN.
-    k = (logits + a.log()).sub_(lse[:own, None]).exp_().mul_(grad[:own, None])  # own rows as anchors
-    k += logits.add_(a[:own, None].log()).sub_(lse).exp_().mul_(grad)  # and as columns of every anchor
-    dz = k.fill_diagonal_(0) @ z  # [own, D]
+    k = (logits + a.log()).sub_(lse[:num_own, None]).exp_().mul_(grad[:num_own, None])  # own rows as anchors
+    k += logits.add_(a[:num_own, None].log()).sub_(lse).exp_().mul_(grad)  # and as columns of every anchor
+    dz = k.fill_diagonal_(0) @ z  # [num_own, D]
     if mu is None or b is None:
         return dz / temperature, a.new_empty(0, z.shape[1])
-    mean_share = (z[:own] @ mu.T).div_(temperature).add_(b.log()).sub_(lse[:own, None]).exp_()  # [own, C]
-    mean_share.mul_(grad[:own, None])
-    return (dz + mean_share @ mu) / temperature, mean_share.T @ z[:own] / temperature
+    mean_share = (z[:num_own] @ mu.T).div_(temperature).add_(b.log()).sub_(lse[:num_own, None]).exp_()  # [num_own, C]
+    mean_share.mul_(grad[:num_own, None])
+    return (dz + mean_share @ mu) / temperature, mean_share.T @ z[:num_own] / temperature
 
 
 def _cpp_rows(z: Tensor) -> Tensor:
@@ -59,8 +70,8 @@ def _cpp_rows(z: Tensor) -> Tensor:
     return z.float() if z.dtype == torch.float16 else z
 
 
-@torch.library.custom_op("allnc::hycon_lse_part", mutates_args=())
-def _hycon_lse_part(
+@torch.library.custom_op("allnc::hycon_lse", mutates_args=())
+def _hycon_lse(
     z: Tensor,
     mu: Tensor | None,
     a: Tensor,
@@ -72,7 +83,7 @@ def _hycon_lse_part(
     parts: int,
     backend: str,
 ) -> Tensor:
-    """lse of one part's share of the pairs, [N]: logsumexp over all parts is the whole. Not differentiable."""
+    """lse of one part's share of the pairs, [N]: logsumexp over all parts is the whole."""
     if backend == "triton":
         from allnc.kernels.hycon import hycon_lse_forward
 
@@ -85,27 +96,8 @@ def _hycon_lse_part(
         return _lse_forward_eager(z.to(a.dtype), mu, a, b, temperature, part, parts)
 
 
-@_hycon_lse_part.register_fake
-def _(z, mu, a, b, temperature, shifted, deterministic, part, parts, backend):
-    return torch.empty_like(a)
-
-
-@torch.library.custom_op("allnc::hycon_lse", mutates_args=())
-def _hycon_lse(
-    z: Tensor,
-    mu: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    temperature: Tensor,
-    shifted: bool,
-    deterministic: bool,
-    backend: str,
-) -> Tensor:
-    return torch.ops.allnc.hycon_lse_part(z, mu, a, b, temperature, shifted, deterministic, 0, 1, backend)
-
-
 @_hycon_lse.register_fake
-def _(z, mu, a, b, temperature, shifted, deterministic, backend):
+def _(z, mu, a, b, temperature, shifted, deterministic, part, parts, backend):
     return torch.empty_like(a)
 
 
@@ -119,26 +111,26 @@ def _hycon_lse_backward(
     b: Tensor | None,
     temperature: Tensor,
     shifted: bool,
-    own: int,
+    num_own: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from allnc.kernels.waves import hycon_lse_backward
 
         mu = None if mu is None else mu.to(z.dtype)
-        dz, dmu = hycon_lse_backward(grad, lse, z, mu, a, b, temperature, shifted=shifted, own=own)
+        dz, dmu = hycon_lse_backward(grad, lse, z, mu, a, b, temperature, shifted=shifted, own=num_own)
         return dz, a.new_empty(0, z.shape[1]) if dmu is None else dmu.to(a.dtype)
     if backend == "cpp":
-        dz, dmu = torch.ops.allnc_C.hycon_lse_backward(grad, lse, _cpp_rows(z), mu, a, b, temperature, shifted, own)
+        dz, dmu = torch.ops.allnc_C.hycon_lse_backward(grad, lse, _cpp_rows(z), mu, a, b, temperature, shifted, num_own)
     else:
         with torch.autocast(z.device.type, enabled=False):
-            dz, dmu = _lse_backward_eager(grad, lse, z.to(a.dtype), mu, a, b, temperature, own)
+            dz, dmu = _lse_backward_eager(grad, lse, z.to(a.dtype), mu, a, b, temperature, num_own)
     return dz.to(z.dtype), dmu
 
 
 @_hycon_lse_backward.register_fake
-def _(grad, lse, z, mu, a, b, temperature, shifted, own, backend):
-    return z.new_empty(own, z.shape[1]), a.new_empty(0, z.shape[1]) if mu is None else torch.empty_like(mu)
+def _(grad, lse, z, mu, a, b, temperature, shifted, num_own, backend):
+    return z.new_empty(num_own, z.shape[1]), a.new_empty(0, z.shape[1]) if mu is None else torch.empty_like(mu)
 
 
 def temperature_gradient(z: Tensor, dz: Tensor, mu: Tensor | None, dmu: Tensor, temperature: Tensor) -> Tensor:
@@ -155,7 +147,8 @@ def temperature_gradient(z: Tensor, dz: Tensor, mu: Tensor | None, dmu: Tensor, 
 
 
 def _save_for_lse(ctx, inputs, output) -> None:
-    z, mu, a, b, temperature, ctx.shifted, _, ctx.backend = inputs  # the backward is deterministic in any case
+    z, mu, a, b, temperature, ctx.shifted, _, _, parts, ctx.backend = inputs  # the backward is always deterministic
+    assert parts == 1, "one part's lse has no gradient of its own; see _LseAcrossRanks"
     ctx.save_for_backward(z, mu, a, b, temperature, output)
 
 
@@ -165,51 +158,72 @@ def _lse_autograd(ctx, grad: Tensor):
         grad.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, len(z), ctx.backend
     )
     dtemperature = temperature_gradient(z, dz, mu, dmu, temperature) if ctx.needs_input_grad[4] else None
-    return dz, dmu if mu is not None else None, None, None, dtemperature, None, None, None
+    return dz, dmu if mu is not None else None, None, None, dtemperature, *(None,) * 5
 
 
 _hycon_lse.register_autograd(_lse_autograd, setup_context=_save_for_lse)
 
 
-def hycon_lse(
-    z: Tensor,
-    mu: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    temperature: float | Tensor,
-    *,
-    deterministic: bool | None = None,
-    backend: str,
-) -> Tensor:
+class _LseAcrossRanks(torch.autograd.Function):
+    """`allnc::hycon_lse` of the rows of all ranks; differentiable in this rank's rows, in mu and τ (their shares)."""
+
+    @staticmethod
+    def forward(ctx, z, mu, a, b, temperature, shifted, deterministic, backend, ranks):
+        part = torch.ops.allnc.hycon_lse(
+            z, mu, a, b, temperature, shifted, deterministic, ranks.rank, ranks.size, backend
+        )
+        lse = ranks.logsumexp(part)
+        ctx.shifted, ctx.backend, ctx.ranks = shifted, backend, ranks
+        ctx.save_for_backward(z, mu, a, b, temperature, lse)
+        return lse
+
+    @staticmethod
+    def backward(ctx, *grads):
+        z, mu, a, b, temperature, lse = ctx.saved_tensors
+        ranks: Ranks = ctx.ranks
+        num_own = ranks.sizes[ranks.rank]
+        dz = torch.zeros_like(z)  # of the rows of other ranks nobody asks
+        if num_own == 0:
+            dmu = None if mu is None else torch.zeros_like(mu)
+            return dz, dmu, None, None, torch.zeros_like(temperature), *(None,) * 4
+        z, a, lse, grad = (ranks.own_first(x) for x in (z, a, lse, grads[0]))
+        own_dz, dmu = torch.ops.allnc.hycon_lse_backward(
+            grad, lse, z, mu, a, b, temperature, ctx.shifted, num_own, ctx.backend
+        )
+        dz[ranks.start : ranks.stop] = own_dz
+        dtemperature = None
+        if ctx.needs_input_grad[4]:
+            dtemperature = temperature_gradient(z[:num_own], own_dz, mu, dmu, temperature)
+        return dz, None if mu is None else dmu, None, None, dtemperature, *(None,) * 4
+
+
+def hycon_lse(z: Tensor, terms: Terms, options: Options, *, backend: str, ranks: Ranks | None = None) -> Tensor:
     """lse_i = log( Σ_{j≠i} a_j exp(z_i·z_j/τ) + Σ_c b_c exp(z_i·mu_c/τ) ), differentiable in z, mu and τ.
+
+    Repeated calls are bit-equal on the CPU, and on a GPU where torch.are_deterministic_algorithms_enabled().
 
     Args:
         z: [N, D] unit rows, contiguous.
-        mu: [C, D] unit rows in the accumulation type of z, contiguous; or None. Triton, and
-            C++ for bfloat16 where the processor multiplies it, round them to z's type.
-        a: [N] column weights >= 0 in the accumulation type of z.
-        b: [C] weights of the means, as a; None iff mu is None.
-        temperature: τ > 0. A tensor may require a gradient; its value is never read on the host, so the
-            running-maximum variant is used for it.
-        deterministic: bit-equal results; None follows torch.are_deterministic_algorithms_enabled().
+        terms: mu, a and b are read. mu is contiguous and in the accumulation type of z; Triton, and C++ for bfloat16
+            where the processor multiplies it, round it to z's type.
+        options: the temperature is read. The value of a tensor is never read on the host, so the running-maximum
+            variant is used for it.
         backend: "eager", "cpp" or "triton" (resolved).
+        ranks: the ranks whose rows z are; the gradient reaches this rank's rows only.
 
     Returns:
         [N] in a's type; -inf where nothing is contrasted with.
     """
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    tau = temperature_tensor(temperature, a)
-    shifted = uses_constant_shift(temperature)
-    return torch.ops.allnc.hycon_lse(z, mu, a, b, tau, shifted, deterministic, backend)
+    arguments = (
+        z, terms.mu, terms.a, terms.b, _temperature_tensor(options.temperature, terms.a),
+        options.shifted, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    if ranks is not None:
+        return _LseAcrossRanks.apply(*arguments, backend, ranks)
+    return torch.ops.allnc.hycon_lse(*arguments, 0, 1, backend)
 
 
-def uses_constant_shift(temperature: float | Tensor) -> bool:
-    """Whether exp(S - 1/τ) stays in range, so that no running maximum is needed; False for a τ not known here."""
-    return not isinstance(temperature, Tensor) and 2.0 / temperature <= _SHIFT_LIMIT
-
-
-def temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
+def _temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
     """τ as a 0-dim tensor of like's type and device."""
     if isinstance(temperature, Tensor):
         return temperature.to(like.dtype).reshape(())

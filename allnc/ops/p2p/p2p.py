@@ -28,16 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allnc._checks import check_choice
 from allnc.ops._common import (
     Backend,
-    check_choice,
     check_floating,
     check_same_device,
     check_seen,
     check_shape,
     resolve_backend,
 )
-from allnc.ops.centred_unit import centred_units, pair_dtype
+from allnc.ops.p2p.centred_unit import centred_units, pair_dtype
 
 Target = Literal["auto", "etf", "softmax"]
 Blocks = Literal["own", "cross", "all"]
