@@ -38,6 +38,7 @@ PACKAGES = [
     "allnc",
     "allnc.data",
     "allnc.kernels",
+    "allnc.kernels.hycon",
     "allnc.losses",
     "allnc.metrics",
     "allnc.models",

@@ -1,6 +1,6 @@
 """Registers, shared memory, spills and instructions of every kernel variant, compiled for GPUs not there.
 
-    python benchmarks/kernel_resources.py --arch 80 90 100 --dim 64 128 256 --dtype bfloat16 --csv FILE
+    python benchmarks/machine_code/kernel_resources.py --arch 80 90 100 --dim 64 128 256 --dtype bfloat16 --csv FILE
 
 prints a markdown table, and writes the same as CSV under a line with the command. The variants are the launchers' own,
 with class means.
@@ -29,8 +29,7 @@ import time
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-
-from allnc.kernels.aot import (
+from aot import (
     PREDICTED,
     SHARED_LIMIT,
     Resources,
@@ -41,7 +40,7 @@ from allnc.kernels.aot import (
     predicted,
     resources_of_all,
 )
-from allnc.kernels.sass import TENSOR_CORES
+from sass import TENSOR_CORES
 
 COLUMNS = (
     "kernel", "mode", "arch", "dtype", "precision", "D", "block_m", "block_n", "block_d", "block_g",
@@ -68,8 +67,8 @@ def against_prediction(variant: Variant, used: Resources) -> list[object]:
 
 def row(variant: Variant, used: Resources) -> dict[str, object]:
     """One line of the table."""
-    constants, counts = variant.constants, used.counts
-    blocks = [constants.get(f"BLOCK_{name}", "") for name in "MNDG"]
+    counts = used.counts
+    blocks = [size or "" for size in variant.blocks[1:5]]
     launch = [variant.options.get(name, "") for name in ("num_warps", "num_stages")]
     values = [
         variant.kernel, variant.mode, variant.arch, variant.dtype, variant.precision, variant.dim, *blocks,
