@@ -42,6 +42,7 @@ PACKAGES = [
     "allnc.metrics",
     "allnc.models",
     "allnc.ops",
+    "allnc.ops.p2p",
     "allnc.trainer",
 ]
 

@@ -19,7 +19,7 @@ import allnc.kernels.centred_unit as p2p_units
 import allnc.kernels.p2p as p2p_kernels
 from allnc.kernels.centred_unit import centred_unit_backward, centred_unit_forward
 from allnc.kernels.p2p import PairBlocks, p2p_backward, p2p_forward
-from allnc.ops.centred_unit import centred_unit
+from allnc.ops.p2p.centred_unit import centred_unit
 from tests.kernels.test_hycon_kernels import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")  # log2(0) is meant
