@@ -43,6 +43,8 @@ PACKAGES = [
     "allnc.metrics",
     "allnc.models",
     "allnc.ops",
+    "allnc.ops.hycon",
+    "allnc.ops.p2p",
     "allnc.trainer",
 ]
 
