@@ -180,6 +180,13 @@ def test_the_form_with_fewer_operations_is_chosen() -> None:
     for blocks, limit in limits.items():
         assert pair_form("etf", (1000, limit - 1), blocks=blocks) == ("closed", "eager")
         assert pair_form("etf", (1000, limit + 1), blocks=blocks) == ("pairwise", "eager")
+    # In C++ pairwise needs fewer, and closed costs more than its products where matrices are small.
+    limits = {"own": 732, "cross": 741, "all": 1495}
+    for blocks, limit in limits.items():
+        assert pair_form("etf", (1000, limit), blocks=blocks, backend="cpp") == ("closed", "eager")
+        assert pair_form("etf", (1000, limit + 1), blocks=blocks, backend="cpp") == ("pairwise", "cpp")
+    assert pair_form("etf", (100, 50), blocks="all", backend="cpp") == ("pairwise", "cpp")
+    assert pair_form("auto", (1000, 64), blocks="all", backend="cpp") == ("softmax", "cpp")
     assert pair_form("auto", (100, 2048), blocks="all", backend="triton") == ("pairwise", "triton")
     assert pair_form("auto", (1000, 64), blocks="all", backend="triton") == ("softmax", "triton")
     assert pair_form("etf", (1000, 512), blocks="all", backend="triton") == ("closed", "eager")

@@ -28,6 +28,8 @@ _CHUNK_ENTRIES = 1 << 22
 # thirty launches of small torch operations (0.1 ms) are worth at 30 TFLOP/s.
 _KERNEL_COLUMNS = 512
 _LAUNCH_OPERATIONS = 3 * 10**9
+# What the closed form's small torch operations (0.35 ms) are worth at a core's 100 to 150 GFLOP/s.
+_CLOSED_OPERATIONS = 5 * 10**7
 
 
 def pair_form(
@@ -41,6 +43,10 @@ def pair_form(
     7/4 C. Measured on a CPU, benchmarks/results/p2p-forms-cpu.csv: at none of
     its 38 shapes is the other form faster by more than 4 %.
 
+    With the C++ backend pairwise takes 3, 6, 12 times C² F, and closed still is some sixty torch operations, which
+    makes it the slower one of small matrices (C = 100: 1.4 to 2.2 times). Measured at C = 100, 400 and 1000 with nine F
+    from C/2 to 2 C, on one thread: at none of these shapes is the other form faster by more than 2 %.
+
     With the Triton backend there are the kernels, which take fewer launches but form G again for every 512 columns of
     the gradient, and matrix products of the library. Its rule counts operations too, with an allowance for the
     launches, and is a prediction that no GPU has confirmed.
@@ -49,19 +55,19 @@ def pair_form(
         target: as in `p2p`.
         shape: (C, F).
         blocks: as in `p2p_blocks`.
-        backend: "eager" or "triton", that of the op (resolved).
+        backend: "eager", "cpp" or "triton", that of the op (resolved).
 
     Returns:
-        Form, "pairwise", "closed" or "softmax", and backend, "eager" or "triton", for `p2p_blocks`.
+        Form, "pairwise", "closed" or "softmax", and what computes it, "eager", "cpp" or "triton", for `p2p_blocks`.
     """
     num_classes, dim = shape
     by_classes, by_columns = num_classes * num_classes * dim, num_classes * dim * dim
     which = ("own", "cross", "all").index(blocks)
     softmax = target == "softmax" or (target == "auto" and dim < num_classes - 1)
-    form, operations = "softmax", (8, 8, 24)[which] * by_classes
+    form, operations = "softmax", (6, 6, 18)[which] * by_classes
     if not softmax:
-        form, operations = "pairwise", (4, 6, 14)[which] * by_classes
-        closed = (4, 8, 8)[which] * by_columns
+        form, operations = "pairwise", ((3, 6, 12) if backend == "cpp" else (4, 6, 14))[which] * by_classes
+        closed = (4, 8, 8)[which] * by_columns + (_CLOSED_OPERATIONS if backend == "cpp" else 0)
         if closed < operations:
             form, operations = "closed", closed
     if backend == "triton":
