@@ -347,8 +347,8 @@ def p2p_forward_constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `p2p_fwd_kernel`.
 
-    Exact products unroll into one FMA each: longer chunks would spill. The assembler is told not to spill for the sake of
-    one more program an SM.
+    Exact products unroll into one FMA each: longer chunks would spill. The assembler is told not to spill for the sake
+    of one more program an SM.
     """
     exact = exact_float32(dtype)
     constants = {

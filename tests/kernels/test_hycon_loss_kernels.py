@@ -12,7 +12,7 @@ from torch import Tensor
 
 from allnc.ops.hycon import hycon_reference
 from tests.cases import generator_of, unit_rows
-from tests.launches import Dispatches, count_launches
+from tests.launches import Dispatches
 from tests.poison import poisoned_memory
 from tests.tolerances import assert_as_exact
 
@@ -191,22 +191,21 @@ def test_one_program_forms_whole_rows_of_the_widest_gradient() -> None:
     check(make_case(20, MAX_DIM, 3, torch.bfloat16))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the interpreter's launches")
 @pytest.mark.parametrize("c", [0, 5])
 def test_a_step_is_three_launches_and_nothing_else(c: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    launched = []
     monkeypatch.undo()  # poison is filled in by torch ops
-    case = make_case(40, 8, c)
-    launched = count_launches(monkeypatch)
-    grad = torch.ones((), device=DEVICE)
+    # Nothing is run: the interpreter dispatches torch ops of its own.
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
+    case, grad = make_case(40, 8, c), torch.ones(())
     with Dispatches() as ops:
         _, prepared = hycon_loss_forward(*case, **OPTIONS)
         hycon_loss_backward(grad, case.z, case.means, prepared)
     assert launched == ["hycon_prepare_kernel", "hycon_loss_fwd_kernel", "hycon_loss_bwd_kernel"]
-    if DEVICE == "cpu":  # the interpreter dispatches copies of the arguments of each launch besides
-        monkeypatch.undo()
-        in_launches = {"aten.set_", "aten.new_empty", "aten.clone", "aten.detach"}
-    else:
-        in_launches = set()
-    assert set(ops.names) <= {"aten.empty", "aten.empty_like", "aten.slice"} | in_launches, set(ops.names)
+    assert set(ops.names) <= {"aten.empty", "aten.empty_like", "aten.slice"}, ops.names
 
 
 @pytest.mark.parametrize("c", [None, 5])

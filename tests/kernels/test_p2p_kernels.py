@@ -172,9 +172,9 @@ def check_units(c: int, f: int, dtypes: tuple[torch.dtype, ...], seen: Tensor, o
         assert unit is not None and of_matrix is not None and of_matrix.dtype == matrix.dtype
         # Rows nearer to the centre than they are long: the rounding of x - m is 1/|x - m| times larger in u, and once
         # more in du's share along u, which is left out. With one column all of du lies along u.
-        centred = matrix[seen].double() - matrix[seen].double().mean(0)
-        distance = float(centred.norm(dim=1).min()) if len(centred) > 1 else 1.0
-        length = float(matrix[seen].double().norm(dim=1).max()) if len(centred) else 1.0
+        rows_seen = matrix[seen].detach().double()
+        distance = float((rows_seen - rows_seen.mean(0)).norm(dim=1).min()) if len(rows_seen) > 1 else 1.0
+        length = float(rows_seen.norm(dim=1).max()) if len(rows_seen) else 1.0
         condition = max(1.0, length / distance)
         assert_as_exact(unit, same, exact, floor=condition)
         assert_as_exact(of_matrix, same_grad.to(matrix.dtype), exact_grad, floor=condition / distance)
