@@ -100,7 +100,7 @@ class Prediction:
     """What one trip through a variant's loops must hold, from its tile and the formulas.
 
     Attributes:
-        products: multiply-adds that each warp (sm_80) or group of four warps (sm_90) issues in the loop that ends a
+        products: multiply-adds that each warp (`multiplies_by_warp`) or group of four warps (sm_90) issues in the loop that ends a
             tile, and in the one over chunks of columns; 0 for a loop that has none.
         issued: tensor-core instructions of these loops on sm_100, whose code does not show their shape: each takes the
             whole tile and 32 bytes of depth.
@@ -275,12 +275,17 @@ def resources(variant: Variant) -> Resources:
     )
 
 
+def multiplies_by_warp(variant: Variant) -> bool:
+    """Whether each warp issues its own products, as on sm_80: newer instructions take panels of at least 64 rows."""
+    return variant.arch == 80 or variant.blocks.block_m < 64
+
+
 def predicted(variant: Variant) -> Prediction:
     """The loops of hycon's forwards, backwards and waves, by formula: S, the exponentials of S, and K times z."""
     blocks = variant.blocks
     rows, columns, chunk, gradient = blocks.block_m, blocks.block_n, blocks.block_d, blocks.block_g
     warps = variant.options["num_warps"]
-    tile = rows * columns // (warps if variant.arch == 80 else warps // 4)
+    tile = rows * columns // (warps if multiplies_by_warp(variant) else warps // 4)
     depth = 32 // {"fp32": 4}.get(variant.dtype, 2)  # columns one instruction of sm_100 takes
     once = gradient and columns // depth
     per_element = 1 if variant.kernel.endswith("fwd") or variant.constants.get("SHIFTED", True) else 2

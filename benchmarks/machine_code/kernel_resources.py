@@ -37,6 +37,7 @@ from aot import (
     add_arguments,
     blocks_per_multiprocessor,
     chosen_variants,
+    multiplies_by_warp,
     predicted,
     resources_of_all,
 )
@@ -57,7 +58,7 @@ def against_prediction(variant: Variant, used: Resources) -> list[object]:
     want = predicted(variant)
     products: list[object] = ["", "", ""]  # float32 without tensor cores
     if any(used.counts[kind] for kind in TENSOR_CORES):
-        issued = variant.arch == 100
+        issued = variant.arch == 100 and not multiplies_by_warp(variant)
         found = used.fullest(lambda loop: loop.counts["UTCHMMA"] if issued else loop.products)
         most = max(want.issued if issued else want.products)
         products = [found, most, round(found / most, 2)]

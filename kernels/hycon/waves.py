@@ -36,6 +36,7 @@ from allnc.kernels._common import (
     Matrix,
     architecture,
     device_guard,
+    exact_float32,
     narrow,
     pointer,
     similarity,
@@ -127,6 +128,10 @@ def hycon_wave_kernel(
 def wave_constants(dim: int, dtype: torch.dtype, *, shifted: bool, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `hycon_wave_kernel`."""
     blocks, options = wave_blocks(_padded(dim), dtype, arch)
+    if not exact_float32(
+        dtype
+    ):  # two blocks a multiprocessor: Triton 3.6's assembler would else take registers for one
+        options |= {"maxnreg": 65536 // (2 * 32 * options["num_warps"])}
     return {"SHIFTED": shifted, "blocks": blocks._replace(resident=False)}, options
 
 
