@@ -100,8 +100,8 @@ class Prediction:
     """What one trip through a variant's loops must hold, from its tile and the formulas.
 
     Attributes:
-        products: multiply-adds that each warp (`multiplies_by_warp`) or group of four warps (sm_90) issues in the loop that ends a
-            tile, and in the one over chunks of columns; 0 for a loop that has none.
+        products: multiply-adds that each warp (`multiplies_by_warp`) or group of four warps (sm_90) issues in the loop
+            that ends a tile, and in the one over chunks of columns; 0 for a loop that has none.
         issued: tensor-core instructions of these loops on sm_100, whose code does not show their shape: each takes the
             whole tile and 32 bytes of depth.
         exponentials: EX2 a thread and tile; in the running-maximum forward without the few that rescale the sums.
