@@ -24,6 +24,10 @@ OPS = (
     "hycon_lse_backward",
     "hycon_loss_forward",
     "hycon_loss_backward",
+    "centred_unit_forward",
+    "centred_unit_backward",
+    "p2p_blocks_forward",
+    "p2p_blocks_backward",
 )
 
 

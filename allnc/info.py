@@ -22,7 +22,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "hycon": ("cpp", "triton"),
     "all_around": ("cpp", "triton"),
     "class_mean_ema": ("cpp", "cuda"),
-    "p2p": ("triton",),
+    "p2p": ("cpp", "triton"),
 }
 
 

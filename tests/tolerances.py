@@ -24,7 +24,7 @@ RELATIVE: dict[torch.dtype | str, float] = {
     torch.float32: 1e-5,
     "tf32": 5e-3,
     torch.bfloat16: 2e-2,
-    torch.float16: 3e-3,
+    torch.float16: 5e-3,
 }
 
 

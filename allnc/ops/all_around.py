@@ -4,7 +4,7 @@ The rows of [Z; μ; M; W] have one Gram matrix. HyCon needs its blocks Z·Zᵀ a
 M·Wᵀ; none needs another's result, so all of them are tiles of one grid: with the Triton backend a step is two launches
 for the centred unit rows, one that prepares HyCon and one for all losses, then HyCon's and P2P's gradients and two
 launches back through the rows. Elsewhere, and where `pair_form` prefers matrix products of the library for P2P, the
-losses are computed one after the other by `contrast` and `p2p_blocks`; the values are the same.
+losses are computed one after the other by `contrast` and `p2p_values`; the values are the same.
 
 Legend: N activations, D columns of the projection, C classes, F features.
 """
@@ -32,7 +32,7 @@ from allnc.ops.hycon import Balance, Batch, Options, check_hycon, contrast, hyco
 from allnc.ops.hycon.fused import fuses
 from allnc.ops.hycon.options import agreed_facts
 from allnc.ops.p2p import Target, centred_units, kernel_target, p2p_reference, pair_form
-from allnc.ops.p2p.pairings import PAIRINGS, Pairing, pairings_of_units
+from allnc.ops.p2p.pairings import PAIRINGS, Pairing, pairings_of_checked
 from allnc.ops.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -232,19 +232,17 @@ def all_around(
     used = check()
     with torch.autocast(z.device.type, enabled=False):
         everyone = torch.ones(len(means), dtype=torch.bool, device=z.device) if seen is None else seen
-        x, y = means, weights
-        if pairings:
-            x, y = centred_units(means, weights, everyone, backend=used)
-            assert y is not None
         form, p2p_backend = pair_form(target, (len(means), means.shape[1]), blocks="all", backend=used)
         one_launch = used == p2p_backend == "triton" and set(pairings) == set(PAIRINGS)
         if one_launch and group is None and fuses(batch, options, used):
+            x, y = centred_units(means, weights, everyone, backend=used)
+            assert y is not None
             loss, p2p = _in_one_launch(batch._replace(seen=everyone), options, x, y, form, p2p_temperature)
             return AllAroundLosses(loss, *p2p.unbind())
         loss = contrast(batch, options, used, group)
         if not pairings:
             return AllAroundLosses(loss, *loss.new_zeros(3).unbind())
-        p2p = pairings_of_units(x, y, everyone, pairings, target, p2p_temperature, used)
+        p2p = pairings_of_checked(means, weights, everyone, pairings, target, p2p_temperature, used)
         return AllAroundLosses(loss, *(p2p if group is None else group.replicated(p2p)).unbind())
 
 

@@ -16,7 +16,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
@@ -273,33 +272,13 @@ void gradients(const Loss<Z, T>& loss, T grad, const Tensor& like, Z* dz, T* dme
   });
 }
 
-template <class Sizes>
-std::string list(const Sizes& sizes) {
-  std::string text = "[";
-  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + "]";
-}
-
-void check_shape(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == type, name, " must have ScalarType ", static_cast<int>(type), "; got ",
-      static_cast<int>(t.scalar_type()));
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  int64_t dim = 0;
-  for (const int64_t size : shape) same = same && t.size(dim++) == size;
-  if (same) return;
-  std::vector<int64_t> got;
-  for (dim = 0; dim < t.dim(); ++dim) got.push_back(t.size(dim));
-  STD_TORCH_CHECK(false, name, " must have shape ", list(shape), "; got ", list(got));
-}
-
 ScalarType sums_type(const Tensor& z) {
   const ScalarType type = z.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
       "z must be float32, float64 or bfloat16; got ScalarType ", static_cast<int>(type));
   STD_TORCH_CHECK(z.dim() == 2, "z must have 2 dimensions; got ", z.dim());
-  return type == ScalarType::Double ? type : ScalarType::Float;
+  return accumulation_type(type);
 }
 
 template <class T>
@@ -313,15 +292,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
   const ScalarType type = sums_type(z);
   const int64_t rows = z.size(0), dim = z.size(1), num_means = means ? means->size(0) : 0;
   const int64_t classes = means ? num_means : rows;
-  check_shape(labels, "labels", ScalarType::Long, {rows});
-  if (means) check_shape(*means, "means", type, {num_means, dim});
-  if (seen) check_shape(*seen, "seen", ScalarType::Bool, {num_means});
+  check_tensor(labels, "labels", ScalarType::Long, {rows});
+  if (means) check_tensor(*means, "means", type, {num_means, dim});
+  if (seen) check_tensor(*seen, "seen", ScalarType::Bool, {num_means});
   STD_TORCH_CHECK(temperature > 0, "temperature must be > 0; got ", temperature);
   STD_TORCH_CHECK(mean_weight >= 0, "mean_weight must be >= 0; got ", mean_weight);
   z = torch::stable::contiguous(z);
   labels = torch::stable::contiguous(labels);
-  if (means) means = torch::stable::contiguous(*means);
-  if (seen) seen = torch::stable::contiguous(*seen);
+  means = contiguous(means);
+  seen = contiguous(seen);
   Tensor index = torch::stable::new_empty(labels, {rows});
   find_classes(
       static_cast<const int64_t*>(labels.const_data_ptr()), rows,
@@ -350,11 +329,11 @@ std::tuple<Tensor, Tensor> hycon_loss_backward(
   const ScalarType type = sums_type(z);
   const int64_t rows = z.size(0), dim = z.size(1), num_means = mu.size(0), classes = sums.size(0);
   STD_TORCH_CHECK(means || num_means == 0, "mu must have no rows without means; got ", num_means);
-  check_shape(grad, "grad", type, {});
-  check_shape(state, "state", type, {State<float>::kRows, rows + num_means});
-  check_shape(index, "index", ScalarType::Long, {rows});
-  check_shape(sums, "sums", type, {means ? num_means : rows, dim});
-  check_shape(mu, "mu", type, {num_means, dim});
+  check_tensor(grad, "grad", type, {});
+  check_tensor(state, "state", type, {State<float>::kRows, rows + num_means});
+  check_tensor(index, "index", ScalarType::Long, {rows});
+  check_tensor(sums, "sums", type, {means ? num_means : rows, dim});
+  check_tensor(mu, "mu", type, {num_means, dim});
   z = torch::stable::contiguous(z);
   Tensor dz = torch::stable::new_empty(z, {rows, dim});
   Tensor dmeans = torch::stable::new_empty(mu, {num_means, dim});

@@ -80,9 +80,6 @@ void lse_backward(
   write_gradient(p, sizes.mean_offset, sizes.means, in.temperature, dmu);
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::make_optional(torch::stable::contiguous(*t)) : std::nullopt;
-}
 Tensor hycon_lse_forward(
     Tensor z, std::optional<Tensor> mu, Tensor a, std::optional<Tensor> b, Tensor temperature, bool shifted,
     int64_t part, int64_t parts) {

@@ -22,23 +22,15 @@
 // of bfloat16; mu and K are then rounded to it too.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
+#include "../tensors.h"
 #include "hycon_schedule.h"
 
 namespace allnc {
 namespace cpu {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr double kLog2E = 1.44269504088896340736;
 

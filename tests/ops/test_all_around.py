@@ -135,7 +135,7 @@ def test_opcheck(backend: Backend, learned: bool) -> None:
     case = make_case(9, 6, 4, 5)
     for name in NAMES:
         case[name].requires_grad_()
-    temperature = torch.tensor(0.2, requires_grad=True) if learned else 0.2
+    temperature: Any = torch.tensor(0.2, requires_grad=True) if learned else 0.2
     seen = torch.tensor([True, True, False, True])
     torch.use_deterministic_algorithms(True)
     try:

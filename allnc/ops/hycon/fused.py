@@ -82,7 +82,8 @@ def _hycon_loss_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "cpp":
-        return torch.ops.allnc_C.hycon_loss_backward(grad, z, means, state, index, sums, mu, temperature)
+        dz, dmeans = torch.ops.allnc_C.hycon_loss_backward(grad, z, means, state, index, sums, mu, temperature)
+        return dz, grad.new_empty(0) if means is None else dmeans
     from allnc.kernels.hycon.loss import Prepared, hycon_loss_backward
 
     dz, dmeans = hycon_loss_backward(grad, z, means, Prepared(state, index, sums, mu))
@@ -91,8 +92,7 @@ def _hycon_loss_backward(
 
 @_hycon_loss_backward.register_fake
 def _(grad, z, means, state, index, sums, mu, temperature, backend):
-    dmeans = sums.new_empty(0) if means is None else means.new_empty(means.shape)
-    return z.new_empty(z.shape), dmeans
+    return z.new_empty(z.shape), sums.new_empty(0) if means is None else means.new_empty(means.shape)
 
 
 def _save_for_loss(ctx, inputs, output) -> None:
@@ -126,8 +126,8 @@ def hycon_fused(batch: Batch, options: Options, backend: str) -> Tensor:
     if backend == "cpp":
         z = z.float() if dtype == torch.float16 else z  # CPUs multiply bfloat16 but not float16
         means = None if means is None else means.to(accumulation_dtype(dtype))
-    elif means is not None and not z.is_cuda:
-        labels = validated_labels(labels, len(means), options.ignore_index)  # the interpreter has no device assertion
+    if means is not None and not z.is_cuda:  # on a GPU a kernel checks
+        labels = validated_labels(labels, len(means), options.ignore_index)
     temperature, mean_weight, balance, _, ignore_index = options
     assert not isinstance(temperature, Tensor)
     return torch.ops.allnc.hycon_loss(

@@ -85,7 +85,7 @@ def _hycon_lse(
 ) -> Tensor:
     """lse of one part's share of the pairs, [N]: logsumexp over all parts is the whole."""
     if backend == "triton":
-        from allnc.kernels.hycon import hycon_lse_forward
+        from allnc.kernels.hycon.lse import hycon_lse_forward
 
         mu = None if mu is None else mu.to(z.dtype)  # one type for the tensor cores
         options = {"shifted": shifted, "deterministic": deterministic, "part": part, "parts": parts}
@@ -115,7 +115,7 @@ def _hycon_lse_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        from allnc.kernels.waves import hycon_lse_backward
+        from allnc.kernels.hycon.waves import hycon_lse_backward
 
         mu = None if mu is None else mu.to(z.dtype)
         dz, dmu = hycon_lse_backward(grad, lse, z, mu, a, b, temperature, shifted=shifted, own=num_own)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from allnc.ops._common import Backend, resolve_backend
-from allnc.ops.p2p.centred_unit import centred_units, pair_dtype
-from allnc.ops.p2p.p2p import Target, check_p2p, p2p_blocks, pair_form
+from allnc.ops.p2p.centred_unit import pair_dtype
+from allnc.ops.p2p.forms import Target
+from allnc.ops.p2p.p2p import check_p2p, p2p_values
 
 Pairing = Literal["means", "weights", "duality"]
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
@@ -46,30 +47,29 @@ def p2p_pairings(
     """
     check_p2p(means, weights, seen, target, temperature)
     dtype = pair_dtype(means, weights)
-    used = resolve_backend(backend, op="p2p", device=means.device, dtype=dtype, supported=("triton",))
-    with torch.autocast(means.device.type, enabled=False):
-        everyone = torch.ones(len(means), dtype=torch.bool, device=means.device) if seen is None else seen
-        x, y = centred_units(means, weights, everyone, backend=used)
-        assert y is not None
-        return pairings_of_units(x, y, everyone, pairings, target, temperature, used)
+    used = resolve_backend(backend, op="p2p", device=means.device, dtype=dtype, supported=("cpp", "triton"))
+    seen = torch.ones(len(means), dtype=torch.bool, device=means.device) if seen is None else seen
+    return pairings_of_checked(means, weights, seen, pairings, target, temperature, used)
 
 
-def pairings_of_units(
-    x: Tensor, y: Tensor, seen: Tensor, pairings: Collection[str], target: Target, temperature: float, backend: str
+def pairings_of_checked(
+    means: Tensor,
+    weights: Tensor,
+    seen: Tensor,
+    pairings: Collection[str],
+    target: Target,
+    temperature: float,
+    backend: str,
 ) -> Tensor:
-    """The pairings [3] of centred unit rows of means, x, and of weights, y."""
-
-    def blocks(x: Tensor, y: Tensor | None, which: Literal["own", "cross", "all"]) -> Tensor:
-        form, used = pair_form(target, (x.shape[0], x.shape[1]), blocks=which, backend=backend)
-        return p2p_blocks(x, y, seen, blocks=which, form=form, temperature=temperature, backend=used)
-
+    """`p2p_pairings` of arguments that are right, on a backend that can run."""
+    options = {"target": target, "temperature": temperature, "backend": backend}
     if set(pairings) == set(PAIRINGS):
-        return blocks(x, y, "all")
-    zero = x.new_zeros(1)
+        return p2p_values(means, weights, seen, blocks="all", **options)
+    zero = means.new_zeros(1, dtype=pair_dtype(means, weights))
     return torch.cat(
         [
-            blocks(x, None, "own") if "means" in pairings else zero,
-            blocks(y, None, "own") if "weights" in pairings else zero,
-            blocks(x, y, "cross") if "duality" in pairings else zero,
+            p2p_values(means, None, seen, blocks="own", **options) if "means" in pairings else zero,
+            p2p_values(weights, None, seen, blocks="own", **options) if "weights" in pairings else zero,
+            p2p_values(means, weights, seen, blocks="cross", **options) if "duality" in pairings else zero,
         ]
     )
