@@ -123,8 +123,9 @@ def test_metadata_alone_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_packages_are_complete() -> None:
-    inits = [path for path in (ROOT / "allnc").glob("**/__init__.py") if "kernels" not in path.parts]
-    found = {".".join(path.relative_to(ROOT).parts[:-1]) for path in inits} | {"allnc.kernels"}
+    inits = {path.relative_to(ROOT) for path in (ROOT / "allnc").glob("**/__init__.py")}
+    inits |= {Path("allnc", path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("**/__init__.py")}
+    found = {".".join(path.parts[:-1]) for path in inits}
     assert set(build.PACKAGES) == found
 
 
