@@ -38,10 +38,13 @@ PACKAGES = [
     "allnc",
     "allnc.data",
     "allnc.kernels",
+    "allnc.kernels.hycon",
     "allnc.losses",
     "allnc.metrics",
     "allnc.models",
     "allnc.ops",
+    "allnc.ops.hycon",
+    "allnc.ops.p2p",
     "allnc.trainer",
 ]
 

@@ -14,7 +14,7 @@ import torch
 
 # Equal to kInterface in csrc/module.cpp; both change when the schema of an op does, so that an extension
 # built from older sources is refused with a clear message instead of failing inside an op.
-INTERFACE = 2
+INTERFACE = 3
 
 # Registered by csrc/ under the namespace `allnc_C`.
 OPS = (
@@ -22,6 +22,12 @@ OPS = (
     "class_mean_ema_backward",
     "hycon_lse_forward",
     "hycon_lse_backward",
+    "hycon_loss_forward",
+    "hycon_loss_backward",
+    "centred_unit_forward",
+    "centred_unit_backward",
+    "p2p_blocks_forward",
+    "p2p_blocks_backward",
 )
 
 

@@ -1,7 +1,8 @@
 """What a run is made of: frozen dataclasses, one per owner, checked when they are built.
 
-Only the standard library is imported. allnc/trainer/options.py turns configurations into dictionaries and
-back; the command line (allnc/train.py) builds the same classes from a YAML recipe and dotted overrides.
+Only the standard library is imported, and allnc._checks, which imports nothing else. allnc/trainer/options.py turns
+configurations into dictionaries and back; the command line (allnc/train.py) builds the same classes from a YAML recipe
+and dotted overrides.
 """
 
 from __future__ import annotations
@@ -10,23 +11,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
+from allnc._checks import check_interval
+
 SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memory as one uint8 tensor
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
-
-
-def _number(
-    name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False
-) -> None:
-    """Raise ValueError unless `value` lies in the interval; the message shows the interval as it is meant."""
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
-    if above and below and math.isfinite(value):
-        return
-    if high == math.inf:
-        wanted = f"> {low:g}" if open_low else f">= {low:g}"
-    else:
-        wanted = f"in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-    raise ValueError(f"{name} must be {wanted}; got {value}")
 
 
 def _choices(section: str, config: Any) -> None:
@@ -83,15 +71,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _choices("data", self)
-        _number("data.imbalance_ratio", self.imbalance_ratio, 1, math.inf)
+        check_interval("data.imbalance_ratio", self.imbalance_ratio, 1, math.inf)
         if self.max_per_class is not None:
-            _number("data.max_per_class", self.max_per_class, 1, math.inf)
-        _number("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
-        _number("data.image_size", self.image_size, 8, math.inf)
-        _number("data.views", self.views, 1, math.inf)
-        _number("data.workers", self.workers, 0, math.inf)
-        _number("data.few", self.few, 0, math.inf)
-        _number("data.many", self.many, self.few, math.inf)
+            check_interval("data.max_per_class", self.max_per_class, 1, math.inf)
+        check_interval("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
+        check_interval("data.image_size", self.image_size, 8, math.inf)
+        check_interval("data.views", self.views, 1, math.inf)
+        check_interval("data.workers", self.workers, 0, math.inf)
+        check_interval("data.few", self.few, 0, math.inf)
+        check_interval("data.many", self.many, self.few, math.inf)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
         if self.name == "image_folder" and not self.root:
@@ -147,11 +135,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _choices("model", self)
-        _number("model.width", self.width, 1, math.inf)
-        _number("model.classifier_scale", self.classifier_scale, 0, math.inf, open_low=True)
+        check_interval("model.width", self.width, 1, math.inf)
+        check_interval("model.classifier_scale", self.classifier_scale, 0, math.inf, open_low=True)
         if self.projection_hidden is not None:
-            _number("model.projection_hidden", self.projection_hidden, 1, math.inf)
-        _number("model.projection_dim", self.projection_dim, 1, math.inf)
+            check_interval("model.projection_hidden", self.projection_hidden, 1, math.inf)
+        check_interval("model.projection_dim", self.projection_dim, 1, math.inf)
         if self.name.startswith("timm:") and len(self.name) > 5:
             return
         depth = self.name.removeprefix("resnet")
@@ -205,7 +193,7 @@ class LossConfig:
     """
 
     name: Literal["allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "allnc"
-    hycon: Literal["softmax", "cosine", "none"] = "cosine"
+    hycon: Literal["softmax", "cosine", "none"] = "softmax"
     hycon_weight: float = 1.0
     alpha: float = 1.0
     temperature: float = 0.1
@@ -227,18 +215,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         _choices("loss", self)
         for name in _NOT_NEGATIVE:
-            _number(f"loss.{name}", getattr(self, name), 0, math.inf)
+            check_interval(f"loss.{name}", getattr(self, name), 0, math.inf)
         for name in ("temperature", "p2p_temperature", "gamma"):
-            _number(f"loss.{name}", getattr(self, name), 0, math.inf, open_low=True)
-        _number("loss.ema_momentum", self.ema_momentum, 0, 1, open_high=True)
-        _number("loss.horizon", self.horizon, 0, 1)
-
-    @property
-    def head(self) -> Literal["projection", "predictor"] | None:
-        """The head that the loss reads beside the classifier."""
-        if self.name != "allnc" or self.hycon == "none":
-            return None
-        return "projection" if self.hycon == "softmax" else "predictor"
+            check_interval(f"loss.{name}", getattr(self, name), 0, math.inf, open_low=True)
+        check_interval("loss.ema_momentum", self.ema_momentum, 0, 1, open_high=True)
+        check_interval("loss.horizon", self.horizon, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,6 +239,8 @@ class TrainConfig:
         grad_clip: largest norm of the whole gradient; None does not clip.
         precision: autocast type; auto takes bf16 where the device has it in hardware (CPU: AVX512-BF16 or
             AMX), else fp16 on a GPU and fp32 on a CPU.
+        matmul_precision: how float32 matrices are multiplied, in torch's words: highest (float32), high (TF32 on a
+            GPU), medium (bfloat16 where the hardware has it); auto takes high on a GPU and highest on a CPU.
         device: auto takes a GPU when there is one.
         threads: CPU threads of torch, >= 1; None takes one a core. A small network is as fast with one, and
             much faster when other programs want the cores, too; results depend on the number in the last bits.
@@ -278,6 +261,7 @@ class TrainConfig:
     milestones: tuple[int, ...] = ()
     grad_clip: float | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     channels_last: bool = True
@@ -287,18 +271,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         _choices("train", self)
-        _number("train.epochs", self.epochs, 1, math.inf)
-        _number("train.batch_size", self.batch_size, 2, math.inf)
-        _number("train.lr", self.lr, 0, math.inf, open_low=True)
-        _number("train.momentum", self.momentum, 0, 1, open_high=True)
-        _number("train.weight_decay", self.weight_decay, 0, math.inf)
-        _number("train.warmup_epochs", self.warmup_epochs, 0, math.inf)
+        check_interval("train.epochs", self.epochs, 1, math.inf)
+        check_interval("train.batch_size", self.batch_size, 2, math.inf)
+        check_interval("train.lr", self.lr, 0, math.inf, open_low=True)
+        check_interval("train.momentum", self.momentum, 0, 1, open_high=True)
+        check_interval("train.weight_decay", self.weight_decay, 0, math.inf)
+        check_interval("train.warmup_epochs", self.warmup_epochs, 0, math.inf)
         if self.grad_clip is not None:
-            _number("train.grad_clip", self.grad_clip, 0, math.inf, open_low=True)
+            check_interval("train.grad_clip", self.grad_clip, 0, math.inf, open_low=True)
         if self.threads is not None:
-            _number("train.threads", self.threads, 1, math.inf)
-        _number("train.eval_every", self.eval_every, 1, math.inf)
-        _number("train.collapse_every", self.collapse_every, 0, math.inf)
+            check_interval("train.threads", self.threads, 1, math.inf)
+        check_interval("train.eval_every", self.eval_every, 1, math.inf)
+        check_interval("train.collapse_every", self.collapse_every, 0, math.inf)
         if (self.schedule == "step") != bool(self.milestones):
             raise ValueError(
                 f"train.milestones must be given with train.schedule step, and only then; "
@@ -329,7 +313,7 @@ class Config:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        _number("seed", self.seed, 0, 2**32 - 1)
+        check_interval("seed", self.seed, 0, 2**32 - 1)
         if self.loss.name == "allnc" and self.loss.hycon == "cosine" and self.data.views != 2:
             raise ValueError(f"data.views must be 2 with loss.hycon cosine; got {self.data.views}")
 

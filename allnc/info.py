@@ -22,8 +22,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "hycon": ("cpp", "triton"),
     "all_around": ("cpp", "triton"),
     "class_mean_ema": ("cpp", "cuda"),
-    "p2p": ("triton",),
-    "hycon_cosine": (),
+    "p2p": ("cpp", "triton"),
 }
 
 

@@ -9,7 +9,7 @@
 #   bench       the table: our ops, eager, other packages
 #   class_mean  class_mean_ema against copy bandwidth
 #   compiled    torch.compile of eager at the main shapes (compiling takes most of its time)
-#   tune        block sizes by time, if allnc.kernels.tune is there
+#   tune        block sizes by time
 #   ncu         tensor-pipe and memory utilisation of the main kernels at N = 16k, D = 128
 #   all         all of these
 #
@@ -133,11 +133,9 @@ compiled() {
 }
 
 tune() {
-    "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("allnc.kernels.tune") is None)' \
-        || { missing allnc.kernels.tune "nothing is tuned"; return; }
     local d
     for d in 128 64 256 512; do
-        part "tune-$d" 110 "$python" -m allnc.kernels.tune --n 16384 --dim $d --dtype bfloat16
+        part "tune-$d" 110 "$python" benchmarks/machine_code/tune.py --n 16384 --dim $d --dtype bfloat16
         sed -n '/^== tune-'$d' /,$p' "$log" | tail -n 12 # the rows to paste
     done
 }

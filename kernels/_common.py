@@ -24,26 +24,35 @@ VECTOR_BLOCK = 1024  # labels or rows a step of what only touches vectors
 
 
 class Blocks(NamedTuple):
-    """Sizes of one kernel's tiles and its launch options.
+    """Sizes of one kernel's tiles and how it multiplies them: one compile-time argument.
 
-    block_m rows of a panel, block_n rows of a tile, block_d columns loaded at once (all of them: the panel
-    stays on chip), block_g columns of the gradient one program forms.
+    A kernel's numbers (N, C) are arguments of their own and not in such tuples: Triton would compile the kernel again
+    for numbers that 16 divides, whatever `do_not_specialize` says, because it does not look into tuples.
+    Triton 3.6 wants a field bound to a `tl.constexpr` name before it is passed on to another function.
     """
 
-    block_m: int
-    block_n: int
-    block_d: int
-    block_g: int
-    num_warps: int
-    num_stages: int
+    dim: int  # columns of a row
+    block_m: int  # rows of a panel
+    block_n: int  # rows of a tile
+    block_d: int  # columns loaded at once
+    block_g: int  # columns of the gradient one program forms; 0 in a forward
+    resident: bool  # whether all columns are loaded at once, so that a panel stays on chip
+    precision: str  # of tl.dot
 
 
-def launch_options(blocks: Blocks, *, alone: bool = False) -> dict[str, Any]:
+class Matrix(NamedTuple):
+    """A row-major matrix inside a kernel."""
+
+    ptr: Any
+    num_rows: Any
+
+
+def launch_options(num_warps: int, num_stages: int, *, alone: bool = False) -> dict[str, Any]:
     """Options of a launch; fused multiply-add is asked for because Triton's default for it is changing.
 
     alone: shared memory holds one program a multiprocessor, and the assembler is told not to spill for a second.
     """
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     return options | {"maxnreg": 255} if alone else options
 
 
@@ -72,6 +81,11 @@ def matmul_precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
+def exact_float32(dtype: torch.dtype) -> bool:
+    """Whether products are float32's own, without tensor cores."""
+    return dtype == torch.float32 and matmul_precision(dtype) == "ieee"
+
+
 def padded_dim(dim: int) -> int:
     """Columns of a tile: the next power of two, at least the 16 that tensor cores take."""
     return max(16, triton.next_power_of_2(dim))
@@ -89,7 +103,7 @@ class Tile(NamedTuple):
 # Tiles by architecture and by the bytes of a row, so that a first call need not search. They were chosen from compiled
 # code: no spills, and as many independent blocks on a multiprocessor as registers and shared memory allow, because
 # one block's exponentials then run beside another's products. What they are worth on a GPU is a prediction;
-# `python -m allnc.kernels.tune` measures the alternatives and prints the rows to paste here. Rows are at most 512 bytes
+# `benchmarks/machine_code/tune.py` measures the alternatives and prints the rows to paste. Rows are at most 512 bytes
 # where they stay on chip; CHUNKED is for longer ones, which are loaded CHUNK_BYTES at a time.
 CHUNKED = 0
 CHUNK_BYTES = {80: 64, 90: 128, 100: 128}  # sm_80 holds a chunk in registers too: half of it leaves room for two blocks
@@ -162,37 +176,47 @@ def uses_waves(dim: int, dtype: torch.dtype) -> bool:
     return row_class(dim, dtype) == CHUNKED
 
 
-def forward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
-    """Sizes of the forward's tiles."""
-    if precision == "ieee" and dtype == torch.float32:  # one FMA a product: short chunks keep them in registers
-        return Blocks(block_m=64, block_n=64, block_d=min(32, padded_dim(dim)), block_g=0, num_warps=8, num_stages=2)
-    return _blocks(FORWARD, dim, dtype, arch, group=0)
+Choice = tuple[Blocks, dict[str, Any]]  # and the launch options
 
 
-def backward_blocks(dim: int, dtype: torch.dtype, precision: str, arch: int) -> Blocks:
-    """Sizes of the backward's tiles; up to 256 columns of the gradient a program."""
+def forward_blocks(dim: int, dtype: torch.dtype, arch: int) -> Choice:
+    """Tiles of the forward."""
+    if exact_float32(dtype):  # one FMA a product: short chunks keep them in registers
+        return _choice(Tile(64, 64, 8, 2), dim, dtype, columns=min(32, padded_dim(dim)))
+    return _from_table(FORWARD, dim, dtype, arch, gradient=0)
+
+
+def backward_blocks(dim: int, dtype: torch.dtype, arch: int) -> Choice:
+    """Tiles of the backward; up to 256 columns of the gradient a program."""
     width = padded_dim(dim)
-    group = min(width, 256)
-    if precision == "ieee" and dtype == torch.float32:
-        return Blocks(block_m=64, block_n=32, block_d=min(32, width), block_g=group, num_warps=8, num_stages=1)
+    gradient = min(width, 256)
+    if exact_float32(dtype):
+        return _choice(Tile(64, 32, 8, 1), dim, dtype, columns=min(32, width), gradient=gradient)
     if uses_waves(dim, dtype):
         chunk = 128 // dtype.itemsize
-        return Blocks(block_m=64, block_n=chunk, block_d=chunk, block_g=group, num_warps=8, num_stages=2)
-    return _blocks(BACKWARD, dim, dtype, arch, group)
+        return _choice(Tile(64, chunk, 8, 2), dim, dtype, columns=chunk, gradient=gradient)
+    return _from_table(BACKWARD, dim, dtype, arch, gradient)
 
 
-def wave_blocks(dtype: torch.dtype, precision: str, arch: int) -> Blocks:
-    """Sizes of the tiles of K in row waves."""
-    if precision == "ieee" and dtype == torch.float32:
-        return Blocks(block_m=64, block_n=64, block_d=32, block_g=0, num_warps=8, num_stages=2)
-    return _blocks(WAVES, 1024, dtype, arch, group=0)
+def wave_blocks(dim: int, dtype: torch.dtype, arch: int) -> Choice:
+    """Tiles of K in row waves, for `dim` columns that whole chunks fill."""
+    if exact_float32(dtype):
+        return _choice(Tile(64, 64, 8, 2), dim, dtype, columns=32)
+    arch = table_arch(arch)
+    return _choice(WAVES[arch][CHUNKED], dim, dtype, columns=CHUNK_BYTES[arch] // dtype.itemsize)
 
 
-def _blocks(table: dict[int, dict[int, Tile]], dim: int, dtype: torch.dtype, arch: int, group: int) -> Blocks:
+def _from_table(table: dict[int, dict[int, Tile]], dim: int, dtype: torch.dtype, arch: int, gradient: int) -> Choice:
     arch, row = table_arch(arch), row_class(dim, dtype)
-    tile = table[arch][row]
     columns = CHUNK_BYTES[arch] // dtype.itemsize if row == CHUNKED else padded_dim(dim)
-    return Blocks(tile.block_m, tile.block_n, columns, group, tile.num_warps, tile.num_stages)
+    return _choice(table[arch][row], dim, dtype, columns, gradient)
+
+
+def _choice(tile: Tile, dim: int, dtype: torch.dtype, columns: int, gradient: int = 0) -> Choice:
+    blocks = Blocks(
+        dim, tile.block_m, tile.block_n, columns, gradient, resident=columns >= dim, precision=matmul_precision(dtype)
+    )
+    return blocks, launch_options(tile.num_warps, tile.num_stages, alone=row_class(dim, dtype) == 512)
 
 
 @triton.jit
@@ -215,42 +239,49 @@ def narrow(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, start, num_rows, column, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows from `start`, columns from `column` of a [num_rows, D] matrix, [ROWS, COLUMNS]; zeros outside."""
+def load_tile(matrix, start, column, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `start` and columns from `column` of a matrix of D columns; zeros outside.  # [ROWS, COLUMNS]"""
     rows = tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
-    mask = (rows < num_rows - start)[:, None]
+    mask = (rows < matrix.num_rows - start)[:, None]
     if D % COLUMNS != 0:
         mask = mask & (columns < D)[None, :]
     # Only the tile's origin can pass 2^31; 32-bit offsets inside a tile halve the address arithmetic.
-    origin = pointer + tl.cast(start, tl.int64) * D
+    origin = matrix.ptr + tl.cast(start, tl.int64) * D
     return tl.load(origin + (rows[:, None] * D + columns[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def similarity(
-    x_panel,
-    y_tile,
-    x_ptr,
-    y_ptr,
-    x_start,
-    y_start,
-    num_x,
-    num_y,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """x_i·y_j [BLOCK_M, BLOCK_N] of a panel and a tile: as loaded, or over chunks of BLOCK_D columns."""
+def store_tile(matrix, x, start, column, D: tl.constexpr):
+    """Writes x [ROWS, COLUMNS], narrowed, to rows from `start` and columns from `column` of a matrix of D columns."""
+    rows = tl.arange(0, x.shape[0])
+    columns = column + tl.arange(0, x.shape[1])
+    mask = (start + rows < matrix.num_rows)[:, None] & (columns < D)[None, :]
+    origin = matrix.ptr + tl.cast(start, tl.int64) * D
+    tl.store(origin + (rows[:, None] * D + columns[None, :]), narrow(x, matrix.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather_tile(ptr, rows, valid, columns, D: tl.constexpr):
+    """Those rows and columns of a matrix of D columns in float32; zeros where not valid.  # [ROWS, COLUMNS]"""
+    mask = valid[:, None] & (columns < D)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def similarity(x, y, x_start, y_start, x_panel, y_tile, blocks: tl.constexpr):
+    """x_i·y_j of a panel of x and a tile of y: as loaded, or over chunks of columns.  # [BLOCK_M, BLOCK_N]"""
+    D: tl.constexpr = blocks.dim
+    BLOCK_M: tl.constexpr = blocks.block_m
+    BLOCK_N: tl.constexpr = blocks.block_n
+    BLOCK_D: tl.constexpr = blocks.block_d
+    PRECISION: tl.constexpr = blocks.precision
     s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    if RESIDENT:
+    if blocks.resident:
         s = matmul(x_panel, tl.trans(y_tile), s, PRECISION)
     else:
         for column in range(0, D, BLOCK_D):
-            x_chunk = load_tile(x_ptr, x_start, num_x, column, D, BLOCK_M, BLOCK_D)
-            y_chunk = load_tile(y_ptr, y_start, num_y, column, D, BLOCK_N, BLOCK_D)
+            x_chunk = load_tile(x, x_start, column, D, BLOCK_M, BLOCK_D)
+            y_chunk = load_tile(y, y_start, column, D, BLOCK_N, BLOCK_D)
             s = matmul(x_chunk, tl.trans(y_chunk), s, PRECISION)
     return s

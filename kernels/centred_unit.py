@@ -16,27 +16,34 @@ equal bit for bit) and finishes BLOCK_C rows a program. A program holds whole ro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from allnc.kernels._common import device_guard, narrow, padded_dim, pointer
+from allnc.kernels._common import device_guard, launch_options, narrow, padded_dim, pointer
 from allnc.kernels.p2p import count_seen
 
 SHARES = 64
-_NOISE = tl.constexpr(8 * torch.finfo(torch.float32).eps)
+_SQUARED_NOISE = tl.constexpr((8 * torch.finfo(torch.float32).eps) ** 2)
+
+
+class Sides(NamedTuple):
+    """The same of both sides, [C, F] each; tensors at a launch, pointers in a kernel. The first, twice, of one side."""
+
+    x: Any
+    y: Any
 
 
 @triton.jit
-def load_rows(x_ptr, y_ptr, side, offsets, mask):
+def load_rows(sides, side, offsets, mask):
     """Rows of one side as float32, zeros where masked."""
     if side == 0:
-        rows = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rows = tl.load(sides.x + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
-        rows = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rows = tl.load(sides.y + offsets, mask=mask, other=0.0).to(tl.float32)
     return rows
 
 
@@ -61,18 +68,17 @@ def added_shares(sum_ptr, num_shares, F: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def unit_gradient(dx_ptr, dy_ptr, x_ptr, y_ptr, scale_ptr, side, rows, offsets, mask, C):
+def unit_gradient(du, u, scale_ptr, side, rows, offsets, mask, C):
     """dc of some rows, and zeros where masked."""
-    u = load_rows(x_ptr, y_ptr, side, offsets, mask)
-    du = load_rows(dx_ptr, dy_ptr, side, offsets, mask)
+    u_rows = load_rows(u, side, offsets, mask)
+    du_rows = load_rows(du, side, offsets, mask)
     scale = tl.load(scale_ptr + side * C + rows, mask=rows < C, other=0.0)
-    return scale[:, None] * (du - u * tl.sum(u * du, 1)[:, None])
+    return scale[:, None] * (du_rows - u_rows * tl.sum(u_rows * du_rows, 1)[:, None])
 
 
 @triton.jit(do_not_specialize=["C", "num_shares", "share_rows"])
 def unit_sums_kernel(
-    x_ptr,
-    y_ptr,
+    x,
     seen_ptr,
     sum_ptr,
     square_ptr,
@@ -91,9 +97,9 @@ def unit_sums_kernel(
     largest = tl.zeros([BLOCK_C], dtype=tl.float32)
     for start in range(first, tl.minimum(first + share_rows, C), BLOCK_C):
         _, offsets, mask = seen_offsets(seen_ptr, start, C, F, BLOCK_C, WIDTH)
-        x = load_rows(x_ptr, y_ptr, side, offsets, mask)
-        total += tl.sum(x, 0)
-        largest = tl.maximum(largest, tl.sum(x * x, 1))
+        rows = load_rows(x, side, offsets, mask)
+        total += tl.sum(rows, 0)
+        largest = tl.maximum(largest, tl.sum(rows * rows, 1))
     columns = tl.arange(0, WIDTH)
     tl.store(sum_ptr + program * F + columns, total, mask=columns < F)
     tl.store(square_ptr + program, tl.max(largest, 0))
@@ -101,13 +107,11 @@ def unit_sums_kernel(
 
 @triton.jit(do_not_specialize=["C", "num_shares"])
 def unit_rows_kernel(
-    x_ptr,
-    y_ptr,
+    x,
     seen_ptr,
     sum_ptr,
     square_ptr,
-    u_ptr,
-    v_ptr,
+    u,
     scale_ptr,
     C,
     num_shares,
@@ -126,14 +130,14 @@ def unit_rows_kernel(
     centre = total / tl.maximum(count_seen(seen_ptr, C), 1.0)
 
     rows, offsets, mask = seen_offsets(seen_ptr, tl.program_id(0) % num_panels * BLOCK_C, C, F, BLOCK_C, WIDTH)
-    x = load_rows(x_ptr, y_ptr, side, offsets, mask)
-    centred = tl.where(mask, x - centre[None, :], 0.0)
+    centred = tl.where(mask, load_rows(x, side, offsets, mask) - centre[None, :], 0.0)
     squared = tl.sum(centred * centred, 1)
-    has_direction = squared > _NOISE * _NOISE * largest
+    # The tensor is on the left: where the constant is, the interpreter of Triton 3.8 makes the product a constant.
+    has_direction = squared > largest * _SQUARED_NOISE
     scale = tl.where(has_direction, tl.rsqrt(tl.where(has_direction, squared, 1.0)), 0.0)
-    out_ptr = u_ptr
+    out_ptr = u.x
     if side == 1:
-        out_ptr = v_ptr
+        out_ptr = u.y
     inside = (rows < C)[:, None] & (tl.arange(0, WIDTH) < F)[None, :]
     tl.store(out_ptr + offsets, centred * scale[:, None], mask=inside)
     tl.store(scale_ptr + side * C + rows, scale, mask=rows < C)
@@ -141,10 +145,8 @@ def unit_rows_kernel(
 
 @triton.jit(do_not_specialize=["C", "num_shares", "share_rows"])
 def unit_bwd_sums_kernel(
-    du_ptr,
-    dv_ptr,
-    u_ptr,
-    v_ptr,
+    du,
+    u,
     scale_ptr,
     seen_ptr,
     sum_ptr,
@@ -162,22 +164,19 @@ def unit_bwd_sums_kernel(
     total = tl.zeros([WIDTH], dtype=tl.float32)
     for start in range(first, tl.minimum(first + share_rows, C), BLOCK_C):
         rows, offsets, mask = seen_offsets(seen_ptr, start, C, F, BLOCK_C, WIDTH)
-        total += tl.sum(unit_gradient(du_ptr, dv_ptr, u_ptr, v_ptr, scale_ptr, side, rows, offsets, mask, C), 0)
+        total += tl.sum(unit_gradient(du, u, scale_ptr, side, rows, offsets, mask, C), 0)
     columns = tl.arange(0, WIDTH)
     tl.store(sum_ptr + program * F + columns, total, mask=columns < F)
 
 
 @triton.jit(do_not_specialize=["C", "num_shares"])
 def unit_bwd_rows_kernel(
-    du_ptr,
-    dv_ptr,
-    u_ptr,
-    v_ptr,
+    du,
+    u,
     scale_ptr,
     seen_ptr,
     sum_ptr,
-    dx_ptr,
-    dy_ptr,
+    dx,
     C,
     num_shares,
     F: tl.constexpr,
@@ -190,20 +189,20 @@ def unit_bwd_rows_kernel(
     total = added_shares(sum_ptr + side * num_shares * F, num_shares, F, WIDTH)
     centre = total / tl.maximum(count_seen(seen_ptr, C), 1.0)
     rows, offsets, mask = seen_offsets(seen_ptr, tl.program_id(0) % num_panels * BLOCK_C, C, F, BLOCK_C, WIDTH)
-    dc = unit_gradient(du_ptr, dv_ptr, u_ptr, v_ptr, scale_ptr, side, rows, offsets, mask, C)
-    dx = tl.where(mask, dc - centre[None, :], 0.0)
+    dc = unit_gradient(du, u, scale_ptr, side, rows, offsets, mask, C)
+    dx_rows = tl.where(mask, dc - centre[None, :], 0.0)
     inside = (rows < C)[:, None] & (tl.arange(0, WIDTH) < F)[None, :]
     if side == 0:
-        tl.store(dx_ptr + offsets, narrow(dx, dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx.x + offsets, narrow(dx_rows, dx.x.dtype.element_ty), mask=inside)
     else:
-        tl.store(dy_ptr + offsets, narrow(dx, dy_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx.y + offsets, narrow(dx_rows, dx.y.dtype.element_ty), mask=inside)
 
 
 def unit_constants(features: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments, but SHARES, and launch options: tiles of 8192 elements, 32 registers a thread."""
     width = padded_dim(features)
     constants = {"F": features, "BLOCK_C": max(1, min(64, 8192 // width)), "WIDTH": width}
-    return constants, {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+    return constants, launch_options(num_warps=8, num_stages=2)
 
 
 def shares_of(num_classes: int, block_c: int) -> tuple[int, int]:
@@ -236,10 +235,10 @@ def centred_unit_forward(x: Tensor, y: Tensor | None, seen: Tensor) -> tuple[Ten
     scale = torch.empty((sides, num_classes), **like)
     with device_guard(x):
         unit_sums_kernel[(sides * num_shares,)](
-            x, pointer(y, x), seen, sums, squares, num_classes, num_shares, share_rows, **constants, **options
+            Sides(x, pointer(y, x)), seen, sums, squares, num_classes, num_shares, share_rows, **constants, **options
         )
         unit_rows_kernel[(sides * triton.cdiv(num_classes, constants["BLOCK_C"]),)](
-            x, pointer(y, x), seen, sums, squares, u, pointer(v, u), scale, num_classes, num_shares,
+            Sides(x, pointer(y, x)), seen, sums, squares, Sides(u, pointer(v, u)), scale, num_classes, num_shares,
             **constants, SHARES=SHARES, **options,
         )  # fmt: skip
     return u, v, scale
@@ -273,12 +272,12 @@ def centred_unit_backward(
     sums = torch.empty((sides, num_shares, features), dtype=torch.float32, device=u.device)
     dx = torch.empty(u.shape, dtype=x_dtype, device=u.device)
     dy = None if v is None else torch.empty(u.shape, dtype=y_dtype, device=u.device)
-    inputs = (du, pointer(dv, du), u, pointer(v, u), scale, seen, sums)
+    inputs = (Sides(du, pointer(dv, du)), Sides(u, pointer(v, u)), scale, seen, sums)
     with device_guard(u):
         unit_bwd_sums_kernel[(sides * num_shares,)](
             *inputs, num_classes, num_shares, share_rows, **constants, **options
         )
         unit_bwd_rows_kernel[(sides * triton.cdiv(num_classes, constants["BLOCK_C"]),)](
-            *inputs, dx, pointer(dy, dx), num_classes, num_shares, **constants, **options
+            *inputs, Sides(dx, pointer(dy, dx)), num_classes, num_shares, **constants, **options
         )
     return dx, dy

@@ -17,7 +17,7 @@ and with g dL/dvalue of a block,
 With K < 2 there is no pair: values and gradients are 0.
 
 Legend: C classes, F columns; a panel is BLOCK_C consecutive classes of the left side, T panels, a tile is a panel's
-product with the rows of a panel of the other side, summed over chunks of BLOCK_F columns.
+product with the rows of a panel of the other side, summed over chunks of columns.
 
 Forward grid, etf: one program a tile, which writes the tile's sum. (X, X) and (Y, Y) are symmetric: panel p meets
 panels p, p + 1, ..., p + T/2, round the end, and tiles off the diagonal count twice: T (T + 1) tiles for both
@@ -34,7 +34,7 @@ host never waits.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -44,20 +44,32 @@ from torch import Tensor
 from allnc.kernels._common import (
     LN_2,
     LOG2_E,
+    Blocks,
+    Matrix,
     device_guard,
+    exact_float32,
+    launch_options,
     load_tile,
     matmul,
     matmul_precision,
     padded_dim,
     pointer,
     similarity,
+    store_tile,
 )
 
 PairBlocks = Literal["own", "cross", "all"]
 
 _SEEN_BLOCK = tl.constexpr(1024)
 _PARTIAL_BLOCK = 1024
-_RESIDENT = tl.constexpr(False)  # F is long: rows of G are summed over chunks
+
+
+class Classes(NamedTuple):
+    """Both sides and the classes seen; tensors at a launch, pointers in a kernel."""
+
+    x: Any  # [C, F] float32
+    y: Any  # [C, F] float32
+    seen: Any  # [C] bool
 
 
 @triton.jit
@@ -71,19 +83,9 @@ def count_seen(seen_ptr, C):
 
 
 @triton.jit
-def etf_tile(
-    tile,
-    kind,
-    left_ptr,
-    right_ptr,
-    seen_ptr,
-    C,
-    F: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+def etf_tile(tile, kind, left, right, seen_ptr, C, blocks: tl.constexpr):
     """Σ (G - ρ)² over one tile, twice where its mirror image is not visited."""
+    BLOCK_C: tl.constexpr = blocks.block_m
     num_panels = tl.cdiv(C, BLOCK_C)
     panel = tile % num_panels
     distance = tile // num_panels
@@ -95,10 +97,7 @@ def etf_tile(
     # A single class has no pair: no row counts then.
     in_rows = tl.load(seen_ptr + rows, mask=rows < tl.where(num_seen >= 2, C, 0), other=0) != 0
     in_columns = tl.load(seen_ptr + columns, mask=columns < C, other=0) != 0
-    gram = similarity(
-        0.0, 0.0, left_ptr, right_ptr, start, first, C, C,
-        F, BLOCK_C, BLOCK_C, BLOCK_F, _RESIDENT, PRECISION,
-    )  # fmt: skip
+    gram = similarity(left, right, start, first, 0.0, 0.0, blocks)
     rho = tl.where(rows[:, None] == columns[None, :], 1.0, -1.0 / tl.maximum(num_seen - 1.0, 1.0))
     deviation = tl.where(in_rows[:, None] & in_columns[None, :], gram - rho, 0.0)
     mirrored = (kind < 2) & (distance > 0)
@@ -106,21 +105,9 @@ def etf_tile(
 
 
 @triton.jit
-def softmax_panel(
-    panel,
-    kind,
-    left_ptr,
-    right_ptr,
-    seen_ptr,
-    lse_ptr,
-    C,
-    temperature,
-    F: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+def softmax_panel(panel, kind, left, right, seen_ptr, lse_ptr, C, temperature, blocks: tl.constexpr):
     """Σ (τ l_c - [X, Y only] G_cc) over one panel; writes its l, and inf for classes without a share in the value."""
+    BLOCK_C: tl.constexpr = blocks.block_m
     start = panel * BLOCK_C
     rows = start + tl.arange(0, BLOCK_C)
     num_seen = count_seen(seen_ptr, C)
@@ -132,10 +119,7 @@ def softmax_panel(
     for first in range(0, C, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)
         in_columns = tl.load(seen_ptr + columns, mask=columns < C, other=0) != 0
-        gram = similarity(
-            0.0, 0.0, left_ptr, right_ptr, start, first, C, C,
-            F, BLOCK_C, BLOCK_C, BLOCK_F, _RESIDENT, PRECISION,
-        )  # fmt: skip
+        gram = similarity(left, right, start, first, 0.0, 0.0, blocks)
         same = rows[:, None] == columns[None, :]
         own += tl.sum(tl.where(same, gram, 0.0), 1)
         pairs = in_rows[:, None] & in_columns[None, :] & (same == 0)
@@ -153,21 +137,17 @@ def softmax_panel(
 @triton.jit
 def p2p_forward_program(
     program,
-    x_ptr,
-    y_ptr,
-    seen_ptr,
+    classes,
     partial_ptr,
     lse_ptr,
     C,
     temperature,
-    F: tl.constexpr,
     ETF: tl.constexpr,
     FIRST_KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """One tile (etf) or panel (softmax) of the blocks from FIRST_KIND on: 0 is (X, X), 1 is (Y, Y), 2 is (X, Y)."""
+    BLOCK_C: tl.constexpr = blocks.block_m
     num_panels = tl.cdiv(C, BLOCK_C)
     num_own = num_panels  # programs of (X, X)
     if ETF:
@@ -175,19 +155,19 @@ def p2p_forward_program(
     index = program + FIRST_KIND * num_own
     kind = tl.minimum(index // num_own, 2)
     item = index - kind * num_own
-    left_ptr = x_ptr
+    left_ptr = classes.x
     if kind == 1:
-        left_ptr = y_ptr
-    right_ptr = y_ptr
+        left_ptr = classes.y
+    right_ptr = classes.y
     if kind == 0:
-        right_ptr = x_ptr
+        right_ptr = classes.x
+    left = Matrix(left_ptr, C)
+    right = Matrix(right_ptr, C)
     if ETF:
-        value = etf_tile(item, kind, left_ptr, right_ptr, seen_ptr, C, F, PRECISION, BLOCK_C, BLOCK_F)
+        value = etf_tile(item, kind, left, right, classes.seen, C, blocks)
     else:
-        value = softmax_panel(
-            item, kind, left_ptr, right_ptr, seen_ptr, lse_ptr + (kind - FIRST_KIND) * C, C, temperature,
-            F, PRECISION, BLOCK_C, BLOCK_F,
-        )  # fmt: skip
+        of_kind_ptr = lse_ptr + (kind - FIRST_KIND) * C
+        value = softmax_panel(item, kind, left, right, classes.seen, of_kind_ptr, C, temperature, blocks)
     tl.store(partial_ptr + program, value)
 
 
@@ -221,24 +201,16 @@ def p2p_finish_program(
 
 @triton.jit(do_not_specialize=["C", "temperature"])
 def p2p_fwd_kernel(
-    x_ptr,
-    y_ptr,
-    seen_ptr,
+    classes,
     partial_ptr,
     lse_ptr,
     C,
     temperature,
-    F: tl.constexpr,
     ETF: tl.constexpr,
     FIRST_KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    blocks: tl.constexpr,
 ):
-    p2p_forward_program(
-        tl.program_id(0), x_ptr, y_ptr, seen_ptr, partial_ptr, lse_ptr, C, temperature,
-        F, ETF, FIRST_KIND, PRECISION, BLOCK_C, BLOCK_F,
-    )  # fmt: skip
+    p2p_forward_program(tl.program_id(0), classes, partial_ptr, lse_ptr, C, temperature, ETF, FIRST_KIND, blocks)
 
 
 @triton.jit(do_not_specialize=["C", "num_own", "num_cross"])
@@ -261,9 +233,8 @@ def p2p_finish_kernel(
 @triton.jit
 def add_block(
     dx,
-    left_ptr,
-    right_ptr,
-    seen_ptr,
+    left,
+    right,
     lse_ptr,
     grad,
     temperature,
@@ -272,16 +243,16 @@ def add_block(
     of_right,
     num_seen,
     C,
-    F: tl.constexpr,
     ETF: tl.constexpr,
     OWN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """dx [BLOCK_C, BLOCK_G] plus the rows of A or A' (OWN), B or, if of_right, Bᵀ, times the right side's rows."""
+    F: tl.constexpr = blocks.dim
+    BLOCK_C: tl.constexpr = blocks.block_m
+    BLOCK_N: tl.constexpr = blocks.block_n
+    BLOCK_G: tl.constexpr = blocks.block_g
+    PRECISION: tl.constexpr = blocks.precision
     rows = start + tl.arange(0, BLOCK_C)
     weight = grad / num_seen
     if ETF:
@@ -295,10 +266,7 @@ def add_block(
     inverse_temperature = 1.0 / temperature
     for first in range(0, C, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
-        gram = similarity(
-            0.0, 0.0, left_ptr, right_ptr, start, first, C, C,
-            F, BLOCK_C, BLOCK_N, BLOCK_F, _RESIDENT, PRECISION,
-        )  # fmt: skip
+        gram = similarity(left, right, start, first, 0.0, 0.0, blocks)
         same = rows[:, None] == columns[None, :]
         if ETF:
             k = gram - tl.where(same, 1.0, rho)  # columns of classes not seen meet zero rows below
@@ -313,7 +281,7 @@ def add_block(
             else:
                 origin = tl.where(of_right, lse[None, :], row_lse[:, None])
                 k = tl.where(same, -1.0, tl.exp2((exponent - origin) * LOG2_E))
-        y = load_tile(right_ptr, first, C, column, F, BLOCK_N, BLOCK_G)
+        y = load_tile(right, first, column, F, BLOCK_N, BLOCK_G)
         dx = matmul(k * weight, y, dx, PRECISION)
     return dx
 
@@ -322,58 +290,51 @@ def add_block(
 def p2p_bwd_kernel(
     grad_ptr,
     lse_ptr,
-    x_ptr,
-    y_ptr,
-    seen_ptr,
+    classes,
     dx_ptr,
     dy_ptr,
     C,
     temperature,
-    F: tl.constexpr,
     ETF: tl.constexpr,
     OWN: tl.constexpr,
     CROSS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    blocks: tl.constexpr,
 ):
+    F: tl.constexpr = blocks.dim
+    BLOCK_C: tl.constexpr = blocks.block_m
+    BLOCK_G: tl.constexpr = blocks.block_g
     num_panels = tl.cdiv(C, BLOCK_C)
     side = tl.program_id(0) // num_panels  # 0 is X, 1 is Y
     start = tl.program_id(0) % num_panels * BLOCK_C
     column = tl.program_id(1) * BLOCK_G
-    left_ptr = x_ptr
-    right_ptr = y_ptr
+    left_ptr = classes.x
+    right_ptr = classes.y
     out_ptr = dx_ptr
     if side == 1:
-        left_ptr = y_ptr
-        right_ptr = x_ptr
+        left_ptr = classes.y
+        right_ptr = classes.x
         out_ptr = dy_ptr
+    left = Matrix(left_ptr, C)
+    right = Matrix(right_ptr, C)
 
-    num_seen = count_seen(seen_ptr, C)
+    num_seen = count_seen(classes.seen, C)
     divisor = tl.maximum(num_seen, 1.0)
     dx = tl.zeros([BLOCK_C, BLOCK_G], dtype=tl.float32)
     if OWN:
         dx = add_block(
-            dx, left_ptr, left_ptr, seen_ptr, lse_ptr + side * C, tl.load(grad_ptr + side), temperature,
-            start, column, False, divisor, C,
-            F, ETF, True, PRECISION, BLOCK_C, BLOCK_N, BLOCK_F, BLOCK_G,
+            dx, left, left, lse_ptr + side * C, tl.load(grad_ptr + side), temperature,
+            start, column, False, divisor, C, ETF, True, blocks,
         )  # fmt: skip
     if CROSS:
         kind = 2 if OWN else 0  # the only one there, without the others
         dx = add_block(
-            dx, left_ptr, right_ptr, seen_ptr, lse_ptr + kind * C, tl.load(grad_ptr + kind), temperature,
-            start, column, side == 1, divisor, C,
-            F, ETF, False, PRECISION, BLOCK_C, BLOCK_N, BLOCK_F, BLOCK_G,
+            dx, left, right, lse_ptr + kind * C, tl.load(grad_ptr + kind), temperature,
+            start, column, side == 1, divisor, C, ETF, False, blocks,
         )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_C)
-    in_rows = tl.load(seen_ptr + start + rows, mask=rows < tl.where(num_seen >= 2, C - start, 0), other=0) != 0
-    dx = tl.where(in_rows[:, None], dx, 0.0)
-    columns = column + tl.arange(0, BLOCK_G)
-    mask = (rows < C - start)[:, None] & (columns < F)[None, :]
-    tl.store(out_ptr + tl.cast(start, tl.int64) * F + (rows[:, None] * F + columns[None, :]), dx, mask=mask)
+    in_rows = tl.load(classes.seen + start + rows, mask=rows < tl.where(num_seen >= 2, C - start, 0), other=0) != 0
+    store_tile(Matrix(out_ptr, C), tl.where(in_rows[:, None], dx, 0.0), start, column, F)
 
 
 def panel_rows(num_classes: int) -> int:
@@ -386,19 +347,22 @@ def p2p_forward_constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `p2p_fwd_kernel`.
 
-    Exact products unroll into one FMA each: longer chunks, or fewer registers than there are, would spill.
+    Exact products unroll into one FMA each: longer chunks would spill. The assembler is told not to spill for the sake
+    of one more program an SM.
     """
-    precision = matmul_precision(dtype)
+    exact = exact_float32(dtype)
     constants = {
-        "F": features,
         "ETF": target == "etf",
         "FIRST_KIND": 2 if blocks == "cross" else 0,
-        "PRECISION": precision,
-        "BLOCK_C": panel_rows(num_classes),
-        "BLOCK_F": min(16 if precision == "ieee" else 32, padded_dim(features)),
+        "blocks": forward_tiles(features, dtype, panel_rows(num_classes), 16 if exact else 32),
     }
-    options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
-    return constants, options | ({"maxnreg": 255} if precision == "ieee" else {})
+    return constants, launch_options(num_warps=8, num_stages=3, alone=True)
+
+
+def forward_tiles(features: int, dtype: torch.dtype, rows: int, chunk: int) -> Blocks:
+    """Square tiles of G, summed over chunks of at most `chunk` columns."""
+    block_d = min(chunk, padded_dim(features))
+    return Blocks(features, rows, rows, block_d, 0, resident=False, precision=matmul_precision(dtype))
 
 
 def p2p_finish_constants(forward: dict[str, Any]) -> dict[str, Any]:
@@ -416,24 +380,23 @@ def p2p_backward_constants(
     registers and leave room for 256, and rows that 16 bytes do not divide for 128. The assembler
     is told not to spill a few registers for the sake of one more program an SM, as it would.
     """
-    constants = {
-        "F": features,
-        "ETF": target == "etf",
-        "OWN": blocks != "cross",
-        "CROSS": blocks != "own",
-        "PRECISION": matmul_precision(dtype),
-        "BLOCK_C": min(32, panel_rows(num_classes)),
-        "BLOCK_N": 32,
-        "BLOCK_F": min(32, padded_dim(features)),
-        "BLOCK_G": 512 if features % 512 == 0 else min(256 if features % 4 == 0 else 128, padded_dim(features)),
-    }
-    return constants, {"num_warps": 8, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": True}
+    tiles = Blocks(
+        features,
+        block_m=min(32, panel_rows(num_classes)),
+        block_n=32,
+        block_d=min(32, padded_dim(features)),
+        block_g=512 if features % 512 == 0 else min(256 if features % 4 == 0 else 128, padded_dim(features)),
+        resident=False,
+        precision=matmul_precision(dtype),
+    )
+    constants = {"ETF": target == "etf", "OWN": blocks != "cross", "CROSS": blocks != "own", "blocks": tiles}
+    return constants, launch_options(num_warps=8, num_stages=2, alone=True)
 
 
-def num_programs(num_classes: int, constants: dict[str, Any]) -> tuple[int, int]:
+def num_programs(num_classes: int, blocks: Blocks, *, etf: bool) -> tuple[int, int]:
     """Programs of the forward for (X, X) or (Y, Y), and for (X, Y)."""
-    panels = triton.cdiv(num_classes, constants["BLOCK_C"])
-    return (panels * (panels + 1) // 2, panels**2) if constants["ETF"] else (panels, panels)
+    panels = triton.cdiv(num_classes, blocks.block_m)
+    return (panels * (panels + 1) // 2, panels**2) if etf else (panels, panels)
 
 
 def p2p_forward(
@@ -462,12 +425,12 @@ def p2p_forward(
     x, y, seen = x.contiguous(), x if y is None else y.contiguous(), seen.contiguous()
     num_classes, features = x.shape
     constants, options = p2p_forward_constants(num_classes, features, x.dtype, target=target, blocks=blocks)
-    num_own, num_cross = num_programs(num_classes, constants)
+    num_own, num_cross = num_programs(num_classes, constants["blocks"], etf=constants["ETF"])
     programs = {"own": num_own, "cross": num_cross, "all": 2 * num_own + num_cross}[blocks]
     num_blocks = 3 if blocks == "all" else 1
     partial, values, lse = p2p_outputs(x, programs, num_blocks, target)
     with device_guard(x):
-        p2p_fwd_kernel[(programs,)](x, y, seen, partial, lse, num_classes, temperature, **constants, **options)
+        p2p_fwd_kernel[(programs,)](Classes(x, y, seen), partial, lse, num_classes, temperature, **constants, **options)
         p2p_finish_kernel[(num_blocks,)](
             seen, partial, values, num_classes, num_own, num_cross, **p2p_finish_constants(constants)
         )
@@ -507,10 +470,11 @@ def p2p_backward(
     num_classes, features = x.shape
     constants, options = p2p_backward_constants(num_classes, features, x.dtype, target=target, blocks=blocks)
     dx, dy = torch.empty_like(x), None if y is None else torch.empty_like(other)
-    panels = triton.cdiv(num_classes, constants["BLOCK_C"])
-    grid = ((1 if dy is None else 2) * panels, triton.cdiv(features, constants["BLOCK_G"]))
+    tiles = constants["blocks"]
+    panels = triton.cdiv(num_classes, tiles.block_m)
+    grid = ((1 if dy is None else 2) * panels, triton.cdiv(features, tiles.block_g))
     with device_guard(x):
         p2p_bwd_kernel[grid](
-            grad, lse, x, other, seen, dx, pointer(dy, dx), num_classes, temperature, **constants, **options
+            grad, lse, Classes(x, other, seen), dx, pointer(dy, dx), num_classes, temperature, **constants, **options
         )
     return dx, dy

@@ -75,7 +75,7 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
         (["--model.name", "resnet21"], "model.name must be resnetD with D = 6n + 2"),
         (["--model.pretrained", "true"], "model.pretrained needs a timm:NAME model; got resnet8"),
         (["--data.many", "5"], "data.many must be >= 20; got 5"),
-        (["--data.views", "3"], "data.views must be 2 with loss.hycon cosine; got 3"),
+        (["--data.views", "3", "--loss.hycon", "cosine"], "data.views must be 2 with loss.hycon cosine; got 3"),
         (["--data.augmentation", "randaugment"], "got randaugment, which is for large images"),
         (
             ["--train.milestones", "[3]"],

@@ -45,7 +45,7 @@ def test_backends_are_those_of_the_ops() -> None:
     """The table repeats what each op hands to resolve_backend."""
     pattern = re.compile(r'resolve_backend\(\s*backend,\s*op="(\w+)".*?supported=(\([^)]*\))', re.DOTALL)
     found: dict[str, tuple[str, ...]] = {}
-    for path in (ROOT / "allnc" / "ops").glob("*.py"):
+    for path in (ROOT / "allnc" / "ops").rglob("*.py"):
         for op, supported in pattern.findall(path.read_text()):
             found[op] = tuple(re.findall(r'"(\w+)"', supported))
     assert found == info.BACKENDS

@@ -30,11 +30,6 @@ def test_the_training_commands_are_understood(command: str) -> None:
     parse(words)
 
 
-def test_links_and_images_exist() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README):
-        assert (ROOT / target).exists(), target
-
-
 def test_file_map_names_what_is_there() -> None:
     block = re.search(r"## File map\n\n```\n(.*?)```", README, flags=re.DOTALL)
     assert block is not None

@@ -10,68 +10,54 @@ Legend: V views, N = V·B activations, F features, D columns of the projection, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from allnc.losses.base import (
-    IGNORE_INDEX,
-    LossOutput,
-    MeanGradient,
-    check_integer,
-    check_interval,
-    checked_counts,
-)
+from allnc._checks import check_integer
+from allnc.config import LossConfig
+from allnc.losses.base import IGNORE_INDEX, ClassMeans, LossOutput, backend_for, checked_counts, checked_logits
 from allnc.losses.gbbn import GBBN
-from allnc.losses.hycon import HyCon
-from allnc.losses.longtail import LongTail
-from allnc.losses.p2p import P2P
-from allnc.ops._common import Backend, check_choice
-from allnc.ops.contrast import Balance
+from allnc.losses.longtail import long_tail_loss
+from allnc.ops._common import check_floating, check_labels, check_shape, validated_labels
+from allnc.ops.all_around import all_around
 from allnc.ops.hycon_cosine import hycon_cosine
-from allnc.ops.p2p import Target
+from allnc.ops.p2p.pairings import PAIRINGS, p2p_pairings
+from allnc.ops.ranks import Ranks, scale_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AllNC(nn.Module):
     """All-around neural collapse: activations, class means and classifier vectors in one loss.
 
     The class means of feature space serve P2P and cosine HyCon; softmax HyCon has its own in projection
-    space.
+    space. HyCon and P2P are one call of `allnc.all_around`; terms of weight 0 are not computed.
 
     Args:
         class_counts: [C] training images of each class, >= 0.
         feature_dim: F, width of the features.
-        projection_dim: D, width of the projections z (softmax HyCon).
-        hycon: "softmax" (forward needs z), "cosine" (forward needs h) or "none".
-        hycon_weight: w_h >= 0, weight of HyCon beside P2P on the means.
-        alpha: α >= 0, weight of HyCon and P2P on the means against classification.
-        temperature: τ > 0 of softmax HyCon.
-        mean_weight: κ >= 0, weight of the own class mean among softmax HyCon's positives.
-        balance: column weights of softmax HyCon, "class" or "none".
-        ema_momentum: share of the old class mean kept at each step, in [0, 1).
-        mean_gradient: gradient through the class means, "exact" or "straight_through".
-        p2p_means, p2p_weights, p2p_duality: w_mm, w_ww, w_mw >= 0.
-        p2p_target: "etf", "softmax" or "auto".
-        p2p_temperature: τ > 0 of P2P's softmax target.
-        rebalance: loss of the re-balancing branch, by name or as a module.
-        gamma: γ > 0, shape of the schedule.
-        horizon: share of training after which the re-balancing branch alone remains, in [0, 1].
-        backend: "auto", "eager", "cpp", "triton" or "cuda", for those ops that have it; the others use
-            "auto".
+        projection_dim: D, width of the projections z; for softmax HyCon only.
+        config: every setting of the loss; `LossConfig` explains them.
+        group: the batch is that of all ranks of this process group, of which each brings some rows, or none. All
+            ranks must call forward together. The output is that of one process with all rows, and so is the *average*
+            of the ranks' gradients, which DistributedDataParallel forms. One synchronisation a step.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
 
     Example:
         >>> import torch
-        >>> loss = AllNC([100, 10, 5], feature_dim=16, projection_dim=8, hycon="cosine")
-        >>> classifier, predictor = torch.nn.Linear(16, 3), torch.nn.Linear(16, 16)
+        >>> import torch.nn.functional as F
+        >>> loss = AllNC([100, 10, 5], feature_dim=16, projection_dim=8)
+        >>> classifier, projection = torch.nn.Linear(16, 3), torch.nn.Linear(16, 8)
         >>> features = torch.randn(8, 16, requires_grad=True)  # four images, two views: rows 0-3 and 4-7
         >>> labels = torch.tensor([0, 0, 1, 2, 0, 0, 1, 2])
         >>> branch = (classifier(features), labels)
-        >>> output = loss(
-        ...     features, labels, classifier.weight, branch, branch, progress=0.1, h=predictor(features)
-        ... )
+        >>> z = F.normalize(projection(features), dim=1)
+        >>> output = loss(features, labels, classifier.weight, branch, branch, progress=0.1, z=z)
         >>> output.total.backward()
         >>> sorted(output.parts)
         ['cls', 'eta', 'hycon', 'p2p_duality', 'p2p_means', 'p2p_weights', 'rebalance', 'uniform']
@@ -84,61 +70,41 @@ class AllNC(nn.Module):
         self,
         class_counts: Tensor | Sequence[int],
         feature_dim: int,
-        projection_dim: int,
+        projection_dim: int | None = None,
+        config: LossConfig | None = None,
         *,
-        hycon: Literal["softmax", "cosine", "none"] = "cosine",
-        hycon_weight: float = 1.0,
-        alpha: float = 1.0,
-        temperature: float = 0.1,
-        mean_weight: float = 1.0,
-        balance: Balance = "class",
-        ema_momentum: float = 0.9,
-        mean_gradient: MeanGradient = "straight_through",
-        p2p_means: float = 1.0,
-        p2p_weights: float = 1.0,
-        p2p_duality: float = 1.0,
-        p2p_target: Target = "auto",
-        p2p_temperature: float = 0.1,
-        rebalance: LongTail | nn.Module = "logit_adjusted",
-        gamma: float = 2.0,
-        horizon: float = 0.3,
-        backend: Backend = "auto",
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        config = config or LossConfig()
         num_classes = len(checked_counts(class_counts))
-        check_choice("hycon", hycon, ("softmax", "cosine", "none"))
-        check_interval("hycon_weight", hycon_weight, 0)
-        check_interval("alpha", alpha, 0)
-        check_interval("ema_momentum", ema_momentum, 0, 1, open_high=True)
         check_integer("feature_dim", feature_dim, minimum=1)
-        check_integer("projection_dim", projection_dim, minimum=1)
-        check_choice("mean_gradient", mean_gradient, ("exact", "straight_through"))
-        self.form, self.hycon_weight, self.alpha = hycon, hycon_weight, alpha
-        self.gbbn = GBBN(class_counts, rebalance=rebalance, gamma=gamma, horizon=horizon)
-        self.p2p = P2P(
-            num_classes,
-            feature_dim,
-            means_weight=p2p_means,
-            classifier_weight=p2p_weights,
-            duality_weight=p2p_duality,
-            target=p2p_target,
-            temperature=p2p_temperature,
-            momentum=ema_momentum,
-            gradient=mean_gradient,
-            backend=backend,
+        self.config, self.group, self.num_classes = config, group, num_classes
+        self.gbbn = GBBN(
+            class_counts,
+            rebalance=long_tail_loss(config.rebalance, class_counts, gamma=config.focal_gamma, group=group),
+            gamma=config.gamma,
+            horizon=config.horizon,
+            group=group,
         )
-        self.hycon = None
-        if hycon == "softmax":
-            self.hycon = HyCon(
+        scales = (config.p2p_means * config.alpha, config.p2p_weights, config.p2p_duality * config.alpha)
+        self.pairings = [pairing for pairing, scale in zip(PAIRINGS, scales, strict=True) if scale > 0]
+
+        def class_means(dim: int) -> ClassMeans:
+            return ClassMeans(
                 num_classes,
-                projection_dim,
-                temperature=temperature,
-                mean_weight=mean_weight,
-                balance=balance,
-                momentum=ema_momentum,
-                gradient=mean_gradient,
-                backend=backend,
+                dim,
+                momentum=config.ema_momentum,
+                gradient=config.mean_gradient,
+                backend=config.backend,
             )
+
+        self.feature_means = class_means(feature_dim) if self.pairings or config.hycon == "cosine" else None
+        self.projection_means = None
+        if config.hycon == "softmax":
+            if projection_dim is None:
+                raise ValueError("projection_dim must be given with hycon='softmax'; got None. It is the width of z")
+            self.projection_means = class_means(projection_dim)
 
     def forward(
         self,
@@ -162,7 +128,7 @@ class AllNC(nn.Module):
             uniform: logits [N, C] and labels [N] of the uniform branch.
             rebalance: logits [N', C] and labels [N'] of the re-balancing branch.
             progress: share of training done, in [0, 1].
-            z: [N, D] unit rows, for softmax HyCon.
+            z: [N, D] unit rows, for softmax HyCon; float16 and bfloat16 are multiplied as they are.
             h: [N, F] predictor output, for cosine HyCon.
             num_views: V, a divisor of N (cosine HyCon).
 
@@ -172,45 +138,111 @@ class AllNC(nn.Module):
 
         Raises:
             TypeError, ValueError: z or h missing, or an argument an op cannot take.
+            RuntimeError: another rank's arguments are wrong.
         """
+        config = self.config
+
+        def check() -> None:
+            self._check(features, labels, weight, z, h)
+            self.gbbn.eta(progress)
+            if self.group is not None:  # found later, these would leave the other ranks waiting
+                validated_labels(labels, self.num_classes, IGNORE_INDEX)
+                checked_logits(*uniform, self.num_classes)
+                checked_logits(*rebalance, self.num_classes)
+
+        def facts() -> dict[str, float | None]:
+            return {
+                "F": features.shape[1],
+                "D": None if z is None else z.shape[1],
+                "bytes of a feature": features.element_size(),
+                "bytes of an element of z": None if z is None else z.element_size(),
+                "progress": progress,
+            }
+
+        ranks = None
+        if self.group is None:
+            check()
+        else:
+            ranks = Ranks(self.group, check, lambda: len(features), facts)
         output = self.gbbn(*uniform, *rebalance, progress)
+        hycon, p2p = self._geometry(features, labels, weight, z, h, num_views, ranks)
+
         eta = self.gbbn.eta(progress)
-        means, seen = self.p2p.update(features, labels)
-        terms = self.p2p.terms(means, seen, weight)
-        on_means = self.p2p.means_weight * terms.means + self.p2p.duality_weight * terms.duality
-        contrast = self._contrast(features, labels, means, seen, z, h, num_views)
-        if contrast is not None:
-            on_means = on_means + self.hycon_weight * contrast
-        total = output.total + (1 - eta) * self.p2p.classifier_weight * terms.weights + self.alpha * on_means
-        parts = {
-            **output.parts,
-            "p2p_means": terms.means.detach(),
-            "p2p_weights": terms.weights.detach(),
-            "p2p_duality": terms.duality.detach(),
-        }
-        if contrast is not None:
-            parts["hycon"] = contrast.detach()
+        on_means = config.hycon_weight * hycon + config.p2p_means * p2p[0] + config.p2p_duality * p2p[2]
+        total = output.total + (1 - eta) * config.p2p_weights * p2p[1] + config.alpha * on_means
+        if ranks is not None:
+            total = scale_gradient(total, ranks.size)  # gradients are averaged where shares have to be added
+        p2p = p2p.detach()
+        parts = {**output.parts, "p2p_means": p2p[0], "p2p_weights": p2p[1], "p2p_duality": p2p[2]}
+        if config.hycon != "none":
+            parts["hycon"] = hycon.detach()
         return LossOutput(total, parts)
 
-    def _contrast(
+    def _geometry(
         self,
         features: Tensor,
         labels: Tensor,
-        means: Tensor,
-        seen: Tensor,
+        weight: Tensor,
         z: Tensor | None,
         h: Tensor | None,
         num_views: int,
-    ) -> Tensor | None:
-        if self.form == "none":
-            return None
-        if self.hycon is not None:
+        ranks: Ranks | None,
+    ) -> tuple[Tensor, Tensor]:
+        """HyCon and P2P's pairings (means, weights, duality) [3]."""
+        config = self.config
+        means, seen = weight, None
+        if self.feature_means is not None:
+            means, seen = self.feature_means.update(features, labels, ranks)
+        options = {"pairings": self.pairings, "target": config.p2p_target}
+        if self.projection_means is not None:
+            assert z is not None
+            projected, seen = self.projection_means.update(z, labels, ranks)
+            hycon, *p2p = all_around(
+                z,
+                labels,
+                projected,
+                means,
+                weight,
+                seen=seen,
+                temperature=config.temperature,
+                mean_weight=config.mean_weight,
+                balance=config.balance,
+                p2p_temperature=config.p2p_temperature,
+                ignore_index=IGNORE_INDEX,
+                group=ranks,
+                backend=backend_for(config.backend, "cpp", "triton"),
+                **options,
+            )
+            return hycon, torch.stack(p2p)
+        p2p = weight.new_zeros(3)
+        if self.pairings:
+            backend = backend_for(config.backend, "cpp", "triton")
+            p2p = p2p_pairings(means, weight, seen=seen, temperature=config.p2p_temperature, backend=backend, **options)
+            p2p = p2p if ranks is None else ranks.replicated(p2p)
+        if config.hycon == "none":
+            return p2p.new_zeros(()), p2p
+        assert h is not None
+        settings = {"num_views": num_views, "seen": seen, "ignore_index": IGNORE_INDEX, "group": self.group}
+        return hycon_cosine(h, features, labels, means, **settings), p2p
+
+    def _check(self, features: Tensor, labels: Tensor, weight: Tensor, z: Tensor | None, h: Tensor | None) -> None:
+        check_floating("features", features)
+        dim = "F" if self.feature_means is None else self.feature_means.dim
+        check_shape("features", features, ("N", dim))
+        check_labels(labels, len(features))
+        check_floating("weight", weight)
+        check_shape("weight", weight, (self.num_classes, features.shape[1]))
+        if self.projection_means is not None:
             if z is None:
                 raise ValueError("z must be given with hycon='softmax'; got None. Give the model a projection head")
-            return self.hycon(z, labels)
-        if h is None:
-            raise ValueError("h must be given with hycon='cosine'; got None. Give the model a predictor head")
-        return hycon_cosine(h, features, labels, means, num_views=num_views, seen=seen, ignore_index=IGNORE_INDEX)
+            check_floating("z", z)
+            check_shape("z", z, (len(features), self.projection_means.dim))
+        if self.config.hycon == "cosine":
+            if h is None:
+                raise ValueError("h must be given with hycon='cosine'; got None. Give the model a predictor head")
+            check_floating("h", h)
+            check_shape("h", h, (len(features), features.shape[1]))
 
     def extra_repr(self) -> str:
-        return f"hycon={self.form!r}, hycon_weight={self.hycon_weight}, alpha={self.alpha}"
+        config = self.config
+        return f"hycon={config.hycon!r}, hycon_weight={config.hycon_weight}, alpha={config.alpha}"

@@ -1,28 +1,30 @@
-"""What the losses share: their output, the running class means, and the checks of constructor arguments."""
+"""What the losses share: their output, the running class means, and checked class counts and logits."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allnc._checks import check_choice, check_integer, check_interval
 from allnc.ops._common import (
     Backend,
     accumulation_dtype,
-    check_choice,
     check_floating,
     check_labels,
     check_same_device,
     check_shape,
     validated_labels,
 )
-from allnc.ops.class_mean import class_mean_ema
+from allnc.ops.class_mean import MeanGradient, class_mean_ema
+from allnc.ops.ranks import Ranks, sum_over_ranks
 
-MeanGradient = Literal["exact", "straight_through"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 IGNORE_INDEX = -100
 
 
@@ -51,8 +53,8 @@ class ClassMeans(nn.Module):
         check_integer("num_classes", num_classes, minimum=2)
         check_integer("dim", dim, minimum=1)
         check_interval("momentum", momentum, 0, 1, open_high=True)
-        check_choice("gradient", gradient, ("exact", "straight_through"))
-        check_choice("backend", backend, ("auto", "eager", "cpp", "triton", "cuda"))
+        check_choice("gradient", gradient, get_args(MeanGradient))
+        check_choice("backend", backend, get_args(Backend))
         self.num_classes, self.dim = num_classes, dim
         self.momentum = momentum
         self.gradient: MeanGradient = gradient
@@ -60,12 +62,15 @@ class ClassMeans(nn.Module):
         self.register_buffer("means", torch.zeros(num_classes, dim))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
-    def update(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, features: Tensor, labels: Tensor, group: ProcessGroup | Ranks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Fold a batch into the means (in training mode only) and return means and mask for one loss.
 
         Args:
             features: [N, D] floating.
             labels: [N] int64 in [0, C) or -100.
+            group: the batch is that of all ranks, as in `allnc.class_mean_ema`.
 
         Returns:
             means [C, D], differentiable with respect to features in training mode, and seen [C]. Both are
@@ -81,26 +86,40 @@ class ClassMeans(nn.Module):
             momentum=self.momentum,
             gradient=self.gradient,
             ignore_index=IGNORE_INDEX,
-            backend=self.backend_for("cpp", "cuda"),
+            group=group,
+            backend=backend_for(self.backend, "cpp", "cuda"),
         )
         return means, self.seen.clone()
-
-    def backend_for(self, *supported: str) -> Backend:
-        """The backend for one of this loss's ops: the chosen one where the op has it, else "auto"."""
-        fits = self.backend in ("eager", *supported)
-        return self.backend if fits else "auto"
 
     def extra_repr(self) -> str:
         return f"{self.num_classes}, {self.dim}, momentum={self.momentum}, gradient={self.gradient!r}"
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, weight: Tensor | None = None) -> Tensor:
+def backend_for(backend: Backend, *supported: str) -> Backend:
+    """The backend for one of a loss's ops: the chosen one where the op has it, else "auto"."""
+    return backend if backend in ("eager", *supported) else "auto"
+
+
+def mean_of_rows(total: Tensor, count: Tensor, group: ProcessGroup | None) -> Tensor:
+    """total / count, both 0-dim sums over rows; 0, not NaN, when there are none.
+
+    With a group, both are summed over its ranks first; the gradient is this rank's share.
+    """
+    if group is not None:
+        total, count = sum_over_ranks(torch.stack([total, count.to(total.dtype)]), group)
+    return total / count.where(count > 0, 1)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, weight: Tensor | None = None, group: ProcessGroup | None = None
+) -> Tensor:
     """Mean cross-entropy of the rows whose label is not -100; 0, not NaN, when there are none.
 
     Args:
         logits: [N, C] floating.
         labels: [N] int64, already checked.
         weight: [C] weight of each class; the mean is then over the weights, as in torch.
+        group: the rows are those of all ranks, as in `mean_of_rows`.
 
     Returns:
         Scalar, float32 (float64 for float64 logits).
@@ -110,8 +129,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, weight: Tensor | None = Non
     total = F.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORE_INDEX, reduction="sum")
     use = labels != IGNORE_INDEX  # [N]
     rows = use.to(logits.dtype) if weight is None else weight[labels.where(use, 0)] * use
-    count = rows.sum()
-    return total / count.where(count > 0, 1)
+    return mean_of_rows(total, rows.sum(), group)
 
 
 def checked_logits(logits: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -149,30 +167,3 @@ def checked_counts(class_counts: Tensor | Sequence[int]) -> Tensor:
     if not bool((values > 0).any()):
         raise ValueError("class_counts must hold at least one training image; got zeros only")
     return values.clamp(min=1)
-
-
-def check_integer(name: str, value: object, *, minimum: int) -> None:
-    """Raise TypeError or ValueError unless `value` is an integer >= minimum."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer; got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}; got {value}")
-
-
-def check_interval(
-    name: str,
-    value: object,
-    low: float,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> None:
-    """Raise TypeError or ValueError unless `value` is a finite number in the interval."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
-    if not (above and below and math.isfinite(value)):
-        bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
-        raise ValueError(f"{name} must be in {bounds}; got {cast(float, value):g}")

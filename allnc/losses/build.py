@@ -1,13 +1,22 @@
-"""From a configuration to a loss: AllNC, or one classification loss behind the same call."""
+"""The registry of losses: from a configuration to a module, and which outputs of the model it reads."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from allnc.config import LossConfig
 from allnc.losses.allnc import AllNC
 from allnc.losses.base import LossOutput
-from allnc.losses.longtail import CrossEntropy, long_tail_loss
+from allnc.losses.longtail import LONG_TAIL, CrossEntropy, long_tail_loss
+from allnc.ops.ranks import scale_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Head = Literal["projection", "predictor"]
 
 
 class Classification(nn.Module):
@@ -15,6 +24,8 @@ class Classification(nn.Module):
 
     Args:
         loss: module called with (logits, labels).
+        group: ranks over whose rows `loss` takes its mean; gradients are then such that the *average* over ranks, as
+            DistributedDataParallel forms it, is that of one process with all rows.
 
     Example:
         >>> import torch
@@ -26,9 +37,9 @@ class Classification(nn.Module):
         ['cls', 'uniform']
     """
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, *, group: ProcessGroup | None = None) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.group = loss, group
 
     def forward(
         self,
@@ -45,11 +56,50 @@ class Classification(nn.Module):
     ) -> LossOutput:
         """Return the loss of the uniform branch, with parts "cls" and "uniform"."""
         total = self.loss(*uniform)
-        return LossOutput(total, {"cls": total.detach(), "uniform": total.detach()})
+        parts = {"cls": total.detach(), "uniform": total.detach()}
+        return LossOutput(total if self.group is None else scale_gradient(total, self.group.size()), parts)
+
+
+class Entry(NamedTuple):
+    """What the registry knows of a loss."""
+
+    build: Callable[..., AllNC | Classification]  # (config, class_counts, feature_dim, projection_dim, group)
+    head: Callable[[LossConfig], Head | None] = lambda config: None  # what it reads beside features and logits
+    two_branches: bool = False  # whether it reads the re-balancing branch beside the uniform one
+
+
+def _allnc(config, class_counts, feature_dim, projection_dim, group) -> AllNC:
+    return AllNC(class_counts, feature_dim, projection_dim, config, group=group)
+
+
+def _cross_entropy(config, class_counts, feature_dim, projection_dim, group) -> Classification:
+    return Classification(CrossEntropy(len(class_counts), group=group), group=group)
+
+
+def _long_tail(config, class_counts, feature_dim, projection_dim, group) -> Classification:
+    loss = long_tail_loss(config.name, class_counts, gamma=config.focal_gamma, group=group)
+    return Classification(loss, group=group)
+
+
+def _allnc_head(config: LossConfig) -> Head | None:
+    return {"softmax": "projection", "cosine": "predictor", "none": None}[config.hycon]
+
+
+# By the name that `LossConfig.name` takes. A new loss is an entry here and a name there.
+LOSSES: dict[str, Entry] = {
+    "allnc": Entry(_allnc, head=_allnc_head, two_branches=True),
+    "ce": Entry(_cross_entropy),
+    **{name: Entry(_long_tail) for name in LONG_TAIL},
+}
 
 
 def build_loss(
-    config: LossConfig, *, class_counts: Tensor, feature_dim: int, projection_dim: int
+    config: LossConfig,
+    *,
+    class_counts: Tensor,
+    feature_dim: int,
+    projection_dim: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> AllNC | Classification:
     """Build the loss that a configuration names.
 
@@ -57,7 +107,8 @@ def build_loss(
         config: the loss section of a run's configuration.
         class_counts: [C] int64, training images of each class.
         feature_dim: F, width of the features.
-        projection_dim: D, width of the projections z.
+        projection_dim: D, width of the projections z, for a loss that reads them.
+        group: the batch is that of all ranks of this process group, see `AllNC`.
 
     Returns:
         A module with `AllNC.forward`'s signature and output.
@@ -68,32 +119,7 @@ def build_loss(
     Example:
         >>> import torch
         >>> counts = torch.tensor([50, 5])
-        >>> build_loss(LossConfig(name="ce"), class_counts=counts, feature_dim=8, projection_dim=4).loss
+        >>> build_loss(LossConfig(name="ce"), class_counts=counts, feature_dim=8).loss
         CrossEntropy()
     """
-    if config.name == "ce":
-        return Classification(CrossEntropy(len(class_counts)))
-    if config.name != "allnc":
-        return Classification(long_tail_loss(config.name, class_counts, gamma=config.focal_gamma))
-    return AllNC(
-        class_counts,
-        feature_dim,
-        projection_dim,
-        hycon=config.hycon,
-        hycon_weight=config.hycon_weight,
-        alpha=config.alpha,
-        temperature=config.temperature,
-        mean_weight=config.mean_weight,
-        balance=config.balance,
-        ema_momentum=config.ema_momentum,
-        mean_gradient=config.mean_gradient,
-        p2p_means=config.p2p_means,
-        p2p_weights=config.p2p_weights,
-        p2p_duality=config.p2p_duality,
-        p2p_target=config.p2p_target,
-        p2p_temperature=config.p2p_temperature,
-        rebalance=long_tail_loss(config.rebalance, class_counts, gamma=config.focal_gamma),
-        gamma=config.gamma,
-        horizon=config.horizon,
-        backend=config.backend,
-    )
+    return LOSSES[config.name].build(config, class_counts, feature_dim, projection_dim, group)

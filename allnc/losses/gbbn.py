@@ -9,13 +9,17 @@ Legend: N images, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from allnc.losses.base import LossOutput, check_interval, checked_counts
+from allnc._checks import check_choice, check_interval
+from allnc.losses.base import LossOutput, checked_counts
 from allnc.losses.longtail import LONG_TAIL, CrossEntropy, LongTail, long_tail_loss
-from allnc.ops._common import check_choice
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GBBN(nn.Module):
@@ -31,6 +35,7 @@ class GBBN(nn.Module):
         gamma: γ > 0, shape of the schedule: 1 linear, 2 BBN's parabola, larger switches late.
         horizon: share of training in [0, 1] after which the re-balancing branch alone remains; 0: from the
             start.
+        group: ranks over whose rows the means are taken; a module for `rebalance` has its own.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -55,6 +60,7 @@ class GBBN(nn.Module):
         rebalance: LongTail | nn.Module = "logit_adjusted",
         gamma: float = 2.0,
         horizon: float = 1.0,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         num_classes = len(checked_counts(class_counts))
@@ -62,9 +68,9 @@ class GBBN(nn.Module):
         check_interval("horizon", horizon, 0, 1)
         if not isinstance(rebalance, nn.Module):
             check_choice("rebalance", rebalance, LONG_TAIL)
-            rebalance = long_tail_loss(rebalance, class_counts)
+            rebalance = long_tail_loss(rebalance, class_counts, group=group)
         self.gamma, self.horizon = gamma, horizon
-        self.uniform_loss = CrossEntropy(num_classes)
+        self.uniform_loss = CrossEntropy(num_classes, group=group)
         self.rebalance_loss = rebalance
 
     def eta(self, progress: float) -> float:

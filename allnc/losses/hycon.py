@@ -5,12 +5,14 @@ Legend: N activations, D columns, F features, C classes.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor
 
-from allnc.losses.base import IGNORE_INDEX, ClassMeans, MeanGradient, check_interval
-from allnc.ops._common import Backend, check_choice
-from allnc.ops.contrast import Balance
-from allnc.ops.hycon import hycon
+from allnc._checks import check_choice, check_interval
+from allnc.losses.base import IGNORE_INDEX, ClassMeans, MeanGradient, backend_for
+from allnc.ops._common import Backend
+from allnc.ops.hycon import Balance, hycon
 from allnc.ops.hycon_cosine import hycon_cosine
 
 
@@ -58,7 +60,7 @@ class HyCon(ClassMeans):
         super().__init__(num_classes, dim, momentum=momentum, gradient=gradient, backend=backend)
         check_interval("temperature", temperature, 0, open_low=True)
         check_interval("mean_weight", mean_weight, 0)
-        check_choice("balance", balance, ("class", "none"))
+        check_choice("balance", balance, get_args(Balance))
         self.temperature, self.mean_weight = temperature, mean_weight
         self.balance: Balance = balance
 
@@ -82,7 +84,7 @@ class HyCon(ClassMeans):
             mean_weight=self.mean_weight,
             balance=self.balance,
             ignore_index=IGNORE_INDEX,
-            backend=self.backend_for("cpp", "triton"),
+            backend=backend_for(self.backend, "cpp", "triton"),
         )
 
     def extra_repr(self) -> str:

@@ -1,8 +1,8 @@
 """Classification losses for long-tailed data: logit-adjusted, focal, class-balanced and LDAM cross-entropy.
 
 Each takes logits [N, C] and labels [N] (-100: row takes no part) and returns the mean over the rows that
-do, 0 when there are none. Classes without a training image count as having one, which keeps every term
-finite.
+do, 0 when there are none. With a process group the mean is over the rows of all ranks, with this rank's share of the
+gradient. Classes without a training image count as having one, which keeps every term finite.
 
 Legend: N images, C classes; n_c training images of class c.
 """
@@ -10,23 +10,19 @@ Legend: N images, C classes; n_c training images of class c.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from allnc.losses.base import (
-    IGNORE_INDEX,
-    check_integer,
-    check_interval,
-    checked_counts,
-    checked_logits,
-    cross_entropy,
-)
-from allnc.ops._common import check_choice
+from allnc._checks import check_choice, check_integer, check_interval
+from allnc.losses.base import IGNORE_INDEX, checked_counts, checked_logits, cross_entropy, mean_of_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LongTail = Literal["logit_adjusted", "focal", "class_balanced", "ldam"]
-LONG_TAIL: tuple[LongTail, ...] = ("logit_adjusted", "focal", "class_balanced", "ldam")
+LONG_TAIL: tuple[LongTail, ...] = get_args(LongTail)
 
 
 class CrossEntropy(nn.Module):
@@ -34,6 +30,7 @@ class CrossEntropy(nn.Module):
 
     Args:
         num_classes: C >= 2.
+        group: ranks over whose rows the mean is taken.
 
     Raises:
         TypeError, ValueError: num_classes not an integer >= 2.
@@ -47,15 +44,16 @@ class CrossEntropy(nn.Module):
     Source: textbook.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, group: ProcessGroup | None = None) -> None:
         super().__init__()
+        self.group = group
         check_integer("num_classes", num_classes, minimum=2)
         self.num_classes = num_classes
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N]."""
         logits, labels = checked_logits(logits, labels, self.num_classes)
-        return cross_entropy(logits, labels)
+        return cross_entropy(logits, labels, group=self.group)
 
 
 class LogitAdjusted(nn.Module):
@@ -64,6 +62,7 @@ class LogitAdjusted(nn.Module):
     Args:
         class_counts: [C] training images of each class, >= 0.
         tau: τ >= 0, strength of the adjustment; 0 is plain cross-entropy.
+        group: ranks over whose rows the mean is taken.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -81,8 +80,11 @@ class LogitAdjusted(nn.Module):
 
     log_prior: Tensor
 
-    def __init__(self, class_counts: Tensor | Sequence[int], *, tau: float = 1.0) -> None:
+    def __init__(
+        self, class_counts: Tensor | Sequence[int], *, tau: float = 1.0, group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
+        self.group = group
         check_interval("tau", tau, 0)
         counts = checked_counts(class_counts)
         self.register_buffer("log_prior", (tau * (counts / counts.sum()).log()).float())  # [C]
@@ -90,7 +92,7 @@ class LogitAdjusted(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N]."""
         logits, labels = checked_logits(logits, labels, len(self.log_prior))
-        return cross_entropy(logits + self.log_prior, labels)
+        return cross_entropy(logits + self.log_prior, labels, group=self.group)
 
 
 class Focal(nn.Module):
@@ -99,6 +101,7 @@ class Focal(nn.Module):
     Args:
         num_classes: C >= 2.
         gamma: γ >= 0; 0 is plain cross-entropy.
+        group: ranks over whose rows the mean is taken.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -112,8 +115,9 @@ class Focal(nn.Module):
     Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (softmax form, no class weight).
     """
 
-    def __init__(self, num_classes: int, *, gamma: float = 2.0) -> None:
+    def __init__(self, num_classes: int, *, gamma: float = 2.0, group: ProcessGroup | None = None) -> None:
         super().__init__()
+        self.group = group
         check_integer("num_classes", num_classes, minimum=2)
         check_interval("gamma", gamma, 0)
         self.num_classes, self.gamma = num_classes, gamma
@@ -125,7 +129,8 @@ class Focal(nn.Module):
         log_p = logits.log_softmax(1).gather(1, labels.where(use, 0)[:, None]).squeeze(1)  # [N]
         # The slope of (1 - p)^γ is infinite at p = 1 for γ < 1: stop one rounding step before.
         miss = (-torch.expm1(log_p)).clamp(min=torch.finfo(logits.dtype).eps)
-        return (-miss.pow(self.gamma) * log_p).where(use, 0).sum() / use.sum().clamp(min=1)
+        total = (-miss.pow(self.gamma) * log_p).where(use, 0).sum()
+        return mean_of_rows(total, use.sum(), self.group)
 
 
 class ClassBalanced(nn.Module):
@@ -136,6 +141,7 @@ class ClassBalanced(nn.Module):
     Args:
         class_counts: [C] training images of each class, >= 0.
         beta: β in [0, 1); 0 weighs all classes alike, β -> 1 by 1/n_c.
+        group: ranks over whose rows the mean is taken.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -151,8 +157,11 @@ class ClassBalanced(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, class_counts: Tensor | Sequence[int], *, beta: float = 0.9999) -> None:
+    def __init__(
+        self, class_counts: Tensor | Sequence[int], *, beta: float = 0.9999, group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
+        self.group = group
         check_interval("beta", beta, 0, 1, open_high=True)
         counts = checked_counts(class_counts)
         self.register_buffer("weight", ((1 - beta) / (1 - beta**counts)).float())  # [C]
@@ -160,7 +169,7 @@ class ClassBalanced(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N]."""
         logits, labels = checked_logits(logits, labels, len(self.weight))
-        return cross_entropy(logits, labels, weight=self.weight)
+        return cross_entropy(logits, labels, weight=self.weight, group=self.group)
 
 
 class LDAM(nn.Module):
@@ -171,6 +180,7 @@ class LDAM(nn.Module):
         max_margin: largest margin, that of the smallest class that has an image, in units of the logits, > 0.
         scale: s > 0. The paper's 30 is for logits that are bare cosines; 1 suits logits that already have a
             scale, as those of a linear or a scaled cosine classifier.
+        group: ranks over whose rows the mean is taken.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -186,8 +196,16 @@ class LDAM(nn.Module):
 
     margin: Tensor
 
-    def __init__(self, class_counts: Tensor | Sequence[int], *, max_margin: float = 0.5, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        class_counts: Tensor | Sequence[int],
+        *,
+        max_margin: float = 0.5,
+        scale: float = 1.0,
+        group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
+        self.group = group
         check_interval("max_margin", max_margin, 0, open_low=True)
         check_interval("scale", scale, 0, open_low=True)
         relative = checked_counts(class_counts).pow(-0.25)
@@ -200,21 +218,29 @@ class LDAM(nn.Module):
         logits, labels = checked_logits(logits, labels, len(self.margin))
         own = labels.where(labels != IGNORE_INDEX, 0)[:, None]  # [N, 1]
         margins = torch.zeros_like(logits).scatter(1, own, self.margin.to(logits.dtype)[own])  # [N, C]
-        return cross_entropy(self.scale * (logits - margins), labels)
+        return cross_entropy(self.scale * (logits - margins), labels, group=self.group)
 
 
-def long_tail_loss(name: LongTail, class_counts: Tensor | Sequence[int], *, gamma: float = 2.0) -> nn.Module:
+def long_tail_loss(
+    name: LongTail,
+    class_counts: Tensor | Sequence[int],
+    *,
+    gamma: float = 2.0,
+    group: ProcessGroup | None = None,
+) -> nn.Module:
     """The long-tail loss of that name with its default settings.
 
     Args:
         name: "logit_adjusted", "focal", "class_balanced" or "ldam".
         class_counts: [C] training images of each class.
         gamma: exponent of the focal loss; not read by the others.
+        group: ranks over whose rows the mean is taken.
 
     Raises:
         ValueError: an unknown name.
     """
     check_choice("name", name, LONG_TAIL)
     if name == "focal":
-        return Focal(len(class_counts), gamma=gamma)
-    return {"logit_adjusted": LogitAdjusted, "class_balanced": ClassBalanced, "ldam": LDAM}[name](class_counts)
+        return Focal(len(class_counts), gamma=gamma, group=group)
+    losses = {"logit_adjusted": LogitAdjusted, "class_balanced": ClassBalanced, "ldam": LDAM}
+    return losses[name](class_counts, group=group)

@@ -5,13 +5,15 @@ Legend: N activations, F features, C classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from torch import Tensor
 
-from allnc.losses.base import ClassMeans, MeanGradient, check_interval
-from allnc.ops._common import Backend, check_choice
-from allnc.ops.p2p import Target, p2p
+from allnc._checks import check_choice, check_interval
+from allnc.losses.base import ClassMeans, MeanGradient, backend_for
+from allnc.ops._common import Backend
+from allnc.ops.p2p import Target
+from allnc.ops.p2p.pairings import PAIRINGS, p2p_pairings
 
 
 class P2PTerms(NamedTuple):
@@ -72,7 +74,7 @@ class P2P(ClassMeans):
         check_interval("means_weight", means_weight, 0)
         check_interval("classifier_weight", classifier_weight, 0)
         check_interval("duality_weight", duality_weight, 0)
-        check_choice("target", target, ("auto", "etf", "softmax"))
+        check_choice("target", target, get_args(Target))
         check_interval("temperature", temperature, 0, open_low=True)
         self.means_weight, self.classifier_weight = means_weight, classifier_weight
         self.duality_weight = duality_weight
@@ -95,18 +97,18 @@ class P2P(ClassMeans):
 
     def terms(self, means: Tensor, seen: Tensor, weight: Tensor) -> P2PTerms:
         """The three terms for given means [C, F], seen [C] and classifier weight [C, F]."""
-        backend = self.backend_for("triton")
-
-        def pair(scale: float, x: Tensor, y: Tensor | None) -> Tensor:
-            if scale == 0:
-                return means.new_zeros(())
-            return p2p(x, y, target=self.target, temperature=self.temperature, seen=seen, backend=backend)
-
-        mm = pair(self.means_weight, means, None)
-        ww = pair(self.classifier_weight, weight, None)
-        mw = pair(self.duality_weight, means, weight)
-        total = self.means_weight * mm + self.classifier_weight * ww + self.duality_weight * mw
-        return P2PTerms(total, mm, ww, mw)
+        scales = (self.means_weight, self.classifier_weight, self.duality_weight)
+        values = p2p_pairings(
+            means,
+            weight,
+            seen=seen,
+            pairings=[pairing for pairing, scale in zip(PAIRINGS, scales, strict=True) if scale > 0],
+            target=self.target,
+            temperature=self.temperature,
+            backend=backend_for(self.backend, "cpp", "triton"),
+        )
+        mm, ww, mw = values.unbind()
+        return P2PTerms(scales[0] * mm + scales[1] * ww + scales[2] * mw, mm, ww, mw)
 
     def extra_repr(self) -> str:
         weights = f"weights=({self.means_weight}, {self.classifier_weight}, {self.duality_weight})"

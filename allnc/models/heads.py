@@ -43,7 +43,9 @@ class Projection(nn.Module):
         self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(self.layers(features).float(), dim=1)  # [N, D] unit rows, in fp32 under autocast
+        rows = self.layers(features)
+        # Under autocast the rows are scaled in float32 and go on in 16 bits, which the contrast's kernels multiply.
+        return F.normalize(rows.float(), dim=1).to(rows.dtype)  # [N, D] unit rows
 
 
 class Predictor(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from allnc import _extension
+from allnc._checks import check_choice
 
 Backend = Literal["auto", "eager", "cpp", "triton", "cuda"]
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,12 +38,6 @@ def has_triton() -> bool:
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter, which also takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}; got {value!r}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -78,6 +73,18 @@ def check_labels(labels: Tensor, num_rows: int) -> None:
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64; got {labels.dtype}. Convert with labels.long()")
     check_shape("labels", labels, (num_rows,))
+
+
+def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where forward-mode differentiation asks for what the op's kernels do not compute."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd); use reverse mode (backward, "
+                "torch.func.vjp) or the op's reference function, which is plain torch"
+            )
 
 
 def check_seen(seen: Tensor, num_classes: int) -> None:

@@ -8,7 +8,8 @@ With the batch sums s_c = Σ_{i: y_i = c} f_i, the counts n_c and momentum m, fo
     dL/df_i = k_{y_i} dL/dM_{y_i} / n_{y_i},    k = 1 for a class seen first, 1 - m otherwise
 
 Classes absent from the batch keep their mean. gradient="straight_through" has k = 1 throughout: the value is
-the moving average, the gradient that of the batch mean, which is not weakened by 1 - m.
+the moving average, the gradient that of the batch mean, which is not weakened by 1 - m. Over several ranks s_c and n_c
+are sums over the rows of all.
 
 Legend: N activations, C classes, F columns (features).
 """
@@ -17,15 +18,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from allnc._checks import check_choice
 from allnc.ops._common import (
     Backend,
     accumulation_dtype,
-    check_choice,
     check_floating,
     check_labels,
     check_same_device,
@@ -34,6 +36,10 @@ from allnc.ops._common import (
     resolve_backend,
     validated_labels,
 )
+from allnc.ops.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MeanGradient = Literal["exact", "straight_through"]
 
@@ -142,6 +148,36 @@ def _(grad_value, labels, counts, seen_before, momentum, straight_through, ignor
     return grad_value.new_empty(len(labels), grad_value.shape[1], dtype=dtype)
 
 
+def _update_over_ranks(
+    features: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    seen: Tensor,
+    momentum: float,
+    ignore_index: int,
+    deterministic: bool,
+    backend: str,
+    group: ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op does, with the sums and counts of all ranks: one exchange of C (F + 1) numbers."""
+    # This rank's means are those that the op makes of an empty state.
+    own, seen_before, counts = torch.ops.allnc.class_mean_ema(
+        features, labels, torch.zeros_like(means), torch.zeros_like(seen), 0.0, ignore_index, deterministic, backend
+    )
+    counts = counts.to(own.dtype)[:, None]
+    sums = torch.cat([own * counts, counts], 1)  # [C, F + 1]
+    dist.all_reduce(sums, group=group)
+    counts = sums[:, -1]
+    present = counts > 0
+    batch = sums[:, :-1] / counts.clamp(min=1)[:, None]
+    moved = torch.where(seen[:, None], momentum * means + (1 - momentum) * batch, batch)
+    value = torch.where(present[:, None], moved, means)
+    seen_before = seen.clone()
+    means.copy_(value)
+    seen.logical_or_(present)
+    return value, seen_before, counts.long()
+
+
 class _Gradient(torch.autograd.Function):
     """The value of the update, as it is, with its gradient: an op that updates its arguments can have none itself."""
 
@@ -152,6 +188,7 @@ class _Gradient(torch.autograd.Function):
         labels: Tensor,
         counts: Tensor,
         seen_before: Tensor,
+        group: ProcessGroup | None,
         momentum: float,
         straight_through: bool,
         ignore_index: int,
@@ -161,16 +198,19 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        features, _, labels, counts, seen_before, *ctx.options, ctx.backend = inputs
+        features, _, labels, counts, seen_before, ctx.group, *ctx.options, ctx.backend = inputs
         ctx.dtype = features.dtype
         ctx.save_for_backward(labels, counts, seen_before)
 
     @staticmethod
     def backward(ctx, grad_value: Tensor):
+        if ctx.group is not None:  # what each rank has is the share of its own loss
+            grad_value = grad_value.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad_value, group=ctx.group)
         grad_features = torch.ops.allnc.class_mean_ema_backward(
             grad_value, *ctx.saved_tensors, *ctx.options, ctx.dtype, ctx.backend
         )
-        return grad_features, None, None, None, None, None, None, None, None
+        return grad_features, *(None,) * 9
 
 
 def class_mean_ema(
@@ -183,6 +223,7 @@ def class_mean_ema(
     gradient: MeanGradient = "exact",
     ignore_index: int = -100,
     deterministic: bool | None = None,
+    group: ProcessGroup | Ranks | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Move a batch into the running class means and return the new means, differentiable in the features.
@@ -197,6 +238,10 @@ def class_mean_ema(
         ignore_index: label of rows that take no part.
         deterministic: bit-equal results on every run; None follows
             torch.are_deterministic_algorithms_enabled(). The CPU is always deterministic.
+        group: the batch is that of all ranks of this process group, each of which brings some rows, or none. All must
+            call, with the same state, which stays bit-equal on all. The gradient is right where each rank's loss is
+            a share, as that of `hycon(group=...)`: shares are added up before they reach the features. One
+            synchronisation; none with `Ranks` that already hold this batch's agreement.
         backend: "auto" (fastest that can run), "eager", "cpp" (CPU) or "cuda".
 
     Returns:
@@ -209,19 +254,32 @@ def class_mean_ema(
 
     Source: ours, after AllNC (arXiv 2408.07253).
     """
-    _check(features, labels, means, seen, momentum, gradient)
-    backend_used = resolve_backend(
-        backend, op="class_mean_ema", device=features.device, dtype=features.dtype, supported=("cpp", "cuda")
-    )
+
+    def check() -> str:
+        _check(features, labels, means, seen, momentum, gradient)
+        return resolve_backend(
+            backend, op="class_mean_ema", device=features.device, dtype=features.dtype, supported=("cpp", "cuda")
+        )
+
+    def facts() -> dict[str, float | None]:
+        return {"C": len(means), "F": features.shape[1], "momentum": momentum, "gradient": float(gradient == "exact")}
+
+    if group is not None and not isinstance(group, Ranks):
+        group = Ranks(group, check, lambda: len(features), facts)
+    used = check()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     labels = validated_labels(labels, len(means), ignore_index)
     momentum, straight_through = float(momentum), gradient == "straight_through"
-    value, seen_before, counts = torch.ops.allnc.class_mean_ema(
-        features.detach(), labels, means, seen, momentum, ignore_index, deterministic, backend_used
-    )
+    arguments = (features.detach(), labels, means, seen, momentum, ignore_index, deterministic, used)
+    if group is None:
+        process_group = None
+        value, seen_before, counts = torch.ops.allnc.class_mean_ema(*arguments)
+    else:
+        process_group = group.group
+        value, seen_before, counts = _update_over_ranks(*arguments, process_group)
     return _Gradient.apply(
-        features, value, labels, counts, seen_before, momentum, straight_through, ignore_index, backend_used
+        features, value, labels, counts, seen_before, process_group, momentum, straight_through, ignore_index, used
     )
 
 

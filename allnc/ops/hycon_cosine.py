@@ -4,7 +4,7 @@
 
 i' is the other view of i, h = predictor(f), and sg stops the gradient: h learns from the first term, f from
 the second. With more than two views the first cosine is averaged over all other views; with a single view
-there is none, and only the class-mean term remains. No negatives, so O(N F).
+there is none, and only the class-mean term remains. Two cosines of N rows: plain torch, with its autograd.
 
 Rows are view-major: row v·B + b is view v of image b.
 
@@ -13,23 +13,26 @@ Legend: V views, B images, N = V·B activations, F features, C classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allnc._checks import check_integer
 from allnc.ops._common import (
-    Backend,
     accumulation_dtype,
     check_floating,
     check_labels,
     check_same_device,
     check_seen,
     check_shape,
-    resolve_backend,
     validated_labels,
 )
+from allnc.ops.ranks import sum_over_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def hycon_cosine_reference(
@@ -62,104 +65,17 @@ def hycon_cosine_reference(
     return loss
 
 
-class _Cosines(NamedTuple):
-    unit_h: Tensor  # [N, F]
-    unit_f: Tensor  # [N, F]
-    inverse_h: Tensor  # [N, 1] 1/‖h‖
-    inverse_f: Tensor  # [N, 1]
-    partner: Tensor  # [N, F] mean of the unit rows of the other views
-    mean: Tensor  # [N, F] unit class mean
-    view: Tensor  # [N] cosine with the other views
-    own: Tensor  # [N] cosine with the class mean
-    view_weight: Tensor  # [N] share of the row in the first mean, 0 for rows that take no part
-    own_weight: Tensor  # [N] share of the row in the second mean
-
-
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows and 1/‖row‖; both 0 for a zero row, which has no direction and gets no gradient."""
+def _unit(x: Tensor) -> Tensor:
+    """Unit rows; a zero row has no direction, stays zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    inverse = norm.reciprocal().where(norm > 0, 0)
-    return x * inverse, inverse
+    return x * norm.where(norm > 0, 1).reciprocal().where(norm > 0, 0)
 
 
-def _cosines(
-    h: Tensor, f: Tensor, labels: Tensor, means: Tensor, seen: Tensor, num_views: int, ignore_index: int
-) -> _Cosines:
-    dtype = accumulation_dtype(torch.promote_types(h.dtype, f.dtype))
-    use = labels != ignore_index  # [N]
-    group = labels.where(use, 0)
-    known = use & seen[group]
-    unit_h, inverse_h = _unit(h.to(dtype).where(use[:, None], 0))
-    unit_f, inverse_f = _unit(f.to(dtype).where(use[:, None], 0))
-    mean = _unit(means.to(dtype))[0][group].where(known[:, None], 0)
-
-    views = unit_f.unflatten(0, (num_views, -1))  # [V, B, F]
-    others = views.flip(0) if num_views == 2 else (views.sum(0) - views) / max(1, num_views - 1)
-    partner = others.flatten(0, 1) if num_views > 1 else torch.zeros_like(unit_f)
-    return _Cosines(
-        unit_h,
-        unit_f,
-        inverse_h,
-        inverse_f,
-        partner,
-        mean,
-        view=(unit_h * partner).sum(1),
-        own=(unit_f * mean).sum(1),
-        view_weight=use / use.sum().clamp(min=1).to(dtype),
-        own_weight=known / known.sum().clamp(min=1).to(dtype),
-    )
-
-
-@torch.library.custom_op("allnc::hycon_cosine", mutates_args=())
-def _hycon_cosine(
-    h: Tensor, f: Tensor, labels: Tensor, means: Tensor, seen: Tensor, num_views: int, ignore_index: int
-) -> Tensor:
-    with torch.autocast(h.device.type, enabled=False):
-        c = _cosines(h, f, labels, means, seen, num_views, ignore_index)
-        return -(c.view_weight * c.view).sum() - (c.own_weight * c.own).sum()
-
-
-@_hycon_cosine.register_fake
-def _(h, f, labels, means, seen, num_views, ignore_index):
-    return h.new_empty((), dtype=accumulation_dtype(torch.promote_types(h.dtype, f.dtype)))
-
-
-@torch.library.custom_op("allnc::hycon_cosine_backward", mutates_args=())
-def _hycon_cosine_backward(
-    grad: Tensor,
-    h: Tensor,
-    f: Tensor,
-    labels: Tensor,
-    means: Tensor,
-    seen: Tensor,
-    num_views: int,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(h.device.type, enabled=False):
-        c = _cosines(h, f, labels, means, seen, num_views, ignore_index)
-        per_h = (-grad * c.view_weight)[:, None] * c.inverse_h
-        per_f = (-grad * c.own_weight)[:, None] * c.inverse_f
-        dh = per_h * (c.partner - c.view[:, None] * c.unit_h)
-        df = per_f * (c.mean - c.own[:, None] * c.unit_f)
-        return dh.to(h.dtype).contiguous(), df.to(f.dtype).contiguous()
-
-
-@_hycon_cosine_backward.register_fake
-def _(grad, h, f, labels, means, seen, num_views, ignore_index):
-    return h.new_empty(h.shape), f.new_empty(f.shape)
-
-
-def _save_for_cosine(ctx, inputs, output) -> None:
-    h, f, labels, means, seen, ctx.num_views, ctx.ignore_index = inputs
-    ctx.save_for_backward(h, f, labels, means, seen)
-
-
-def _cosine_autograd(ctx, grad: Tensor):
-    dh, df = torch.ops.allnc.hycon_cosine_backward(grad, *ctx.saved_tensors, ctx.num_views, ctx.ignore_index)
-    return dh, df, None, None, None, None, None
-
-
-_hycon_cosine.register_autograd(_cosine_autograd, setup_context=_save_for_cosine)
+def _mean_cosine(x: Tensor, y: Tensor, use: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Mean of x_i·y_i over the rows in use, of all ranks of a group; 0 if there are none."""
+    cosines = (x * y).sum(1)
+    total, count = sum_over_ranks(torch.stack([cosines.where(use, 0).sum(), use.sum().to(x.dtype)]), group)
+    return total / count.clamp(min=1)
 
 
 def hycon_cosine(
@@ -171,7 +87,7 @@ def hycon_cosine(
     num_views: int = 2,
     seen: Tensor | None = None,
     ignore_index: int = -100,
-    backend: Backend = "auto",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Hybrid contrast by cosine: predictions with other views' features, features with their class mean.
 
@@ -181,21 +97,21 @@ def hycon_cosine(
     Args:
         h: [N, F] float16, bfloat16, float32 or float64; the predictor's output, view-major (row v·B + b).
         f: [N, F] features, rows as in h. Its type may differ from h's.
-        labels: [N] int64 in [0, C), or `ignore_index` for rows that take no part at all (all views of an
-            image alike).
+        labels: [N] int64 in [0, C), or `ignore_index` for rows that take no part at all; the views of an image have
+            one label, which is checked on the CPU.
         means: [C, F] class means, any length.
         num_views: V >= 1, a divisor of N. The first term averages over the V - 1 other views; with V = 1 it
             is absent and h is not used.
         seen: [C] bool, classes that have a mean; rows of the others have no second term. Default: all.
         ignore_index: label of rows that take no part.
-        backend: "auto" or "eager": torch operations on every device.
+        group: the means are over the rows of all ranks of this process group, which must all call with arguments of
+            the same kinds. Gradients are shares: their sum over ranks is that of one process with all rows.
 
     Returns:
         Scalar in [-2, 2]; float32 (float64 when h or f is float64).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, type, range or device, or a backend that
-            this op does not have.
+        TypeError, ValueError: an argument of the wrong kind, shape, type, range or device.
 
     Source: ours, after AllNC (arXiv 2408.07253), Figure 5; stop-gradient: Chen & He, SimSiam, CVPR 2021.
     """
@@ -203,23 +119,46 @@ def hycon_cosine(
     check_floating("f", f)
     check_floating("means", means)
     check_shape("h", h, ("N", "F"))
-    check_shape("f", f, (h.shape[0], h.shape[1]))
-    check_shape("means", means, ("C", h.shape[1]))
-    if h.shape[0] == 0 or h.shape[1] == 0:
+    num_rows, dim = h.shape
+    check_shape("f", f, (num_rows, dim))
+    check_shape("means", means, ("C", dim))
+    if (num_rows == 0 and group is None) or dim == 0:
         raise ValueError(f"h must have at least one row and one column; got {list(h.shape)}")
-    if isinstance(num_views, bool) or not isinstance(num_views, int) or num_views < 1:
-        raise ValueError(f"num_views must be an integer >= 1; got {num_views!r}")
-    if h.shape[0] % num_views:
+    check_integer("num_views", num_views, minimum=1)
+    if num_rows % num_views:
         raise ValueError(
-            f"h must have a multiple of num_views = {num_views} rows; got {h.shape[0]}. "
+            f"h must have a multiple of num_views = {num_views} rows; got {num_rows}. "
             "Stack all images of view 0, then all images of view 1, and so on"
         )
-    check_labels(labels, h.shape[0])
+    check_labels(labels, num_rows)
     if seen is not None:
-        check_seen(seen, means.shape[0])
+        check_seen(seen, len(means))
     check_same_device(h=h, f=f, labels=labels, means=means, seen=seen)
-    resolve_backend(backend, op="hycon_cosine", device=h.device, dtype=h.dtype, supported=())
-    if seen is None:
-        seen = torch.ones(means.shape[0], dtype=torch.bool, device=h.device)
-    labels = validated_labels(labels, means.shape[0], ignore_index)
-    return torch.ops.allnc.hycon_cosine(h, f, labels, means.detach(), seen, num_views, ignore_index)
+    labels = validated_labels(labels, len(means), ignore_index)
+    _check_views(labels, num_views)
+
+    with torch.autocast(h.device.type, enabled=False):
+        dtype = accumulation_dtype(torch.promote_types(h.dtype, f.dtype))
+        use = labels != ignore_index  # [N]
+        own_class = labels.where(use, 0)
+        unit_f = _unit(f.to(dtype).where(use[:, None], 0))  # rows that take no part may hold anything
+        own_mean = _unit(means.detach().to(dtype))[own_class]
+        known = use if seen is None else use & seen[own_class]
+        loss = -_mean_cosine(unit_f, own_mean, known, group)
+        if num_views > 1:
+            unit_h = _unit(h.to(dtype).where(use[:, None], 0))
+            views = unit_f.detach().unflatten(0, (num_views, num_rows // num_views))  # [V, B, F]
+            others = ((views.sum(0) - views) / (num_views - 1)).flatten(0, 1)
+            loss = loss - _mean_cosine(unit_h, others, use, group)
+        return loss
+
+
+def _check_views(labels: Tensor, num_views: int) -> None:
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # looking would wait for the device
+    by_view = labels.unflatten(0, (num_views, len(labels) // num_views))
+    if bool((by_view != by_view[0]).any()):
+        raise ValueError(
+            f"the {num_views} views of an image must have one label; got rows that differ. Rows are view-major: "
+            "stack all images of view 0, then all images of view 1, and so on"
+        )

@@ -1,7 +1,10 @@
-"""One contrast over the batches of several processes (torch.distributed).
+"""One loss over the batches of several processes (torch.distributed).
+
+Every rank ends with the value of one process that has all rows. Its gradient is a *share*: the sum over ranks is the
+gradient of that process. What is computed alike on all ranks has a W-th of its gradient on each (`replicated`).
 
 What the ranks exchange: the sizes of their batches and facts that must agree, their rows (N D numbers), and sums of
-the whole batch (2 N numbers).
+the whole batch.
 
 Legend: N activations of all ranks together, W ranks.
 """
@@ -15,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_MOST_FACTS = 16  # numbers of one exchange, whose length every rank must know before
 
 
 class Ranks:
@@ -37,7 +42,7 @@ class Ranks:
     def __init__(
         self,
         group: dist.ProcessGroup,
-        check: Callable[[], None],
+        check: Callable[[], object],
         rows: Callable[[], int],
         facts: Callable[[], Mapping[str, float | None]],
     ) -> None:
@@ -55,7 +60,7 @@ class Ranks:
         try:
             check()
             own_rows, own_facts = rows(), facts()
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is: the other ranks are waiting for this one's answer
             problem = error
         self.sizes = self._agree(own_rows, own_facts, problem)
         self.num_rows = sum(self.sizes)  # N
@@ -63,23 +68,23 @@ class Ranks:
         self.stop = self.start + own_rows
 
     def _agree(self, rows: int, facts: Mapping[str, float | None], problem: Exception | None) -> list[int]:
-        """Exchange problems, facts and sizes; returns every rank's rows. The one synchronisation of a call."""
+        """Exchange problems, sizes and facts; returns every rank's rows. The one synchronisation of a call."""
+        assert len(facts) <= _MOST_FACTS
         bits = [_bits(value) for value in facts.values()]
-        lengths = self._exchange([int(problem is not None), rows, len(bits)])
+        everyone = self._exchange([int(problem is not None), rows, *bits] + [0] * (_MOST_FACTS - len(bits)))
         if problem is not None:
             raise problem
-        for rank, (failed, _, _) in enumerate(lengths):
+        for rank, (failed, *_) in enumerate(everyone):
             if failed:
                 raise RuntimeError(f"rank {rank} was given arguments it cannot take; its own error says which")
-        everyone = self._exchange(bits)
-        for index, (name, value) in enumerate(facts.items()):
+        for index, (name, value) in enumerate(facts.items(), start=2):
             for rank, theirs in enumerate(everyone):
-                if theirs[index] != bits[index]:
+                if theirs[index] != everyone[self.rank][index]:
                     got = _value(theirs[index])
                     raise ValueError(
                         f"{name} must be the same on every rank; got {value} here and {got} on rank {rank}"
                     )
-        return [size for _, size, _ in lengths]
+        return [rows for _, rows, *_ in everyone]
 
     def _exchange(self, numbers: list[int]) -> list[list[int]]:
         device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
@@ -120,6 +125,10 @@ class Ranks:
         """x [N, ...] with this rank's rows moved to the front."""
         return x.roll(-self.start, 0)
 
+    def replicated(self, x: Tensor) -> Tensor:
+        """x, computed alike on every rank, with this rank's share of its gradient."""
+        return scale_gradient(x, 1 / self.size)
+
     def logsumexp(self, x: Tensor) -> Tensor:
         """log Σ_r exp(x_r) over the ranks' x [N]; -inf where all are."""
         largest = x.clone()
@@ -128,6 +137,39 @@ class Ranks:
         total = (x - origin).exp_()
         dist.all_reduce(total, group=self.group)
         return total.log_().add_(origin)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return grads[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, with its gradient times a factor."""
+    return _ScaledGradient.apply(x, factor)  # pyright: ignore[reportReturnType]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return grads[0], None
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Σ of the ranks' x, of one shape on all; the gradient reaches this rank's x. x itself without a group."""
+    return x if group is None else _SumOverRanks.apply(x, group)  # pyright: ignore[reportReturnType]
 
 
 def _bytes(x: Tensor) -> Tensor:

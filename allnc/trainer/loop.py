@@ -11,10 +11,11 @@ import yaml
 from rich.console import Console
 
 from allnc.config import Config
-from allnc.data import Batch, TrainLoader, load
-from allnc.losses.build import build_loss
+from allnc.data import Batch, ImageSet, TrainLoader, load
+from allnc.losses import LossOutput
+from allnc.losses.build import LOSSES, build_loss
 from allnc.metrics.plots import plot_angles, plot_curves
-from allnc.models import build_model
+from allnc.models import ModelOutput, build_model
 from allnc.trainer import checkpoint
 from allnc.trainer.measure import accuracy, neural_collapse
 from allnc.trainer.optim import build_optimizer, learning_rate
@@ -23,6 +24,7 @@ from allnc.trainer.runlog import RunLog, final_table, finite
 from allnc.trainer.runtime import (
     git_commit,
     pick_device,
+    pick_matmul_precision,
     pick_precision,
     random_state,
     restore_random_state,
@@ -43,42 +45,44 @@ class Run:
 
     Args:
         config: the configuration.
+        images: training and test set, where they are at hand already; None loads what the configuration names.
 
     Raises:
         ValueError: the configuration asks for what is not there (files, device, model).
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, images: tuple[ImageSet, ImageSet] | None = None) -> None:
         self.config = config
         self.device = pick_device(config.train)
+        torch.set_float32_matmul_precision(pick_matmul_precision(config.train, self.device))
         self.dtype = pick_precision(config.train, self.device)
         if self.device.type == "cpu":
             if config.train.threads is not None:
                 torch.set_num_threads(config.train.threads)
             torch.set_flush_denormal(True)  # denormals of a nearly perfect fit slow CPU kernels tenfold
         seed_everything(config.seed)
-        self.train_set, self.test_set = load(config.data)
+        self.train_set, self.test_set = images or load(config.data)
         self.counts = self.train_set.class_counts
         if int(self.counts.min()) == 0:
             raise ValueError(
                 f"the training set must have an image of every class; class {int(self.counts.argmin())} has none"
             )
 
-        two_branches = config.loss.name == "allnc"
+        entry = LOSSES[config.loss.name]
         self.loader = TrainLoader(
             self.train_set,
             config.data,
             batch_size=config.train.batch_size,
             seed=config.seed,
-            two_batches=two_branches and config.data.rebalance_sampler != "uniform",
+            two_batches=entry.two_branches and config.data.rebalance_sampler != "uniform",
             device=self.device,
         )
         model = build_model(
             config.model,
             in_channels=self.train_set.channels,
             num_classes=self.train_set.num_classes,
-            head=config.loss.head,
-            two_branches=two_branches,
+            head=entry.head(config.loss),
+            two_branches=entry.two_branches,
         )
         self.memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory)
@@ -94,6 +98,10 @@ class Run:
         self.seconds = {"total": 0.0, "training": 0.0}
         self.best = 0.0
         self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs in training."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of the epochs done."""
@@ -194,15 +202,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
         rate = learning_rate(config, step, steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        total, parts = forward(run, batch, progress=step / (config.epochs * steps))
-        run.scaler.scale(total).backward()
-        if config.grad_clip is not None:
-            run.scaler.unscale_(run.optimizer)
-            torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-        for name, value in {"loss": total.detach(), **parts}.items():
+        for name, value in train_step(run, batch, progress=step / (config.epochs * steps)).items():
             sums[name] = sums.get(name, 0) + value
         if (index + 1) % CHECK_EVERY == 0 or index + 1 == steps:
             _check_finite(sums, run.epoch + 1, index + 1)
@@ -212,29 +212,41 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
     return named | {"lr": rate}
 
 
+def train_step(run: Run, batch: Batch, *, progress: float) -> dict[str, torch.Tensor]:
+    """Move the weights by one batch; return its loss and the loss's parts."""
+    total, parts = forward(run, batch, progress=progress)
+    run.scaler.scale(total).backward()
+    clip = run.config.train.grad_clip
+    if clip is not None:
+        run.scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return {"loss": total.detach(), **parts}
+
+
 def forward(run: Run, batch: Batch, *, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss of a batch and its parts; the model runs under autocast, the loss in fp32."""
+    """Return the loss of a batch and its parts; the model runs under autocast."""
     images = batch.images.contiguous(memory_format=run.memory)
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+    with run.autocast():
         output = run.model(images)
-    result = run.loss(
-        output.features.float(),
+    return loss_of(run, output, batch, progress=progress)
+
+
+def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> LossOutput:
+    """Return the loss of the model's outputs, which it takes in the types they come in and adds up in float32."""
+    return run.loss(
+        output.features,
         batch.labels,
         run.model.classifier_weight,
-        (
-            batch.branch(output.logits_uniform.float(), rebalance=False),
-            batch.branch(batch.labels, rebalance=False),
-        ),
-        (
-            batch.branch(output.logits_rebalance.float(), rebalance=True),
-            batch.branch(batch.labels, rebalance=True),
-        ),
+        (batch.branch(output.logits_uniform, rebalance=False), batch.branch(batch.labels, rebalance=False)),
+        (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(batch.labels, rebalance=True)),
         progress,
         z=output.z,
-        h=None if output.h is None else output.h.float(),
+        h=output.h,
         num_views=run.config.data.views,
     )
-    return result.total, result.parts
 
 
 def _check_finite(sums: dict[str, torch.Tensor], epoch: int, step: int) -> None:

@@ -44,6 +44,17 @@ def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def pick_matmul_precision(config: TrainConfig, device: torch.device) -> str:
+    """Return how float32 matrices are multiplied: as configured; `auto` is high (TF32) on a GPU, highest on a CPU.
+
+    It decides for P2P, the collapse metrics on the device and every layer outside autocast. 16-bit types are not
+    affected.
+    """
+    if config.matmul_precision != "auto":
+        return config.matmul_precision
+    return "high" if device.type == "cuda" else "highest"
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (weights, dropout); loaders have their own."""
     random.seed(seed)

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "exp2.h"
+
 namespace allnc {
 namespace cpu {
 

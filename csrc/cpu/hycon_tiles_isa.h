@@ -24,13 +24,6 @@ struct Simd<float> {
   typedef float Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   typedef int32_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   static constexpr int kLanes = ALLNC_VECTOR_BYTES / 4;
-  static constexpr int kMantissa = 23;
-  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
-  static constexpr float kLowest = -126;      // below, 2^x is subnormal: taken as 0
-  // 2^f = 1 + f q(f) on [-1/2, 1/2]; minimax, relative error 2.6e-9.
-  static constexpr int kDegree = 6;
-  static constexpr float kExp2[kDegree] = {0.6931472149680279f, 0.24022652782887738f,   0.055503105510137971f,
-                                           0.0096176929729930f, 0.0013406643902351759f, 0.00015594678161326619f};
 };
 
 template <>
@@ -38,15 +31,6 @@ struct Simd<double> {
   typedef double Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   typedef int64_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   static constexpr int kLanes = ALLNC_VECTOR_BYTES / 8;
-  static constexpr int kMantissa = 52;
-  static constexpr double kRound = 0x1.8p52;
-  static constexpr double kLowest = -1022;
-  // As above; relative error 1.8e-17.
-  static constexpr int kDegree = 11;
-  static constexpr double kExp2[kDegree] = {
-      0.6931471805599456968,    0.2402265069591009801,    0.05550410866479039455,  0.00961812910760700238,
-      0.001333355815343996475,  0.0001540353044157213033, 0.0000152527273851938682, 1.321544267532982214e-6,
-      1.018064765923413889e-7,  7.07257041281442351e-9,   4.078071929588336665e-10};
 };
 
 #if defined(ALLNC_BFLOAT16_PAIRS)
@@ -103,13 +87,13 @@ ALLNC_INLINE_TILE Vector<float> multiply_add<BFloat16Pair>(
 // units in the last place, 1.3 without FMA (float and double, 4e7 points in [-126, 127] and near 0).
 template <class T>
 ALLNC_INLINE_TILE Vector<T> exp2(Vector<T> x) {
-  using S = Simd<T>;
+  using S = Exp2<T>;
   const Vector<T> rounded = x + S::kRound;
   const Vector<T> f = x - (rounded - S::kRound);
   Vector<T> q = broadcast<T>(S::kExp2[S::kDegree - 1]);
   ALLNC_UNROLL for (int k = S::kDegree - 2; k >= 0; --k) q = q * f + S::kExp2[k];
   q = q * f + T(1);
-  using Bits = typename S::Bits;
+  using Bits = typename Simd<T>::Bits;
   const Vector<T> scaled = reinterpret_cast<Vector<T>>(
       reinterpret_cast<Bits>(q) + (reinterpret_cast<Bits>(rounded) << S::kMantissa));
   return x < S::kLowest ? Vector<T>{} : scaled;

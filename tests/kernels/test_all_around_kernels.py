@@ -10,20 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.launches import count_launches
+from tests.poison import poisoned_memory
 from tests.tolerances import assert_as_exact
 
 pytest.importorskip("triton")
 
-import allnc.kernels.all_around as kernels
-import allnc.kernels.hycon_loss as hycon_loss
 from allnc.kernels.all_around import all_around_forward
-from allnc.kernels.hycon_loss import hycon_loss_forward
+from allnc.kernels.hycon.loss import hycon_loss_forward
 from allnc.kernels.p2p import p2p_forward
 from allnc.ops.hycon import hycon_reference
 from tests.kernels.test_hycon_kernels import DEVICE
 from tests.kernels.test_p2p_kernels import dense_values, unit_classes
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")  # log2(0) is meant
+__all__ = ["poisoned_memory"]  # a fixture: pytest finds it by name
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton"),  # log2(0) is meant
+]
 
 
 def make_case(n: int, d: int, c: int, f: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -36,24 +41,13 @@ def make_case(n: int, d: int, c: int, f: int, dtype: torch.dtype = torch.float32
         "labels": labels,
         "means": torch.randn(c, d, generator=generator),
         "seen": seen,
-        "anchor_weight": None,
     }
     return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in case.items()}
 
 
 def hycon_options(**changes: Any) -> dict[str, Any]:
-    options = {"mean_weight": 1.0, "balance": "class", "ignore_index": -100, "shifted": True, "deterministic": False}
+    options = {"mean_weight": 1.0, "balance": "class", "ignore_index": -100}
     return options | changes
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(tensor: Tensor) -> Tensor:
-        return tensor.fill_(math.nan if tensor.is_floating_point() else -(2**31) + 7)
-
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: poisoned(empty_like(*args, **kw)))
 
 
 @pytest.mark.parametrize("target", ["etf", "softmax"])
@@ -61,8 +55,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ("n", "d", "c", "f", "dtype", "tau", "changes"),
     [
         (70, 20, 70, 18, torch.float32, 0.1, {}),
-        (150, 16, 65, 33, torch.bfloat16, 0.1, {"deterministic": True, "balance": "none"}),
-        (33, 200, 7, 5, torch.float16, 0.01, {"shifted": False, "mean_weight": 0.5}),
+        (150, 16, 65, 33, torch.bfloat16, 0.1, {"balance": "none"}),
+        (33, 200, 7, 5, torch.float16, 1 / 32, {"mean_weight": 0.5}),
         (5, 8, 1, 3, torch.float32, 0.2, {}),
     ],
 )
@@ -79,31 +73,28 @@ def test_both_losses(target, n: int, d: int, c: int, f: int, dtype: torch.dtype,
         hycon_reference(case["z"].to(to), case["labels"], case["means"], seen=seen, temperature=tau, **in_reference)
         for to in (torch.float64, torch.float32)
     )
-    assert_as_exact(loss, same, exact, scale=1 / tau, dtype=dtype)
+    assert_as_exact(loss, same, exact, dtype=dtype, floor=1 / tau)
     want = dense_values(x.double(), y.double(), seen, target, 0.07, "all")
-    assert_as_exact(values, dense_values(x, y, seen, target, 0.07, "all"), want)
+    assert_as_exact(values, dense_values(x, y, seen, target, 0.07, "all"), want, floor=1.0)
 
 
 @pytest.mark.parametrize("target", ["etf", "softmax"])
-@pytest.mark.parametrize("learned", [False, True])
-def test_equals_the_launches_of_each_loss(target, learned: bool) -> None:
-    """Bit for bit in deterministic mode, and all that the backward kernels read, with weights and a learned τ."""
+def test_equals_the_launches_of_each_loss(target) -> None:
+    """Values, and all that the backward kernels read; sums that are added by atomics up to rounding."""
     case = make_case(90, 24, 40, 30)
-    case["anchor_weight"] = torch.rand(90, device=DEVICE)
-    tau = torch.tensor(0.15, device=DEVICE) if learned else 0.15
-    options = hycon_options(deterministic=True, shifted=not learned)
+    options = hycon_options()
     x, y = unit_classes(40, 30, case["seen"])
     p2p_options = {"target": target, "temperature": 0.07, "blocks": "all"}
     loss, prepared, values, lse = all_around_forward(
-        **case, temperature=tau, x=x, y=y, target=target, p2p_temperature=0.07, **options
+        **case, temperature=0.15, x=x, y=y, target=target, p2p_temperature=0.07, **options
     )
-    want, want_prepared = hycon_loss_forward(**case, temperature=tau, reduction="mean", **options)
+    want, want_prepared = hycon_loss_forward(**case, temperature=0.15, **options)
     want_values, want_lse = p2p_forward(x, y, case["seen"], **p2p_options)
-    assert torch.equal(loss, want)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
     assert torch.equal(prepared.index[:-1], want_prepared.index[:-1])  # the last one counts programs
     for name in ("state", "sums", "mu"):
         torch.testing.assert_close(
-            getattr(prepared, name), getattr(want_prepared, name), rtol=0, atol=0, equal_nan=True
+            getattr(prepared, name), getattr(want_prepared, name), rtol=1e-6, atol=0, equal_nan=True
         )
     torch.testing.assert_close(values, want_values, rtol=1e-6, atol=1e-7)  # chunks of other widths
     torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=1e-6)
@@ -130,19 +121,7 @@ def test_hand_computed_values() -> None:
 
 
 def test_one_launch_prepares_and_one_has_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-
-    class Counted:
-        def __init__(self, module, name: str) -> None:
-            self.name, self.kernel = name, getattr(module, name)
-
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.kernel[grid]
-
-    for module in (kernels, hycon_loss):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted(module, name))
+    launched = count_launches(monkeypatch)
     case = make_case(20, 8, 6, 5)
     x, y = unit_classes(6, 5, case["seen"])
     rest = {"target": "etf", "p2p_temperature": 0.1, **hycon_options()}

@@ -1,11 +1,12 @@
 """What the kernels' machine code uses on GPUs that need not be there: no spills, tensor cores, and in each loop the
 products and exponentials that the formulas predict.
 
-benchmarks/kernel_resources.py prints the same for every variant; here a subset has to keep its promises.
+benchmarks/machine_code/kernel_resources.py prints the same for every variant; here a subset has to keep its promises.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,15 +18,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from allnc.kernels.sass import read_code
-
 ROOT = Path(__file__).parents[2]
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 CONSUMER_LIMIT = 99 * 1024  # sm_86, sm_89 and sm_120 use the rows of sm_80
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
-MAIN = ("hycon_fwd", "hycon_bwd", "hycon_wave")
+MAIN = ("hycon_lse_fwd", "hycon_lse_bwd", "hycon_wave")
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +68,10 @@ def test_products_of_16_bit_types_use_the_tensor_cores(compiled: list[dict[str, 
 def test_one_exponential_an_element(compiled: list[dict[str, Any]]) -> None:
     # sm_90 keeps each of the three loops (diagonal, z, μ) in one piece: BLOCK_M BLOCK_N elements on 256
     # threads.
-    for kernel, mode in (("hycon_fwd", "triangle"), ("hycon_fwd", "square"), ("hycon_bwd", "shifted")):
+    for kernel, mode in (("hycon_lse_fwd", "triangle"), ("hycon_lse_fwd", "square"), ("hycon_lse_bwd", "shifted")):
         for row in select(compiled, arch=90, kernel=kernel, mode=mode, dtype="bf16"):
-            constants, threads = row["constants"], 32 * row["options"]["num_warps"]
-            elements = constants["BLOCK_M"] * constants["BLOCK_N"] // threads
+            rows, columns = row["tile"]
+            elements = rows * columns // (32 * row["options"]["num_warps"])
             assert row["counts"]["MUFU.EX2"] == 3 * elements, label(row)
 
 
@@ -133,8 +132,9 @@ def test_one_block_of_a_wave_multiplies_while_another_forms_coefficients(
         assert row["counts"]["LDGSTS"] > 0, f"{label(row)} waits for its loads"
 
 
-def test_loops_are_read_from_machine_code() -> None:
-    code = read_code("""
+def test_loops_are_read_from_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "machine_code")
+    code = importlib.import_module("sass").read_code("""
         /*0000*/                   MUFU.EX2 R1, R2 ;
 .L_x_0:
         /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R7], desc[UR14][R10.64], P6 ;
@@ -161,5 +161,5 @@ def test_loops_are_read_from_machine_code() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_only_the_triangle_uses_atomics(compiled: list[dict[str, Any]], arch: int) -> None:
     for row in select(compiled, arch=arch):
-        expected = row["mode"].startswith("triangle") and row["kernel"] != "hycon_finish"
+        expected = row["mode"].startswith("triangle") and row["kernel"] != "hycon_lse_finish"
         assert (row["counts"]["RED"] > 0) == expected, label(row)

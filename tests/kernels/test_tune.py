@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,23 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from allnc.kernels import _common, tune
+from allnc.kernels import _common
 from allnc.kernels._common import CHUNKED, Tile
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tune(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "machine_code")  # scripts, not a package
+    return importlib.import_module("tune")
 
 
 @pytest.mark.parametrize(
     ("dim", "dtype", "name"),
     [(128, torch.bfloat16, "BACKWARD"), (300, torch.float16, "WAVES"), (129, torch.float32, "WAVES")],
 )
-def test_the_fastest_tile_is_printed_and_nothing_is_kept(dim: int, dtype: torch.dtype, name: str) -> None:
+def test_the_fastest_tile_is_printed_and_nothing_is_kept(tune: Any, dim: int, dtype: torch.dtype, name: str) -> None:
     row = _common.row_class(dim, dtype)
     tables = {"FORWARD": _common.FORWARD, name: getattr(_common, name)}
     before = {key: dict(table[90]) for key, table in tables.items()}
@@ -47,7 +55,7 @@ def test_the_fastest_tile_is_printed_and_nothing_is_kept(dim: int, dtype: torch.
     assert {key: dict(table[90]) for key, table in tables.items()} == before
 
 
-def test_noise_does_not_change_a_row_and_what_does_not_fit_is_left_out() -> None:
+def test_noise_does_not_change_a_row_and_what_does_not_fit_is_left_out(tune: Any) -> None:
     current, *others = tune.candidates(_common.FORWARD, 90, 256)
     assert current == _common.FORWARD[90][256] and current not in others
 
@@ -63,11 +71,12 @@ def test_noise_does_not_change_a_row_and_what_does_not_fit_is_left_out() -> None
     assert tune.report("FORWARD", 90, 256, times)[-1] == f"256: Tile{tuple(current)},  # as it is"
 
 
-def test_the_launchers_use_the_row() -> None:
+def test_the_launchers_use_the_row(tune: Any) -> None:
     tile = Tile(64, 32, 4, 5)
     with tune.using(_common.FORWARD, 80, 256, tile):
-        blocks = _common.forward_blocks(100, torch.bfloat16, "ieee", 86)
-    assert (blocks.block_m, blocks.block_n, blocks.num_warps, blocks.num_stages) == tile and blocks.block_d == 128
+        blocks, options = _common.forward_blocks(100, torch.bfloat16, 86)
+    chosen = (blocks.block_m, blocks.block_n, options["num_warps"], options["num_stages"])
+    assert chosen == tile and blocks.block_d == 128
     assert _common.FORWARD[80][256] != tile
 
 
@@ -79,6 +88,6 @@ def test_every_architecture_has_rows(arch: int, row: int) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_what_it_needs() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "allnc.kernels.tune"]
+    command = [sys.executable, "benchmarks/machine_code/tune.py"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 1 and "GPU" in run.stderr and not run.stdout

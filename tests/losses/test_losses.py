@@ -6,7 +6,7 @@ import doctest
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from allnc.config import LossConfig
 from allnc.losses import GBBN, P2P, AllNC, Focal, HyCon, HyConCosine, LogitAdjusted, build_loss
+from allnc.losses.build import LOSSES
+from allnc.losses.longtail import LONG_TAIL
 from allnc.ops.hycon import hycon_reference
 from allnc.ops.hycon_cosine import hycon_cosine_reference
 from allnc.ops.p2p import p2p_reference
@@ -103,7 +105,7 @@ def test_allnc_is_its_formula(form: str, progress: float) -> None:
     """Value and gradients against the parts' references on a first batch, whose means are batch means."""
     options: dict[str, Any] = {"alpha": 0.7, "hycon_weight": 1.3, "horizon": 0.3, "mean_gradient": "exact"}
     weights = {"p2p_means": 0.5, "p2p_weights": 0.9, "p2p_duality": 1.1}
-    loss = AllNC(COUNTS, WIDTH, DIM, hycon=form, **options, **weights).double()  # pyright: ignore[reportArgumentType]
+    loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form, **options, **weights)).double()  # pyright: ignore[reportArgumentType]
     batch = _Batch()
     output = batch.call(loss, progress)
 
@@ -154,16 +156,16 @@ def test_means_move_in_training_only() -> None:
 def test_two_forwards_before_a_backward(form: str) -> None:
     """The state moves under the first graph; its gradient must be that of its own values."""
     batches = [_Batch(), _Batch(seed=1)]
-    loss = AllNC(COUNTS, WIDTH, DIM, hycon=form).double()  # pyright: ignore[reportArgumentType]
+    loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form)).double()  # pyright: ignore[reportArgumentType]
     outputs = [batch.call(loss) for batch in batches]
     grad = torch.autograd.grad(outputs[0].total, batches[0].features)[0]
-    alone = AllNC(COUNTS, WIDTH, DIM, hycon=form).double()  # pyright: ignore[reportArgumentType]
+    alone = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form)).double()  # pyright: ignore[reportArgumentType]
     want = torch.autograd.grad(batches[0].call(alone).total, batches[0].features)[0]
     assert_near(grad, want)
 
 
 def test_first_batch_of_one_class_and_of_none() -> None:
-    loss = AllNC(COUNTS, WIDTH, DIM, hycon="softmax").double()
+    loss = AllNC(COUNTS, WIDTH, DIM).double()
     batch = _Batch()
     for label in (-100, 3):
         batch.labels = torch.full((ROWS,), label)
@@ -193,8 +195,9 @@ def test_cosine_module_uses_the_class_means() -> None:
     assert math.isclose(value.item(), want.item(), rel_tol=1e-9)
 
 
-def test_allnc_compiles_without_a_break() -> None:
-    eager, traced = (AllNC(COUNTS, WIDTH, DIM, hycon="cosine").double() for _ in range(2))
+@pytest.mark.parametrize("form", ["softmax", "cosine"])
+def test_allnc_compiles_without_a_break(form: Any) -> None:
+    eager, traced = (AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form)).double() for _ in range(2))
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
     for seed in range(2):
         batch = _Batch(seed)
@@ -202,7 +205,8 @@ def test_allnc_compiles_without_a_break() -> None:
         assert math.isclose(value.item(), want.item(), rel_tol=1e-9)
         got, expected = (torch.autograd.grad(v, batch.features)[0] for v in (value, want))
         assert_near(got, expected)
-    assert_near(traced.p2p.means, eager.p2p.means)
+    assert traced.feature_means is not None and eager.feature_means is not None
+    assert_near(traced.feature_means.means, eager.feature_means.means)
 
 
 @pytest.mark.parametrize("name", ["allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam"])
@@ -239,17 +243,14 @@ def test_build_passes_every_setting() -> None:
         backend="eager",
     )
     loss = build_loss(config, class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM)
-    assert isinstance(loss, AllNC) and loss.hycon is not None
-    assert (loss.form, loss.hycon_weight, loss.alpha) == ("softmax", 0.2, 0.3)
-    assert (loss.hycon.temperature, loss.hycon.mean_weight, loss.hycon.balance) == (0.4, 0.5, "none")
-    for state in (loss.hycon, loss.p2p):
+    assert isinstance(loss, AllNC) and loss.config is config
+    assert loss.feature_means is not None and loss.projection_means is not None
+    for state in (loss.feature_means, loss.projection_means):
         assert (state.momentum, state.gradient, state.backend) == (0.6, "exact", "eager")
-    assert (loss.p2p.means_weight, loss.p2p.classifier_weight, loss.p2p.duality_weight) == (0.7, 0.8, 0.9)
-    assert (loss.p2p.target, loss.p2p.temperature) == ("softmax", 1.1)
     assert isinstance(loss.gbbn.rebalance_loss, Focal) and loss.gbbn.rebalance_loss.gamma == 3.5
     assert (loss.gbbn.gamma, loss.gbbn.horizon) == (1.2, 0.35)
-    assert loss.hycon.means.shape == (C, DIM) and loss.p2p.means.shape == (C, WIDTH)
-    focal = build_loss(LossConfig(name="focal", focal_gamma=3.0), class_counts=COUNTS, feature_dim=1, projection_dim=1)
+    assert loss.projection_means.means.shape == (C, DIM) and loss.feature_means.means.shape == (C, WIDTH)
+    focal = build_loss(LossConfig(name="focal", focal_gamma=3.0), class_counts=COUNTS, feature_dim=1)
     assert focal.loss.gamma == 3.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -259,16 +260,17 @@ def test_build_passes_every_setting() -> None:
         (lambda: HyCon(1, 4), "num_classes must be >= 2; got 1"),
         (lambda: HyCon(3, 4.0), "dim must be an integer; got 4.0"),  # pyright: ignore[reportArgumentType]
         (lambda: HyCon(3, 4, momentum=1.0), r"momentum must be in \[0, 1\); got 1"),
-        (lambda: HyCon(3, 4, temperature=0.0), r"temperature must be in \(0, inf\); got 0"),
+        (lambda: HyCon(3, 4, temperature=0.0), "temperature must be > 0; got 0"),
         (lambda: HyCon(3, 4, balance="classes"), "balance must be one of"),  # pyright: ignore[reportArgumentType]
         (lambda: HyCon(3, 4, gradient="none"), "gradient must be one of"),  # pyright: ignore[reportArgumentType]
         (lambda: HyCon(3, 4, backend="gpu"), "backend must be one of"),  # pyright: ignore[reportArgumentType]
-        (lambda: P2P(3, 4, duality_weight=-1), r"duality_weight must be in \[0, inf\); got -1"),
-        (lambda: GBBN([3, 4], gamma=0), r"gamma must be in \(0, inf\); got 0"),
+        (lambda: P2P(3, 4, duality_weight=-1), "duality_weight must be >= 0; got -1"),
+        (lambda: GBBN([3, 4], gamma=0), "gamma must be > 0; got 0"),
         (lambda: GBBN([3, 4], horizon=1.5), r"horizon must be in \[0, 1\]; got 1.5"),
         (lambda: GBBN([3, 4], rebalance="ce"), "rebalance must be one of"),  # pyright: ignore[reportArgumentType]
         (lambda: GBBN([3, 4]).eta(1.01), r"progress must be in \[0, 1\]; got 1.01"),
-        (lambda: AllNC([3, 4], 4, 4, alpha=math.nan), "alpha must be in"),
+        (lambda: AllNC([3, 4], 4), "projection_dim must be given with hycon='softmax'; got None"),
+        (lambda: AllNC([3, 4], 4, 4, LossConfig(alpha=math.nan)), "loss.alpha must be >= 0; got nan"),
         (lambda: _call_without("softmax"), "z must be given with hycon='softmax'"),
         (lambda: _call_without("cosine"), "h must be given with hycon='cosine'"),
     ],
@@ -280,13 +282,39 @@ def test_errors_say_what_to_do(build, message: str) -> None:
 
 def _call_without(form: str) -> None:
     batch = _Batch()
-    loss = AllNC(COUNTS, WIDTH, DIM, hycon=form).double()  # pyright: ignore[reportArgumentType]
+    loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form)).double()  # pyright: ignore[reportArgumentType]
     loss(batch.features, batch.labels, batch.weight, batch.uniform, batch.rebalance, 0.0)
 
 
-@pytest.mark.parametrize(("chosen", "for_p2p"), [("triton", "triton"), ("eager", "eager"), ("cpp", "auto")])
-def test_p2p_is_given_the_chosen_backend_where_it_has_it(monkeypatch, chosen: Any, for_p2p: str) -> None:
-    given = []
-    monkeypatch.setattr("allnc.losses.p2p.p2p", lambda x, y, *, backend, **_: given.append(backend) or x.sum())
+@pytest.mark.parametrize(
+    ("chosen", "given"), [("triton", "triton"), ("eager", "eager"), ("cpp", "cpp"), ("cuda", "auto")]
+)
+def test_an_op_is_given_the_chosen_backend_where_it_has_it(
+    monkeypatch: pytest.MonkeyPatch, chosen: Any, given: str
+) -> None:
+    backends = []
+    values = torch.zeros(3, requires_grad=True)
+    monkeypatch.setattr("allnc.losses.p2p.p2p_pairings", lambda *_, backend, **__: backends.append(backend) or values)
     P2P(3, 4, backend=chosen).terms(torch.ones(3, 4), torch.ones(3, dtype=torch.bool), torch.ones(3, 4))
-    assert given == [for_p2p] * 3
+    assert backends == [given]
+
+
+@pytest.mark.parametrize("form", ["softmax", "cosine", "none"])
+def test_terms_of_weight_zero_are_not_computed(monkeypatch: pytest.MonkeyPatch, form: Any) -> None:
+    """Without P2P no class means of feature space are kept, unless the cosine form needs them, and no op is called."""
+    off = {"p2p_means": 0.0, "p2p_weights": 0.0, "p2p_duality": 0.0}
+    loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form, **off)).double()
+    assert (loss.feature_means is None) == (form != "cosine") and loss.pairings == []
+    called = []
+    # By module: the package's name is that of the function.
+    all_around = importlib.import_module("allnc.ops.all_around")
+    monkeypatch.setattr(all_around, "centred_units", lambda *_, **__: called.append("units"))
+    monkeypatch.setattr("allnc.losses.allnc.p2p_pairings", lambda *_, **__: called.append("pairings"))
+    output = _Batch().call(loss)
+    assert called == [] and output.parts["p2p_means"] == 0 and output.total.isfinite()
+
+
+def test_the_registry_is_the_configuration() -> None:
+    names = get_args(get_type_hints(LossConfig)["name"])
+    assert set(names) == set(LOSSES)
+    assert get_args(get_type_hints(LossConfig)["rebalance"]) == LONG_TAIL

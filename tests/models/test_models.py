@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from allnc.config import LossConfig, ModelConfig
+from allnc.losses.build import LOSSES
 from allnc.models import LongTailModel, NormalisedClassifier, build_model
 
 SMALL = ModelConfig(name="resnet8", width=4, projection_dim=6)
@@ -32,7 +33,7 @@ def build(config: ModelConfig = SMALL, *, head: str | None = None, two_branches:
     ],
 )
 def test_only_the_heads_that_the_loss_reads_are_built(loss: LossConfig, z: bool, h: bool) -> None:
-    model = build(head=loss.head)
+    model = build(head=LOSSES[loss.name].head(loss))
     assert (model.projection is not None, model.predictor is not None) == (z, h)
     output = model(torch.randn(3, 1, 12, 12))
     assert output.features.shape == (3, 16) and output.logits_rebalance.shape == (3, 5)

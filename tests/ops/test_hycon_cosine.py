@@ -189,9 +189,9 @@ X, LABELS, MEANS = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.z
             {"num_views": 3},
             "h must have a multiple of num_views = 3 rows; got 4. Stack",
         ),
-        ((X, X, LABELS, MEANS), {"num_views": 0}, "num_views must be an integer >= 1; got 0"),
+        ((X, X, LABELS, MEANS), {"num_views": 0}, "num_views must be >= 1; got 0"),
         ((X, X, LABELS, MEANS), {"seen": torch.ones(3).bool()}, r"seen must have shape \[2\]"),
-        ((X, X, LABELS, MEANS), {"backend": "cpp"}, "hycon_cosine has no backend 'cpp'"),
+        ((X, X, torch.tensor([0, 0, 1, 1]), MEANS), {}, "the 2 views of an image must have one label; got rows that"),
         ((X, X.to("meta"), LABELS, MEANS), {}, "all tensors must be on one device"),
     ],
 )

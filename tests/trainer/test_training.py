@@ -150,7 +150,7 @@ def test_two_branches_read_their_own_batches(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(run.loss, "forward", spy)
     loop.forward(run, batch, progress=0.5)
-    assert len(seen["features"]) == len(seen["labels"]) == len(seen["h"]) == 2 * (64 + 64)
+    assert len(seen["features"]) == len(seen["labels"]) == len(seen["z"]) == 2 * (64 + 64)
     counts = [torch.bincount(seen[branch][1], minlength=10) for branch in ("uniform", "rebalance")]
     assert counts[0][0] > counts[0][-1] and counts[1][0] < counts[1][-1]
     assert len(seen["uniform"][0]) == len(seen["rebalance"][0]) == 128

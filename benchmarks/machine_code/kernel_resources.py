@@ -1,6 +1,6 @@
 """Registers, shared memory, spills and instructions of every kernel variant, compiled for GPUs not there.
 
-    python benchmarks/kernel_resources.py --arch 80 90 100 --dim 64 128 256 --dtype bfloat16 --csv FILE
+    python benchmarks/machine_code/kernel_resources.py --arch 80 90 100 --dim 64 128 256 --dtype bfloat16 --csv FILE
 
 prints a markdown table, and writes the same as CSV under a line with the command. The variants are the launchers' own,
 with class means.
@@ -29,8 +29,7 @@ import time
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-
-from allnc.kernels.aot import (
+from aot import (
     PREDICTED,
     SHARED_LIMIT,
     Resources,
@@ -38,10 +37,11 @@ from allnc.kernels.aot import (
     add_arguments,
     blocks_per_multiprocessor,
     chosen_variants,
+    multiplies_by_warp,
     predicted,
     resources_of_all,
 )
-from allnc.kernels.sass import TENSOR_CORES
+from sass import TENSOR_CORES
 
 COLUMNS = (
     "kernel", "mode", "arch", "dtype", "precision", "D", "block_m", "block_n", "block_d", "block_g",
@@ -58,7 +58,7 @@ def against_prediction(variant: Variant, used: Resources) -> list[object]:
     want = predicted(variant)
     products: list[object] = ["", "", ""]  # float32 without tensor cores
     if any(used.counts[kind] for kind in TENSOR_CORES):
-        issued = variant.arch == 100
+        issued = variant.arch == 100 and not multiplies_by_warp(variant)
         found = used.fullest(lambda loop: loop.counts["UTCHMMA"] if issued else loop.products)
         most = max(want.issued if issued else want.products)
         products = [found, most, round(found / most, 2)]
@@ -68,8 +68,8 @@ def against_prediction(variant: Variant, used: Resources) -> list[object]:
 
 def row(variant: Variant, used: Resources) -> dict[str, object]:
     """One line of the table."""
-    constants, counts = variant.constants, used.counts
-    blocks = [constants.get(f"BLOCK_{name}", "") for name in "MNDG"]
+    counts = used.counts
+    blocks = [size or "" for size in variant.blocks[1:5]]
     launch = [variant.options.get(name, "") for name in ("num_warps", "num_stages")]
     values = [
         variant.kernel, variant.mode, variant.arch, variant.dtype, variant.precision, variant.dim, *blocks,

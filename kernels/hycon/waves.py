@@ -1,6 +1,6 @@
 """HyCon's gradient where a row and its gradient are too wide to stay on chip: waves of rows, and library GEMMs.
 
-With X = [z; μ], and u, a as in allnc.kernels.hycon (a mean is a row with u = 0 and a = b_c),
+With X = [z; μ], and u, a as in allnc.kernels.hycon.lse (a mean is a row with u = 0 and a = b_c),
 
     K_ij  = exp(X_i·X_j / τ) (u_i a_j + u_j a_i)  for i != j, K_ii = 0
     dz_i  = (1/τ) Σ_j K_ij X_j          over all N + C columns j
@@ -30,30 +30,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allnc.kernels import hycon
 from allnc.kernels._common import (
     LEAST_SCALED,
     VECTOR_BLOCK,
+    Matrix,
     architecture,
     device_guard,
-    launch_options,
-    matmul_precision,
+    exact_float32,
     narrow,
     pointer,
     similarity,
     uses_waves,
     wave_blocks,
 )
-from allnc.kernels.hycon import (
-    HALF_SCALE,
-    hycon_bwd_terms_kernel,
-    terms_constants,
-)
-from allnc.kernels.hycon_panels import pair_coefficient, pair_terms
+from allnc.kernels.hycon.lse import HALF_SCALE, hycon_lse_terms_kernel, hycon_panel_backward, terms_constants
+from allnc.kernels.hycon.panels import pair_coefficient, pair_terms
 
 WAVE = 1024  # rows: 8 panels of 128, and a first dimension that library GEMMs fill a GPU with from D = 2048 on
 _PAD = 64  # elements: 128 bytes of 16-bit types, and a multiple of every BLOCK_D
-_CHUNKED = tl.constexpr(False)
 
 
 @triton.jit
@@ -82,9 +76,8 @@ def write_coefficients(
     columns = first + tl.arange(0, COLUMNS)
     # One comparison an element, beside D products: not worth a loop of its own for the tiles on the diagonal.
     s = tl.where(rows[:, None] != columns[None, :], s, float("-inf"))
-    row_u, row_a, row_lse = row_terms
-    u, a, lse = pair_terms(term_ptr, term_ptr, columns, columns < num_terms, num_terms, SHIFTED)
-    k = pair_coefficient(s, inverse_temperature, row_u, row_a, row_lse, u, a, lse, SHIFTED)
+    column_terms = pair_terms(term_ptr, columns, columns < num_terms, num_terms, SHIFTED)
+    k = pair_coefficient(s, inverse_temperature, row_terms, column_terms, SHIFTED)
     # Columns past num_terms are written too, as zeros: the products run over the whole width.
     mask = (tl.arange(0, ROWS) < num_stored)[:, None] & (columns < width)[None, :]
     offsets = tl.arange(0, ROWS)[:, None] * width + columns[None, :]
@@ -102,51 +95,44 @@ def hycon_wave_kernel(
     N,
     num_terms,
     width,
-    D: tl.constexpr,
     SHIFTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """One tile of K [count, width], for the rows start .. start + count - 1 of X [num_terms, D] against all."""
+    BLOCK_M: tl.constexpr = blocks.block_m
+    BLOCK_N: tl.constexpr = blocks.block_n
     num_panels = tl.cdiv(count, BLOCK_M)
     origin = tl.program_id(0) % num_panels * BLOCK_M
     first = tl.program_id(0) // num_panels * BLOCK_N
     rows = start + origin + tl.arange(0, BLOCK_M)
-    s = similarity(
-        0.0, 0.0, rows_ptr, rows_ptr, start + origin, first, num_terms, num_terms,
-        D, BLOCK_M, BLOCK_N, BLOCK_D, _CHUNKED, PRECISION,
-    )  # fmt: skip
-    row_terms = pair_terms(term_ptr, term_ptr, rows, rows < N, num_terms, SHIFTED)
+    x = Matrix(rows_ptr, num_terms)
+    s = similarity(x, x, start + origin, first, 0.0, 0.0, blocks)
+    row_terms = pair_terms(term_ptr, rows, rows < N, num_terms, SHIFTED)
     inverse_temperature = 1.0 / tl.load(temperature_ptr)
     k_panel = k_ptr + tl.cast(origin, tl.int64) * width
-    # A quarter of the columns at a time: the terms of all columns at once would take more registers than the sums do,
-    # and leave one block a multiprocessor, with nothing to compute while it forms K.
+    # A few columns at a time: the terms of all columns at once would take more registers than the sums do, and leave
+    # one block a multiprocessor, with nothing to compute while it forms K.
     left, right = halves(s, BLOCK_M, BLOCK_N)
-    QUARTER: tl.constexpr = BLOCK_N // 4
-    for side in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
-        pair = halves(left if side == 0 else right, BLOCK_M, BLOCK_N // 2)
-        for part in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
-            write_coefficients(
-                pair[part], row_terms, rows, first + (2 * side + part) * QUARTER, count - origin, term_ptr,
-                inverse_temperature, k_panel, num_terms, width, SHIFTED, BLOCK_M, QUARTER,
-            )  # fmt: skip
+    PIECE: tl.constexpr = BLOCK_N // 8
+    for i in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+        half = halves(left if i == 0 else right, BLOCK_M, BLOCK_N // 2)
+        for j in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+            pair = halves(half[j], BLOCK_M, BLOCK_N // 4)
+            for k in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+                write_coefficients(
+                    pair[k], row_terms, rows, first + (4 * i + 2 * j + k) * PIECE, count - origin, term_ptr,
+                    inverse_temperature, k_panel, num_terms, width, SHIFTED, BLOCK_M, PIECE,
+                )  # fmt: skip
 
 
 def wave_constants(dim: int, dtype: torch.dtype, *, shifted: bool, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `hycon_wave_kernel`."""
-    precision = matmul_precision(dtype)
-    blocks = wave_blocks(dtype, precision, arch)
-    constants = {
-        "D": _padded(dim),
-        "SHIFTED": shifted,
-        "PRECISION": precision,
-        "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n,
-        "BLOCK_D": blocks.block_d,
-    }
-    return constants, launch_options(blocks)
+    blocks, options = wave_blocks(_padded(dim), dtype, arch)
+    if not exact_float32(
+        dtype
+    ):  # two blocks a multiprocessor: Triton 3.6's assembler would else take registers for one
+        options |= {"maxnreg": 65536 // (2 * 32 * options["num_warps"])}
+    return {"SHIFTED": shifted, "blocks": blocks._replace(resident=False)}, options
 
 
 def _padded(size: int) -> int:
@@ -191,7 +177,7 @@ def hycon_wave_backward(
     shifted: bool,
     own: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `allnc.kernels.hycon.hycon_lse_backward` computes, for any D and meant for the large.
+    """What `allnc.kernels.hycon.lse.hycon_panel_backward` computes, for any D and meant for the large.
 
     Args:
         grad_lse: [N] float32, dL/dlse.
@@ -234,14 +220,14 @@ def hycon_wave_backward(
 
     with device_guard(z):
         choice = {"HAS_MU": mu is not None, "SHIFTED": shifted, "SCALED": scaled}
-        hycon_bwd_terms_kernel[(triton.cdiv(num_terms, VECTOR_BLOCK),)](
+        hycon_lse_terms_kernel[(triton.cdiv(num_terms, VECTOR_BLOCK),)](
             grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,
             **terms_constants(choice),
         )  # fmt: skip
-        num_tiles = triton.cdiv(width, constants["BLOCK_N"])
+        num_tiles = triton.cdiv(width, constants["blocks"].block_n)
         for start in range(0, own, WAVE):
             count = min(WAVE, own - start)
-            hycon_wave_kernel[(triton.cdiv(count, constants["BLOCK_M"]) * num_tiles,)](
+            hycon_wave_kernel[(triton.cdiv(count, constants["blocks"].block_m) * num_tiles,)](
                 terms, rows, temperature, workspace, start, count, num_rows, num_terms, width,
                 **constants, **options,
             )  # fmt: skip
@@ -272,5 +258,5 @@ def hycon_lse_backward(
 
     Arguments and results as in `hycon_wave_backward`.
     """
-    backward = hycon_wave_backward if uses_waves(z.shape[1], z.dtype) else hycon.hycon_lse_backward
+    backward = hycon_wave_backward if uses_waves(z.shape[1], z.dtype) else hycon_panel_backward
     return backward(grad_lse, lse, z, mu, a, b, temperature, shifted=shifted, own=own)

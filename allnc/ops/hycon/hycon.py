@@ -5,8 +5,8 @@
     pos_i = ( Σ_{j≠i, y_j=y_i} S_ij + κ T_{i,y_i} ) / ( n_{y_i} - 1 + κ )
     L     = Σ_i g_i (lse_i - pos_i) / Σ_i g_i
 
-Only lse needs N² work, and it needs no labels (allnc.ops.hycon_lse, with a C++ and a Triton twin); the rest is O(N D)
-(allnc.ops.contrast). Across ranks: allnc.ops.hycon_ranks.
+Only lse needs N² work, and it needs no labels (lse.py); the rest is O(N D) (terms.py). What the losses of this package
+ask, all of it is one op (fused.py). Over several ranks the same terms are formed of the rows of all (allnc.ops.ranks).
 
 Legend: N activations, D columns, C classes; n_c activations of class c; κ mean_weight; g anchor_weight.
 """
@@ -19,19 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allnc.ops._common import Backend, accumulation_dtype
-from allnc.ops.contrast import (
-    Balance,
-    Reduction,
-    build_contrast,
-    check_hycon,
-    reduce_anchors,
-    reduce_contrast,
-    resolve_hycon,
-)
-from allnc.ops.hycon_lse import hycon_lse, uses_constant_shift
-from allnc.ops.hycon_ranks import hycon_across_ranks
-from allnc.ops.hycon_triton import fuses, hycon_fused
+from allnc.ops._common import Backend, accumulation_dtype, debug_checks, resolve_backend
+from allnc.ops.hycon.fused import fuses, hycon_fused
+from allnc.ops.hycon.lse import hycon_lse
+from allnc.ops.hycon.options import Balance, Batch, Options, Reduction, agreed_facts, check_hycon
+from allnc.ops.hycon.terms import build_terms, reduce_anchors, reduce_terms
+from allnc.ops.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -137,45 +130,38 @@ def hycon(
     Source: ours, after AllNC (arXiv 2408.07253); SupCon: Khosla et al., NeurIPS 2020; class balance: Zhu et al.,
         Balanced Contrastive Learning, CVPR 2022.
     """
-    arguments = (z, labels, means, seen, temperature, mean_weight, balance, anchor_weight, reduction)
-    if group is not None:
-        return hycon_across_ranks(*arguments, ignore_index, group, backend)
-    check_hycon(*arguments)
-    return hycon_of_checked(*arguments, ignore_index, resolve_hycon(backend, z))
+    batch = Batch(z, labels, means, seen, anchor_weight)
+    options = Options(temperature, mean_weight, balance, reduction, ignore_index)
+
+    def check() -> str:
+        check_hycon(batch, options, least_rows=1 if group is None else 0)
+        return resolve_backend(backend, op="hycon", device=z.device, dtype=z.dtype, supported=("cpp", "triton"))
+
+    if group is None:
+        return contrast(batch, options, check())
+    ranks = Ranks(group, check, lambda: len(z), lambda: agreed_facts(batch, options))
+    return contrast(batch, options, check(), ranks)
 
 
-def hycon_of_checked(
-    z: Tensor,
-    labels: Tensor,
-    means: Tensor | None,
-    seen: Tensor | None,
-    temperature: float | Tensor,
-    mean_weight: float,
-    balance: Balance,
-    anchor_weight: Tensor | None,
-    reduction: Reduction,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
-    """`hycon` of arguments that `check_hycon` has passed, on a backend that `resolve_hycon` has chosen."""
-    with torch.autocast(z.device.type, enabled=False):
-        if backend == "triton" and fuses(z, anchor_weight):
-            return hycon_fused(
-                z,
-                labels,
-                means,
-                seen=seen,
-                temperature=temperature,
-                mean_weight=mean_weight,
-                balance=balance,
-                anchor_weight=anchor_weight,
-                reduction=reduction,
-                ignore_index=ignore_index,
-                shifted=uses_constant_shift(temperature),
-            )
-        z = z.contiguous()
-        contrast = build_contrast(
-            z, labels, means, seen, temperature, mean_weight, balance, anchor_weight, ignore_index
-        )
-        lse = hycon_lse(z, contrast.mu, contrast.a, contrast.b, temperature, backend=backend)
-        return reduce_contrast(lse, contrast, reduction)
+def contrast(batch: Batch, options: Options, backend: str, ranks: Ranks | None = None) -> Tensor:
+    """`hycon` of what `check_hycon` has passed, on a backend that can run; over `ranks` if given."""
+    with torch.autocast(batch.z.device.type, enabled=False):
+        if ranks is None and fuses(batch, options, backend):
+            return hycon_fused(batch, options, backend)
+        batch = batch._replace(z=batch.z.contiguous())
+        if ranks is not None:
+            batch = _gather(batch, ranks)
+        terms = build_terms(batch, options, ranks)
+        lse = hycon_lse(batch.z, terms, options, backend=backend, ranks=ranks)
+        return reduce_terms(lse, terms, options.reduction)
+
+
+def _gather(batch: Batch, ranks: Ranks) -> Batch:
+    """The batch with the rows of all ranks."""
+    if ranks.num_rows == 0:
+        raise ValueError("z must have at least one row on some rank; got none on all ranks")
+    z, labels, means, _, anchor_weight = batch
+    if means is not None and debug_checks():
+        ranks.check_same("means", means.to(accumulation_dtype(means.dtype)))
+    weight = None if anchor_weight is None else ranks.gather(anchor_weight)
+    return batch._replace(z=ranks.gather(z), labels=ranks.gather(labels), anchor_weight=weight)

@@ -7,8 +7,7 @@ and, for g = dL/dlse and u_i = g_i exp(-lse_i) (0 where g_i = 0),
     dz_i  = (1/τ) [ Σ_{j≠i} exp(z_i·z_j / τ) (u_i a_j + u_j a_i) z_j + u_i Σ_c b_c exp(z_i·μ_c / τ) μ_c ]
     dμ_c  = (1/τ) b_c Σ_i u_i exp(z_i·μ_c / τ) z_i
 
-Legend: z [N, D] activations and μ [C, D] class means with unit rows; a [N], b [C] column weights >= 0; τ
-temperature.
+Legend: z [N, D] activations and μ [C, D] class means with unit rows; a [N], b [C] column weights >= 0; τ temperature.
 
 Shifted mode: rows are unit, so z_i·z_j / τ <= 1/τ and exp(S - 1/τ) cannot overflow; no running maximum. The
 caller promises 2/τ <= 64, so that it cannot underflow either. Unshifted mode: a running maximum in the
@@ -31,7 +30,7 @@ K_ij = exp(S_ij)(u_i a_j + u_j a_i) is symmetric and holds the gradient of row *
 exponential (two in unshifted mode) and one product K z_j a tile give dz without atomics. A mean is a row with
 u = 0 and a = b_c: the same formula gives z against μ, and dμ. A first, small launch forms u, so that no program
 computes it again for every tile. Up to 512 bytes a row a panel's gradient stays on chip; beyond, see
-allnc.kernels.waves. The forward takes any D: S is summed over chunks of columns where a panel does not fit.
+allnc.kernels.hycon.waves. The forward takes any D: S is summed over chunks of columns where a panel does not fit.
 """
 
 from __future__ import annotations
@@ -48,63 +47,55 @@ from allnc.kernels._common import (
     LN_2,
     LOG2_E,
     VECTOR_BLOCK,
+    Matrix,
     architecture,
     backward_blocks,
     device_guard,
     forward_blocks,
-    launch_options,
-    matmul_precision,
     pointer,
-    row_class,
+    store_tile,
 )
-from allnc.kernels.hycon_panels import backward_panel, forward_sums, store_tile
+from allnc.kernels.hycon.panels import Contrast, backward_panel, forward_panel
 
 # float16 ends at 6e-8, above the coefficients K of a mean over 10^4 anchors. They are scaled so that max |g|
 # is 2^14: |K| <= 2 max |g| stays below 65504 and everything above 4e-9 max |g| keeps full precision.
 HALF_SCALE = tl.constexpr(16384.0)
 
 
-@triton.jit(do_not_specialize=["N", "C", "num_splits", "part", "parts"])
-def hycon_fwd_kernel(
-    z_ptr,
-    mu_ptr,
-    a_ptr,
-    b_ptr,
+@triton.jit(do_not_specialize=["N", "C", "num_splits", "part", "num_parts"])
+def hycon_lse_fwd_kernel(
+    contrast,
     temperature_ptr,
     out_ptr,
     N,
     C,
     num_splits,
     part,
-    parts,
-    D: tl.constexpr,
+    num_parts,
     HAS_MU: tl.constexpr,
     SHIFTED: tl.constexpr,
     TRIANGLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """One split of one panel of one part: adds to the sums of exponentials (TRIANGLE), or writes the panel's lse."""
-    rows, maximum, total = forward_sums(
-        tl.program_id(0), z_ptr, mu_ptr, a_ptr, b_ptr, temperature_ptr, out_ptr, N, C, num_splits, part, parts,
-        D, HAS_MU, SHIFTED, TRIANGLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, RESIDENT,
+    inverse_temperature = 1.0 / tl.load(temperature_ptr)
+    rows, maximum, total = forward_panel(
+        tl.program_id(0), contrast, out_ptr, inverse_temperature, N, C, num_splits, part, num_parts,
+        HAS_MU, SHIFTED, TRIANGLE, blocks,
     )  # fmt: skip
     if TRIANGLE:
         tl.atomic_add(out_ptr + rows, total, mask=rows < N, sem="relaxed")
     else:
         # The maximum is that of z_i·z_j: one rounding makes it lse, as large as 1/τ, and the backward undoes
         # it with the same 1/τ.
-        shift = 1.0 / tl.load(temperature_ptr)
+        shift = inverse_temperature
         if not SHIFTED:
             shift *= maximum
         tl.store(out_ptr + rows, tl.log2(total) * LN_2 + shift, mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["N"])
-def hycon_finish_kernel(sum_ptr, temperature_ptr, N, BLOCK: tl.constexpr):
+def hycon_lse_finish_kernel(sum_ptr, temperature_ptr, N, BLOCK: tl.constexpr):
     """lse_i = log(sum_i) + 1/τ, in place, once every program of the triangle has added its part."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(sum_ptr + rows, mask=rows < N, other=1.0)
@@ -113,7 +104,7 @@ def hycon_finish_kernel(sum_ptr, temperature_ptr, N, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "C"])
-def hycon_bwd_terms_kernel(
+def hycon_lse_terms_kernel(
     grad_ptr,
     grad_max_ptr,
     lse_ptr,
@@ -151,8 +142,8 @@ def hycon_bwd_terms_kernel(
         tl.store(term_ptr + 2 * (N + C) + index, lse, mask=stored)
 
 
-@triton.jit(do_not_specialize=["N", "C", "own"])
-def hycon_bwd_kernel(
+@triton.jit(do_not_specialize=["N", "C", "num_own"])
+def hycon_lse_bwd_kernel(
     term_ptr,
     grad_max_ptr,
     z_ptr,
@@ -162,30 +153,26 @@ def hycon_bwd_kernel(
     dmu_ptr,
     N,
     C,
-    own,
-    D: tl.constexpr,
+    num_own,
     HAS_MU: tl.constexpr,
     SHIFTED: tl.constexpr,
     SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    blocks: tl.constexpr,
 ):
+    """The gradient of one panel of the own rows of z, or of μ."""
+    D: tl.constexpr = blocks.dim
+    inverse_temperature = 1.0 / tl.load(temperature_ptr)
     dx, start, num_x, of_mean = backward_panel(
-        tl.program_id(0), term_ptr, term_ptr, z_ptr, mu_ptr, temperature_ptr, N, C, own,
-        D, HAS_MU, SHIFTED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G, RESIDENT,
-    )  # fmt: skip
-    factor = 1.0 / tl.load(temperature_ptr)
+        tl.program_id(0), term_ptr, z_ptr, mu_ptr, inverse_temperature, N, C, num_own, HAS_MU, SHIFTED, blocks
+    )
+    factor = inverse_temperature
     if SCALED:
         factor *= tl.maximum(tl.load(grad_max_ptr), LEAST_SCALED) / HALF_SCALE
     dx_ptr = dz_ptr
     if HAS_MU:
         if of_mean:
             dx_ptr = dmu_ptr
-    store_tile(dx_ptr, dx * factor, start, num_x, 0, D)
+    store_tile(Matrix(dx_ptr, num_x), dx * factor, start, 0, D)
 
 
 # Programs for two on every multiprocessor of an H100/H200; a smaller GPU runs them in turns.
@@ -195,68 +182,43 @@ PROGRAMS = 264
 def forward_constants(
     dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, triangle: bool, arch: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time arguments and launch options of `hycon_fwd_kernel`.
+    """Compile-time arguments and launch options of `hycon_lse_fwd_kernel`.
 
     The running maximum of unshifted mode leaves room for half a tile where a thread reads whole rows of it (sm_100).
     """
-    precision = matmul_precision(dtype)
-    blocks = forward_blocks(dim, dtype, precision, arch)
-    constants = {
-        "D": dim,
-        "HAS_MU": has_mu,
-        "SHIFTED": shifted,
-        "TRIANGLE": triangle,
-        "PRECISION": precision,
-        "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n if shifted or arch < 100 else min(blocks.block_n, 64),
-        "BLOCK_D": blocks.block_d,
-        "RESIDENT": blocks.block_d >= dim,
-    }
-    return constants, launch_options(blocks, alone=row_class(dim, dtype) == 512)
+    blocks, options = forward_blocks(dim, dtype, arch)
+    if not shifted and arch >= 100:
+        blocks = blocks._replace(block_n=min(blocks.block_n, 64))
+    return {"HAS_MU": has_mu, "SHIFTED": shifted, "TRIANGLE": triangle, "blocks": blocks}, options
 
 
 def backward_constants(
     dim: int, dtype: torch.dtype, *, has_mu: bool, shifted: bool, arch: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time arguments and launch options of `hycon_bwd_kernel`.
+    """Compile-time arguments and launch options of `hycon_lse_bwd_kernel`.
 
     Beside an accumulator of 128 registers a thread, the two exponentials of unshifted mode leave room for half a tile.
     """
-    precision = matmul_precision(dtype)
-    blocks = backward_blocks(dim, dtype, precision, arch)
-    accumulator = blocks.block_m * blocks.block_g // (32 * blocks.num_warps)
-    constants = {
-        "D": dim,
-        "HAS_MU": has_mu,
-        "SHIFTED": shifted,
-        "SCALED": dtype == torch.float16,
-        "PRECISION": precision,
-        "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n if shifted or accumulator < 128 else min(blocks.block_n, 32),
-        "BLOCK_D": blocks.block_d,
-        "BLOCK_G": blocks.block_g,
-        "RESIDENT": blocks.block_d >= dim,
-    }
-    return constants, launch_options(blocks, alone=row_class(dim, dtype) == 512)
+    blocks, options = backward_blocks(dim, dtype, arch)
+    accumulator = blocks.block_m * blocks.block_g // (32 * options["num_warps"])
+    if not shifted and accumulator >= 128:
+        blocks = blocks._replace(block_n=min(blocks.block_n, 32))
+    return {"HAS_MU": has_mu, "SHIFTED": shifted, "SCALED": dtype == torch.float16, "blocks": blocks}, options
 
 
 def terms_constants(backward: dict[str, Any]) -> dict[str, Any]:
-    """Compile-time arguments of `hycon_bwd_terms_kernel`, from those of the backward it prepares."""
+    """Compile-time arguments of `hycon_lse_terms_kernel`, from those of the backward it prepares."""
     return {name: backward[name] for name in ("HAS_MU", "SHIFTED", "SCALED")} | {"BLOCK": VECTOR_BLOCK}
 
 
 def finish_constants() -> dict[str, Any]:
-    """Compile-time arguments of `hycon_finish_kernel`."""
+    """Compile-time arguments of `hycon_lse_finish_kernel`."""
     return {"BLOCK": VECTOR_BLOCK}
 
 
-def num_splits(num_panels: int, tiles_per_panel: int, parts: int = 1, mean_tiles: int = 0) -> int:
+def num_splits(num_panels: int, tiles_per_panel: int, num_parts: int = 1, mean_tiles: int = 0) -> int:
     """Programs that share a part's tiles of a panel of the triangle: enough for the device, at most one a tile."""
-    return shared_by(num_panels, triton.cdiv((num_panels // 2 + 1) * tiles_per_panel + mean_tiles, parts))
-
-
-def shared_by(num_panels: int, tiles: int) -> int:
-    """Programs that share a panel of so many tiles: enough for the device, at most one a tile."""
+    tiles = triton.cdiv((num_panels // 2 + 1) * tiles_per_panel + mean_tiles, num_parts)
     return max(1, min(PROGRAMS // num_panels, tiles))
 
 
@@ -294,29 +256,29 @@ def hycon_lse_forward(
     mu, b = (None, None) if mu is None or b is None else (mu.contiguous(), b.contiguous())
     num_rows, dim = z.shape
     triangle = shifted and not deterministic
-    arch = architecture(z.device)
     constants, options = forward_constants(
-        dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle, arch=arch
+        dim, z.dtype, has_mu=mu is not None, shifted=shifted, triangle=triangle, arch=architecture(z.device)
     )
-    num_panels = triton.cdiv(num_rows, constants["BLOCK_M"])
+    blocks = constants["blocks"]
+    num_panels = triton.cdiv(num_rows, blocks.block_m)
     num_means = 0 if mu is None else len(mu)
     splits = 1
     if triangle:
-        tiles_per_panel = constants["BLOCK_M"] // constants["BLOCK_N"]
-        splits = num_splits(num_panels, tiles_per_panel, parts, triton.cdiv(num_means, constants["BLOCK_N"]))
+        tiles_per_panel = blocks.block_m // blocks.block_n
+        splits = num_splits(num_panels, tiles_per_panel, parts, triton.cdiv(num_means, blocks.block_n))
     out = torch.zeros_like(a) if triangle else torch.empty_like(a)  # [N]
     with device_guard(z):
-        hycon_fwd_kernel[(num_panels * splits,)](
-            z, pointer(mu, z), a, pointer(b, a), temperature, out, num_rows, num_means,
-            splits, part, parts, **constants, **options,
-        )  # fmt: skip
+        contrast = Contrast(z, pointer(mu, z), a, pointer(b, a))
+        hycon_lse_fwd_kernel[(num_panels * splits,)](
+            contrast, temperature, out, num_rows, num_means, splits, part, parts, **constants, **options
+        )
         if triangle:
             finish = (triton.cdiv(num_rows, VECTOR_BLOCK),)
-            hycon_finish_kernel[finish](out, temperature, num_rows, **finish_constants())
+            hycon_lse_finish_kernel[finish](out, temperature, num_rows, **finish_constants())
     return out
 
 
-def hycon_lse_backward(
+def hycon_panel_backward(
     grad_lse: Tensor,
     lse: Tensor,
     z: Tensor,
@@ -356,14 +318,14 @@ def hycon_lse_backward(
     grad_max = torch.linalg.vector_norm(grad_lse, torch.inf) if constants["SCALED"] else temperature
     terms = torch.empty((2 if shifted else 3, num_rows + num_means), dtype=torch.float32, device=z.device)
     dz, dmu = torch.empty_like(z[:own]), None if mu is None else torch.empty_like(mu)
-    block_m = constants["BLOCK_M"]
+    block_m = constants["blocks"].block_m
     num_panels = triton.cdiv(own, block_m) + triton.cdiv(num_means, block_m)
     with device_guard(z):
-        hycon_bwd_terms_kernel[(triton.cdiv(num_rows + num_means, VECTOR_BLOCK),)](
+        hycon_lse_terms_kernel[(triton.cdiv(num_rows + num_means, VECTOR_BLOCK),)](
             grad_lse, grad_max, lse, a, pointer(b, a), temperature, terms, num_rows, num_means,
             **terms_constants(constants),
         )  # fmt: skip
-        hycon_bwd_kernel[(num_panels,)](
+        hycon_lse_bwd_kernel[(num_panels,)](
             terms, grad_max, z, pointer(mu, z), temperature, dz, pointer(dmu, dz), num_rows, num_means,
             own, **constants, **options,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
     m = (1/K) Σ_c x_c,   u_c = (x_c - m) / |x_c - m|
 
-with the sum over the K classes seen. In torch operations, or for two matrices at once in two Triton launches.
+with the sum over the K classes seen. In torch operations, or for two matrices at once in C++ or in two Triton launches.
 
 Legend: C classes, F features.
 """
@@ -38,7 +38,10 @@ def centred_unit(x: Tensor, seen: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("allnc::centred_unit", mutates_args=())
-def _centred_unit(x: Tensor, y: Tensor | None, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _centred_unit(x: Tensor, y: Tensor | None, seen: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows u [C, F], v (as u, or [0]) and 1 / length of the centred rows, 0 for rows of zeros [sides, C]."""
+    if backend == "cpp":
+        return torch.ops.allnc_C.centred_unit_forward(x, y, seen, pair_dtype(x, y))
     from allnc.kernels.centred_unit import centred_unit_forward
 
     u, v, scale = centred_unit_forward(x, y, seen)
@@ -46,8 +49,8 @@ def _centred_unit(x: Tensor, y: Tensor | None, seen: Tensor) -> tuple[Tensor, Te
 
 
 @_centred_unit.register_fake
-def _(x, y, seen):
-    u = x.new_empty(x.shape, dtype=torch.float32)
+def _(x, y, seen, backend):
+    u = x.new_empty(x.shape, dtype=pair_dtype(x, y))
     return u, u.new_empty(0 if y is None else x.shape), u.new_empty(1 if y is None else 2, len(x))
 
 
@@ -61,20 +64,23 @@ def _centred_unit_backward(
     seen: Tensor,
     x_dtype: torch.dtype,
     y_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        return torch.ops.allnc_C.centred_unit_backward(du, dv, u, v, scale, seen, x_dtype, y_dtype)
     from allnc.kernels.centred_unit import centred_unit_backward
 
     dx, dy = centred_unit_backward(du, dv, u, v, scale, seen, x_dtype, y_dtype)
-    return dx, du.new_empty(0) if dy is None else dy
+    return dx, du.new_empty(0, dtype=y_dtype) if dy is None else dy
 
 
 @_centred_unit_backward.register_fake
-def _(du, dv, u, v, scale, seen, x_dtype, y_dtype):
-    return u.new_empty(u.shape, dtype=x_dtype), u.new_empty(0) if v is None else u.new_empty(u.shape, dtype=y_dtype)
+def _(du, dv, u, v, scale, seen, x_dtype, y_dtype, backend):
+    return u.new_empty(u.shape, dtype=x_dtype), u.new_empty(0 if v is None else u.shape, dtype=y_dtype)
 
 
 def _save_for_unit(ctx, inputs, output) -> None:
-    x, y, seen = inputs
+    x, y, seen, ctx.backend = inputs
     u, v, scale = output
     ctx.types = (x.dtype, x.dtype if y is None else y.dtype)
     ctx.pair = y is not None
@@ -85,24 +91,25 @@ def _save_for_unit(ctx, inputs, output) -> None:
 def _unit_autograd(ctx, du: Tensor, dv: Tensor, _dscale: Tensor | None):
     u, v, scale, seen = ctx.saved_tensors
     pair = (dv, v) if ctx.pair else (None, None)
-    dx, dy = torch.ops.allnc.centred_unit_backward(du, pair[0], u, pair[1], scale, seen, *ctx.types)
-    return dx, dy if ctx.pair else None, None
+    dx, dy = torch.ops.allnc.centred_unit_backward(du, pair[0], u, pair[1], scale, seen, *ctx.types, ctx.backend)
+    return dx, dy if ctx.pair else None, None, None
 
 
 _centred_unit.register_autograd(_unit_autograd, setup_context=_save_for_unit)
 
 
 def centred_units(x: Tensor, y: Tensor | None, seen: Tensor, *, backend: str) -> tuple[Tensor, Tensor | None]:
-    """`centred_unit` of x and of y in their common accumulation type: torch operations, or two Triton launches.
+    """`centred_unit` of x and of y in their common accumulation type: torch operations, C++ or two Triton launches.
 
     Args:
         x: [C, F] floating.
         y: as x, of any floating type; or None.
         seen: [C] bool.
-        backend: "eager" or "triton" (resolved; no float64).
+        backend: "eager", "cpp" (CPU) or "triton" (resolved; no float64).
     """
-    if backend == "triton":
-        u, v, _ = torch.ops.allnc.centred_unit(x.contiguous(), None if y is None else y.contiguous(), seen)
+    if backend != "eager":
+        y = None if y is None else y.contiguous()
+        u, v, _ = torch.ops.allnc.centred_unit(x.contiguous(), y, seen, backend)
         return u, None if y is None else v
     dtype = pair_dtype(x, y)
     return centred_unit(x.to(dtype), seen), None if y is None else centred_unit(y.to(dtype), seen)

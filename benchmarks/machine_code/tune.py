@@ -1,6 +1,6 @@
 """Measures the tiles the tables of allnc.kernels._common could hold for a shape, on the GPU that is there.
 
-    python -m allnc.kernels.tune --n 16384 --dim 128 --dtype bfloat16
+    python benchmarks/machine_code/tune.py --n 16384 --dim 128 --dtype bfloat16
 
 times the forward and the backward (one triangle, shifted) with the table's tile and a few others, and prints the rows
 to paste. Nothing is kept: the tables are what the launchers use. A tile wins over the table's by more than the noise of
@@ -22,8 +22,8 @@ from triton.runtime.errors import OutOfResources
 
 from allnc.kernels import _common
 from allnc.kernels._common import CHUNKED, Tile, row_class, table_arch, uses_waves
-from allnc.kernels.hycon import hycon_lse_forward
-from allnc.kernels.waves import hycon_lse_backward
+from allnc.kernels.hycon.lse import hycon_lse_forward
+from allnc.kernels.hycon.waves import hycon_lse_backward
 
 NOISE = 0.03  # of the time: less is no reason to change a row
 Table = dict[int, dict[int, Tile]]

@@ -5,7 +5,7 @@ what would be launched. `resources` gives registers, stack (spills), shared memo
 `predicted` what the formulas say that one trip through its loop over tiles holds, `blocks_per_multiprocessor` how many
 of its blocks run at once.
 
-    python -m allnc.kernels.aot --arch 90 --dim 64 128 --dtype bfloat16
+    python benchmarks/machine_code/aot.py --arch 90 --dim 64 128 --dtype bfloat16
 
 prints them as JSON, one line a variant. TRITON_INTERPRET must not be set: an interpreted kernel has no code.
 """
@@ -27,23 +27,28 @@ from typing import Any
 
 import torch
 import triton
+from sass import TENSOR_CORES, Section, read_code
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from allnc.kernels import all_around, centred_unit, hycon, hycon_classes, hycon_loss, p2p, waves
-from allnc.kernels._common import uses_waves
-from allnc.kernels.sass import TENSOR_CORES, Section, read_code
+from allnc.kernels import all_around, centred_unit, p2p
+from allnc.kernels._common import Blocks, uses_waves
+from allnc.kernels.hycon import classes, loss, lse, panels, waves
 
 TRITON_TYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
-# Arguments that have the type of the activations; the other pointers are float32, unless named below.
-_IN_INPUT_TYPE = {"z_ptr", "mu_ptr", "dz_ptr", "dmu_ptr", "rows_ptr", "k_ptr", "means_ptr", "dmeans_ptr"}
-_OTHER_TYPES = {
+# Types of the arguments that are not float32 pointers or int32 numbers; "*z" is a pointer to the activations' type.
+_TYPES: dict[str, Any] = {
     **dict.fromkeys(("temperature", "p2p_temperature", "mean_weight"), "fp32"),
-    **dict.fromkeys(("labels_ptr", "sorted_ptr", "sorted_order_ptr"), "*i64"),
-    **dict.fromkeys(("index_ptr", "order_ptr"), "*i32"),
+    **dict.fromkeys(("z_ptr", "mu_ptr", "dz_ptr", "dmu_ptr", "rows_ptr", "k_ptr", "means_ptr", "dmeans_ptr"), "*z"),
+    "order_ptr": "*i32",
     "seen_ptr": "*i1",
+    "contrast": panels.Contrast(z="*z", mu="*z", a="*fp32", b="*fp32"),
+    "labels": classes.Labels(given="*i64", ordered="*i64", order="*i64"),
+    "prepared": classes.Prepared(state="*fp32", index="*i32", sums="*fp32", mu="*z"),
+    "classes": p2p.Classes(x="*fp32", y="*fp32", seen="*i1"),
+    **dict.fromkeys(("x", "u", "du", "dx"), centred_unit.Sides(x="*fp32", y="*fp32")),
 }
 _ALIGNED = {"width"}  # a multiple of 64, which the launcher's specialisation sees
 
@@ -63,12 +68,17 @@ class Variant:
     constants: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def blocks(self) -> Blocks:
+        """Its tiles; zeros for a kernel that has none."""
+        return self.constants.get("blocks", Blocks(self.dim, 0, 0, 0, 0, False, self.precision))
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resources:
     """What a variant's code uses: registers a thread, bytes a block, tensor memory columns, instructions in the code.
 
-    `loops` are those of allnc.kernels.sass that multiply on tensor cores or take exponentials.
+    `loops` are those of sass.py that multiply on tensor cores or take exponentials.
     """
 
     registers: int
@@ -90,8 +100,8 @@ class Prediction:
     """What one trip through a variant's loops must hold, from its tile and the formulas.
 
     Attributes:
-        products: multiply-adds that each warp (sm_80) or group of four warps (sm_90) issues in the loop that ends a
-            tile, and in the one over chunks of columns; 0 for a loop that has none.
+        products: multiply-adds that each warp (`multiplies_by_warp`) or group of four warps (sm_90) issues in the loop
+            that ends a tile, and in the one over chunks of columns; 0 for a loop that has none.
         issued: tensor-core instructions of these loops on sm_100, whose code does not show their shape: each takes the
             whole tile and 32 bytes of depth.
         exponentials: EX2 a thread and tile; in the running-maximum forward without the few that rescale the sums.
@@ -103,15 +113,14 @@ class Prediction:
 
 
 _KERNELS: dict[str, Any] = {
-    "hycon_fwd": hycon.hycon_fwd_kernel,
-    "hycon_finish": hycon.hycon_finish_kernel,
-    "hycon_bwd_terms": hycon.hycon_bwd_terms_kernel,
-    "hycon_bwd": hycon.hycon_bwd_kernel,
+    "hycon_lse_fwd": lse.hycon_lse_fwd_kernel,
+    "hycon_lse_finish": lse.hycon_lse_finish_kernel,
+    "hycon_lse_terms": lse.hycon_lse_terms_kernel,
+    "hycon_lse_bwd": lse.hycon_lse_bwd_kernel,
     "hycon_wave": waves.hycon_wave_kernel,
-    "hycon_prepare": hycon_classes.hycon_prepare_kernel,
-    "hycon_weigh": hycon_classes.hycon_weigh_kernel,
-    "hycon_loss_fwd": hycon_loss.hycon_loss_fwd_kernel,
-    "hycon_loss_bwd": hycon_loss.hycon_loss_bwd_kernel,
+    "hycon_prepare": classes.hycon_prepare_kernel,
+    "hycon_loss_fwd": loss.hycon_loss_fwd_kernel,
+    "hycon_loss_bwd": loss.hycon_loss_bwd_kernel,
     "all_around_fwd": all_around.all_around_fwd_kernel,
     "p2p_fwd": p2p.p2p_fwd_kernel,
     "p2p_finish": p2p.p2p_finish_kernel,
@@ -123,7 +132,7 @@ _KERNELS: dict[str, Any] = {
 }
 
 # Those whose loops the formulas predict.
-PREDICTED = ("hycon_fwd", "hycon_bwd", "hycon_wave", "hycon_loss_fwd", "hycon_loss_bwd")
+PREDICTED = ("hycon_lse_fwd", "hycon_lse_bwd", "hycon_wave", "hycon_loss_fwd", "hycon_loss_bwd")
 
 _CLASSES = 1000  # C, where block sizes depend on it
 _SMALL_BATCH, _LARGE_BATCH = 512, 65536  # N, where they depend on it
@@ -156,83 +165,54 @@ def variants(
                     found = itertools.chain(_modes(arch, dim, dtype), _loss_modes(arch, dim, dtype, features))
                     for name, mode, (constants, options) in found:
                         if name in kernels:
-                            of = constants.get("PRECISION", "ieee")
+                            of = _precision(constants)
                             yield Variant(name, arch, TRITON_TYPE[dtype], of, dim, mode, constants, options)
             for name, mode, (constants, options) in _class_modes(features):
                 if name in kernels:
-                    yield Variant(
-                        name, arch, "fp32", constants.get("PRECISION", "ieee"), features, mode, constants, options
-                    )
+                    yield Variant(name, arch, "fp32", _precision(constants), features, mode, constants, options)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-_Mode = tuple[str, str, tuple[dict[str, Any], dict[str, Any]]]  # kernel, mode, constants and options
+def _precision(constants: dict[str, Any]) -> str:
+    return constants["blocks"].precision if "blocks" in constants else "ieee"
 
-_FORWARD_MODES = (("triangle", True, True), ("square", True, False), ("unshifted", False, False))
+
+_Mode = tuple[str, str, tuple[dict[str, Any], dict[str, Any]]]  # kernel, mode, constants and options
 
 
 def _modes(arch: int, dim: int, dtype: torch.dtype) -> Iterator[_Mode]:
-    """The kernels of lse: for several ranks and for many columns."""
-    for mode, shifted, triangle in _FORWARD_MODES:
+    """The kernels of lse: for several ranks, every mode, and many columns."""
+    for mode, shifted, triangle in (("triangle", True, True), ("square", True, False), ("unshifted", False, False)):
         choice = {"has_mu": True, "shifted": shifted, "triangle": triangle, "arch": arch}
-        yield "hycon_fwd", mode, hycon.forward_constants(dim, dtype, **choice)
-    yield "hycon_finish", "triangle", (hycon.finish_constants(), {})
+        yield "hycon_lse_fwd", mode, lse.forward_constants(dim, dtype, **choice)
+    yield "hycon_lse_finish", "triangle", (lse.finish_constants(), {})
     for mode, shifted in (("shifted", True), ("unshifted", False)):
-        backward = hycon.backward_constants(dim, dtype, has_mu=True, shifted=shifted, arch=arch)
-        yield "hycon_bwd_terms", mode, (hycon.terms_constants(backward[0]), {})
+        backward = lse.backward_constants(dim, dtype, has_mu=True, shifted=shifted, arch=arch)
+        yield "hycon_lse_terms", mode, (lse.terms_constants(backward[0]), {})
         if uses_waves(dim, dtype):
             yield "hycon_wave", mode, waves.wave_constants(dim, dtype, shifted=shifted, arch=arch)
         else:
-            yield "hycon_bwd", mode, backward
+            yield "hycon_lse_bwd", mode, backward
 
 
 def _loss_modes(arch: int, dim: int, dtype: torch.dtype, features: int) -> Iterator[_Mode]:
     """The kernels of whole losses, for as many columns as they take."""
-    if not hycon_loss.fits(dim, dtype, arch):
+    if dim > loss.MAX_DIM:
         return
-    for mode, sorted_labels, weighted in (("scan", False, True), ("sorted", True, False)):
-        yield (
-            "hycon_prepare",
-            mode,
-            hycon_classes.prepare_constants(
-                dim,
-                has_mu=True,
-                has_seen=True,
-                has_weight=weighted,
-                has_pull=weighted,
-                has_tau=False,
-                balanced=True,
-                shifted=not weighted,
-                sorted_labels=sorted_labels,
-            ),
-        )
-    yield "hycon_weigh", "", hycon_classes.weigh_constants(dim, dtype)
-    for mode, shifted, triangle in _FORWARD_MODES:
-        choice = {"shifted": shifted, "triangle": triangle, "arch": arch}
-        forward = hycon_loss.loss_forward_constants(dim, dtype, has_mu=True, reduction="mean", **choice)
-        yield "hycon_loss_fwd", mode, forward
-        for target in ("etf", "softmax"):
-            chosen = all_around.all_around_constants(dim, dtype, _CLASSES, features, target=target, **choice)
-            yield "all_around_fwd", f"{mode}, {target}", chosen
-    for mode, shifted, num_rows, everything in (
-        ("shifted", True, _LARGE_BATCH, False),
-        ("shifted, small batch", True, _SMALL_BATCH, False),
-        ("unshifted, weighted, tau", False, _LARGE_BATCH, True),
+    for mode, sorted_labels in (("scan", False), ("sorted", True)):
+        choice = {"has_mu": True, "has_seen": True, "balanced": True, "sorted_labels": sorted_labels}
+        yield "hycon_prepare", mode, classes.prepare_constants(dim, **choice)
+    yield "hycon_loss_fwd", "triangle", loss.loss_forward_constants(dim, dtype, has_mu=True, arch=arch)
+    for target in ("etf", "softmax"):
+        chosen = all_around.all_around_constants(dim, dtype, _CLASSES, features, arch=arch, target=target)
+        yield "all_around_fwd", f"triangle, {target}", chosen
+    for mode, num_rows, num_means in (
+        ("shifted", _LARGE_BATCH, _CLASSES),
+        ("shifted, small batch", _SMALL_BATCH, 100),
     ):
-        backward = hycon_loss.loss_backward_constants(
-            dim,
-            dtype,
-            has_mu=True,
-            has_pull=everything,
-            has_tau=everything,
-            none=False,
-            shifted=shifted,
-            arch=arch,
-            num_rows=num_rows,
-            num_means=_CLASSES if num_rows == _LARGE_BATCH else 100,
-        )
-        yield "hycon_loss_bwd", mode, backward
+        sizes = {"num_rows": num_rows, "num_means": num_means}
+        yield "hycon_loss_bwd", mode, loss.loss_backward_constants(dim, dtype, has_mu=True, arch=arch, **sizes)
 
 
 def _class_modes(features: int) -> Iterator[_Mode]:
@@ -251,6 +231,13 @@ def _class_modes(features: int) -> Iterator[_Mode]:
         yield name, "", (constants | shares, options)
 
 
+_ALIGNMENT = [["tt.divisibility", 16]]  # of pointers: as torch's allocator aligns
+
+
+def _type(kind: str, variant: Variant) -> str:
+    return f"*{variant.dtype}" if kind == "*z" else kind
+
+
 def resources(variant: Variant) -> Resources:
     """Compile a variant for its architecture (Triton caches the result) and read its machine code."""
     kernel = _KERNELS[variant.kernel]
@@ -258,17 +245,16 @@ def resources(variant: Variant) -> Resources:
         raise RuntimeError("TRITON_INTERPRET is set: an interpreted kernel has no code. Unset it to compile")
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
+        kind = _TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         if name in variant.constants:
             signature[name] = "constexpr"
-        elif name in _OTHER_TYPES:
-            signature[name] = _OTHER_TYPES[name]
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + (variant.dtype if name in _IN_INPUT_TYPE else "fp32")
-            attributes[(index,)] = [["tt.divisibility", 16]]  # as torch's allocator aligns
+        elif isinstance(kind, tuple):
+            signature[name] = type(kind)(*(_type(of, variant) for of in kind))  # type: ignore[attr-defined]
+            attributes |= {(index, field): _ALIGNMENT for field in range(len(kind))}
         else:
-            signature[name] = "i32"
-            if name in _ALIGNED:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[name] = _type(kind, variant)
+            if kind.startswith("*") or name in _ALIGNED:
+                attributes[(index,)] = _ALIGNMENT
     source = ASTSource(kernel, signature, variant.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=variant.options)
     with tempfile.TemporaryDirectory() as folder:
@@ -289,18 +275,22 @@ def resources(variant: Variant) -> Resources:
     )
 
 
+def multiplies_by_warp(variant: Variant) -> bool:
+    """Whether each warp issues its own products, as on sm_80: newer instructions take panels of at least 64 rows."""
+    return variant.arch == 80 or variant.blocks.block_m < 64
+
+
 def predicted(variant: Variant) -> Prediction:
     """The loops of hycon's forwards, backwards and waves, by formula: S, the exponentials of S, and K times z."""
-    constants = variant.constants
-    rows, columns, chunk = (constants[f"BLOCK_{name}"] for name in "MND")
-    gradient = constants.get("BLOCK_G", 0)  # columns of K z
+    blocks = variant.blocks
+    rows, columns, chunk, gradient = blocks.block_m, blocks.block_n, blocks.block_d, blocks.block_g
     warps = variant.options["num_warps"]
-    tile = rows * columns // (warps if variant.arch == 80 else warps // 4)
+    tile = rows * columns // (warps if multiplies_by_warp(variant) else warps // 4)
     depth = 32 // {"fp32": 4}.get(variant.dtype, 2)  # columns one instruction of sm_100 takes
     once = gradient and columns // depth
-    per_element = 1 if variant.kernel.endswith("fwd") or constants["SHIFTED"] else 2
+    per_element = 1 if variant.kernel.endswith("fwd") or variant.constants.get("SHIFTED", True) else 2
     exponentials = per_element * rows * columns // (32 * warps)
-    if constants.get("RESIDENT"):
+    if blocks.resident:
         return Prediction((tile * (chunk + gradient), 0), (chunk // depth + once, 0), exponentials)
     return Prediction((tile * gradient, tile * chunk), (once, chunk // depth), exponentials)
 

@@ -1,0 +1,75 @@
+"""The three pairings of P2P in AllNC: means with means, weights with weights, means with weights.
+
+Legend: C classes, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from allnc.ops._common import Backend, resolve_backend
+from allnc.ops.p2p.centred_unit import pair_dtype
+from allnc.ops.p2p.forms import Target
+from allnc.ops.p2p.p2p import check_p2p, p2p_values
+
+Pairing = Literal["means", "weights", "duality"]
+PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
+
+
+def p2p_pairings(
+    means: Tensor,
+    weights: Tensor,
+    *,
+    seen: Tensor | None = None,
+    pairings: Collection[Pairing] = PAIRINGS,
+    target: Target = "auto",
+    temperature: float = 0.1,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`p2p(means)`, `p2p(weights)` and `p2p(means, weights)`, which share their centred unit rows.
+
+    Args:
+        means: [C, F] floating, class means.
+        weights: [C, F] floating, classifier weight.
+        seen: [C] bool, classes that take part. Default: all.
+        pairings: those that are wanted; the others are 0 and cost nothing.
+        target, temperature, backend: as in `p2p`.
+
+    Returns:
+        [3] float32 (float64 when one of them is float64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, type, range or device.
+    """
+    check_p2p(means, weights, seen, target, temperature)
+    dtype = pair_dtype(means, weights)
+    used = resolve_backend(backend, op="p2p", device=means.device, dtype=dtype, supported=("cpp", "triton"))
+    seen = torch.ones(len(means), dtype=torch.bool, device=means.device) if seen is None else seen
+    return pairings_of_checked(means, weights, seen, pairings, target, temperature, used)
+
+
+def pairings_of_checked(
+    means: Tensor,
+    weights: Tensor,
+    seen: Tensor,
+    pairings: Collection[str],
+    target: Target,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    """`p2p_pairings` of arguments that are right, on a backend that can run."""
+    options = {"target": target, "temperature": temperature, "backend": backend}
+    if set(pairings) == set(PAIRINGS):
+        return p2p_values(means, weights, seen, blocks="all", **options)
+    zero = means.new_zeros(1, dtype=pair_dtype(means, weights))
+    return torch.cat(
+        [
+            p2p_values(means, None, seen, blocks="own", **options) if "means" in pairings else zero,
+            p2p_values(weights, None, seen, blocks="own", **options) if "weights" in pairings else zero,
+            p2p_values(means, weights, seen, blocks="cross", **options) if "duality" in pairings else zero,
+        ]
+    )

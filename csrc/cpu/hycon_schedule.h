@@ -1,0 +1,152 @@
+// How HyCon's work on pairs of rows is cut into blocks, and the order in which pairs of blocks are visited.
+//
+// Rows lie in one sequence of three sections (hycon_problem.h): own, means, others. Every pair of blocks that has an
+// own block is visited once.
+//
+// Pairs are visited in the order of a round-robin tournament: in each round every block meets one other, so that the
+// pairs of a round share no rows and run in parallel, without a lock on rows and without accumulators per thread. Rows
+// see their partners in the same order whatever the number of threads: results are bit-equal on every run and thread
+// count. Processes that share a forward pass take a part each, a stretch of that order: whole rounds stay together.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "hycon_tiles.h"
+
+namespace allnc {
+namespace cpu {
+
+struct Sizes {
+  int64_t own, others, means, dim;          // rows of each section; D
+  int64_t mean_offset, other_offset, rows;  // first padded row of a section; R
+
+  Sizes(int64_t num_own, int64_t num_others, int64_t num_means, int64_t num_columns)
+      : own(num_own),
+        others(num_others),
+        means(num_means),
+        dim(num_columns),
+        mean_offset(padded(own)),
+        other_offset(mean_offset + padded(means)),
+        rows(other_offset + padded(others)) {}
+
+  static int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+  int64_t anchors() const { return own + others; }  // N
+  int64_t anchor_row(int64_t i) const { return i < own ? i : other_offset + i - own; }  // padded row of z_i
+  // Elements from row to row: an odd number of cache lines, as rows a power of two apart share too few cache sets.
+  int64_t stride(int64_t element_size) const {
+    const int64_t lines = (dim * element_size + kAlignment - 1) / kAlignment;
+    return (lines | 1) * kAlignment / element_size;
+  }
+};
+
+// The blocks of all sections, and the order in which pairs of them are visited.
+class Schedule {
+ public:
+  explicit Schedule(const Sizes& sizes) {
+    // Small problems get small blocks, for enough pairs to share out. Must not depend on the number of threads.
+    const int64_t block = std::clamp<int64_t>(sizes.other_offset / kPanel / 16, 1, kMaxBlock / kPanel) * kPanel;
+    add_blocks(0, sizes.mean_offset, block);
+    num_own_ = count();
+    add_blocks(sizes.mean_offset, sizes.other_offset, block);
+    num_written_ = count();
+    add_blocks(sizes.other_offset, sizes.rows, kMaxBlock);
+  }
+
+  // Calls run(i, j, worker) for this part's pairs of blocks that have an own row, i before j or equal to it.
+  template <class F>
+  void for_each_pair(int64_t workers, int64_t part, int64_t parts, const F& run) const {
+    std::vector<std::atomic<int64_t>> done(count());  // pairs that have been added to a block's rows
+    for (auto& pairs : done) pairs.store(0, std::memory_order_relaxed);
+    Queue queue(*this, part, parts);
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+      while (const std::optional<Pair> pair = queue.next()) {
+        // A pair waits only for earlier ones, which other workers have already drawn: no deadlock.
+        wait_for(done[pair->i], pair->turn_i);
+        if (pair->writes_j) wait_for(done[pair->j], pair->turn_j);
+        run(blocks_[pair->i], blocks_[pair->j], worker);
+        done[pair->i].store(pair->turn_i + 1, std::memory_order_release);
+        if (pair->writes_j) done[pair->j].store(pair->turn_j + 1, std::memory_order_release);
+      }
+    });
+  }
+
+  int64_t count() const { return static_cast<int64_t>(blocks_.size()); }
+
+ private:
+  struct Pair {
+    int64_t i, j;
+    int64_t turn_i, turn_j;  // how many pairs of this part come before it for the rows of i and of j
+    bool writes_j;           // not if j is i or one of the others
+  };
+
+  // Hands out this part's pairs in order; the rest costs a glance each.
+  class Queue {
+   public:
+    Queue(const Schedule& schedule, int64_t part, int64_t parts) : schedule_(schedule), turns_(schedule.count(), 0) {
+      const int64_t own = schedule.num_own_;
+      const int64_t pairs = own * (own + 1) / 2 + own * (schedule.count() - own);
+      skip_ = pairs * part / parts;
+      left_ = pairs * (part + 1) / parts - skip_;
+    }
+
+    std::optional<Pair> next() {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (left_ == 0) return std::nullopt;
+      --left_;
+      for (;;) {
+        const auto [i, j] = schedule_.draw(ticket_++);
+        if (i >= schedule_.num_own_ || j >= schedule_.count()) continue;
+        if (skip_ > 0) {
+          --skip_;
+          continue;
+        }
+        const bool writes_j = j != i && j < schedule_.num_written_;
+        const int64_t turn_i = turns_[i]++;
+        return Pair{i, j, turn_i, writes_j ? turns_[j]++ : 0, writes_j};
+      }
+    }
+
+   private:
+    const Schedule& schedule_;
+    std::mutex mutex_;
+    std::vector<int64_t> turns_;  // by block
+    int64_t ticket_ = 0, skip_, left_;
+  };
+
+  void add_blocks(int64_t first, int64_t end, int64_t block) {
+    for (; first < end; first += block) blocks_.push_back({first, std::min(block, end - first)});
+  }
+
+  // First every block with itself. Then the circle method: the last player stays, the others turn; of an odd number of
+  // blocks, the one that meets `count()` rests.
+  std::pair<int64_t, int64_t> draw(int64_t ticket) const {
+    const int64_t players = count() + count() % 2;
+    if (ticket < players) return {ticket, ticket};
+    const int64_t turning = players - 1;
+    const int64_t round = (ticket - players) / (players / 2);
+    const int64_t k = (ticket - players) % (players / 2);
+    const int64_t i = (round + k) % turning;
+    const int64_t j = k == 0 ? turning : (round - k + turning) % turning;
+    return {std::min(i, j), std::max(i, j)};
+  }
+
+  static void wait_for(const std::atomic<int64_t>& done, int64_t turn) {
+    while (done.load(std::memory_order_acquire) < turn) std::this_thread::yield();
+  }
+
+  std::vector<Block> blocks_;
+  int64_t num_own_ = 0;
+  int64_t num_written_ = 0;  // own and means: blocks that get sums or gradients
+};
+
+}  // namespace cpu
+}  // namespace allnc

@@ -1,0 +1,86 @@
+"""Losses across ranks: 1 to 4 gloo processes with uneven and empty batches against one process with all images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.losses._ranks_worker import COUNTS, IMAGES, SIZES, STEPS, C, cases, train
+
+WORLD = max(SIZES)
+TOLERANCE = 1e-11  # of the largest entry; all of it is float64
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each of the four processes saved."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.losses._ranks_worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([*command, str(rank), str(WORLD), str(folder)], env=environment) for rank in range(WORLD)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * WORLD
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor) -> None:
+    largest = float(want.abs().max())
+    assert float((got - want).abs().max()) <= TOLERANCE * largest
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("size", SIZES)
+def test_the_average_gradient_is_that_of_one_process(ranks: list[dict[Any, Any]], size: int, name: str) -> None:
+    want = train(cases()[name], slice(0, IMAGES), None)
+    reached = [g for g in want["gradients"] if float(g.abs().max()) > 0]
+    assert len(reached) >= 2 * STEPS, "encoder and classifier must have a gradient for the comparison to mean anything"
+    for rank in range(size):
+        got = ranks[rank][size, name]
+        for parts, expected in zip(got["parts"], want["parts"], strict=True):
+            assert set(parts) == set(expected)
+            for part, value in expected.items():
+                assert_near(parts[part], value)
+        for gradient, expected in zip(got["gradients"], want["gradients"], strict=True):
+            assert_near(gradient, expected)
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("size", SIZES)
+def test_the_state_is_bit_equal_on_every_rank(ranks: list[dict[Any, Any]], size: int, name: str) -> None:
+    want = train(cases()[name], slice(0, IMAGES), None)["state"]
+    states = [ranks[rank][size, name]["state"] for rank in range(size)]
+    for key, value in want.items():
+        assert all(torch.equal(state[key], states[0][key]) for state in states), key
+        if value.is_floating_point():
+            assert_near(states[0][key], value)
+        else:
+            assert torch.equal(states[0][key], value)
+
+
+def test_a_step_synchronises_once_at_most(ranks: list[dict[Any, Any]]) -> None:
+    for name, config in cases().items():
+        expected = STEPS if config.name == "allnc" else 0
+        assert ranks[0][WORLD, name]["exchanges"] == expected, name
+
+
+def test_a_wrong_argument_on_one_rank_is_an_error_on_all(ranks: list[dict[Any, Any]]) -> None:
+    for rank, result in enumerate(ranks):
+        told, then = result["wrong call"]
+        own = f"ValueError: labels must be in [0, {C}) or ignore_index (-100); got {len(COUNTS)}"
+        other = "RuntimeError: rank 1 was given arguments it cannot take; its own error says which"
+        assert told.startswith(own if rank == 1 else other)
+        assert then == "no error"
