@@ -302,7 +302,7 @@ def test_an_op_is_given_the_chosen_backend_where_it_has_it(
 @pytest.mark.parametrize("form", ["softmax", "cosine", "none"])
 def test_terms_of_weight_zero_are_not_computed(monkeypatch: pytest.MonkeyPatch, form: Any) -> None:
     """Without P2P no class means of feature space are kept, unless the cosine form needs them, and no op is called."""
-    off = {"p2p_means": 0.0, "p2p_weights": 0.0, "p2p_duality": 0.0}
+    off: dict[str, Any] = {"p2p_means": 0.0, "p2p_weights": 0.0, "p2p_duality": 0.0}
     loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form, **off)).double()
     assert (loss.feature_means is None) == (form != "cosine") and loss.pairings == []
     called = []

@@ -51,7 +51,7 @@ def run(rows: dict[str, Tensor], options: dict[str, Any], **keywords: Any) -> di
     return value_and_gradients(hycon, rows, **options, **keywords)
 
 
-def all_around_case() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def all_around_case() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Per-row tensors and those that are the same on every rank, in float64."""
     case = make_case(N, D, C, 23, dtype=torch.float64, seed=5)
     case["labels"][::9] = -100

@@ -94,13 +94,21 @@ def dense(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return lse.detach(), z.grad, dmu
 
 
-def check(case: Case, shifted: bool) -> None:
+def growth_of(t: float | Tensor) -> float:
+    """Exponents are as large as 1 / t, and their rounding errors with them."""
+    return max(1.0, 0.02 / float(t))
+
+
+def check(case: Case, shifted: bool, *, may_cancel: bool = False) -> None:
+    """Against dense float64; where terms may cancel, to the noise of the largest exponent and of one row's gradient."""
     dtype, others = case.z.dtype, case.a.dtype
     got, eager, reference = fused(case, shifted), dense(case, others), dense(case, torch.float64)
-    scale = 1 / float(case.t)  # exponents and gradients, and so their rounding errors, grow as 1 / t
+    largest = {"lse": 1.0, "dz": float(case.grad.abs().max()), "dmu": float(case.grad.abs().max())}
     for name, x, y, want in zip(("lse", "dz", "dmu"), got, eager, reference, strict=True):
         assert x.dtype == (dtype if name == "dz" else others), name
-        assert_as_exact(x, y, want, scale=scale, dtype=dtype)  # from bfloat16 z, mu and K are rounded to it
+        floor = largest[name] / float(case.t) if may_cancel or name == "lse" else 0.0
+        # From bfloat16 z, mu and K are rounded to it.
+        assert_as_exact(x, y, want, dtype=dtype, growth=growth_of(case.t), floor=floor)
 
 
 def test_hand_computed() -> None:
@@ -143,7 +151,9 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    for t, shifted in ((0.1, True), (0.1, False), (0.005, False)):
+    # At 0.005 rounding to bfloat16 moves results by a tenth, and no bound could tell them from wrong ones.
+    smallest = 0.02 if dtype == torch.bfloat16 else 0.005
+    for t, shifted in ((0.1, True), (0.1, False), (smallest, False)):
         check(make_case(*shape, t, dtype=dtype), shifted)
 
 
@@ -159,7 +169,7 @@ def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> Non
 )
 def test_any_shape(n: int, d: int, c: int, thousandths: int, zeros: float, dtype: torch.dtype, seed: int) -> None:
     t = thousandths / 1000
-    check(make_case(n, d, c, t, dtype=dtype, zeros=zeros, seed=seed), 2 / t <= SHIFT_LIMIT)
+    check(make_case(n, d, c, t, dtype=dtype, zeros=zeros, seed=seed), 2 / t <= SHIFT_LIMIT, may_cancel=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -174,7 +184,8 @@ def test_parts_make_the_whole(parts: int, dtype: torch.dtype) -> None:
                 torch.stack(lse).logsumexp(0),
                 dense(case, dtype)[0],
                 dense(case, torch.float64)[0],
-                scale=1 / t,
+                growth=growth_of(t),
+                floor=1 / t,
             )
 
 
@@ -213,8 +224,8 @@ def test_shares_of_the_rows_make_the_whole_gradient(sizes: tuple[int, ...], shif
             assert dz.shape == (own, d)
             all_dz.append(dz)
             all_dmu += dmu
-        assert_as_exact(torch.cat(all_dz), eager[0], reference[0], scale=10)
-        assert_as_exact(all_dmu, eager[1], reference[1], scale=10)
+        assert_as_exact(torch.cat(all_dz), eager[0], reference[0])
+        assert_as_exact(all_dmu, eager[1], reference[1])
 
 
 @pytest.mark.parametrize("shifted", [True, False])

@@ -25,7 +25,7 @@ from allnc.ops.p2p import (
     pair_form,
 )
 from tests.backends import needs_interpreter
-from tests.tolerances import assert_as_exact, error
+from tests.tolerances import assert_as_exact, error, largest
 
 FORMS = ("pairwise", "closed", "softmax")
 cpp = pytest.param("cpp", marks=pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built"))
@@ -295,12 +295,19 @@ def test_cpp_unit_rows(data: st.DataObject, num_classes: int, dim: int, with_y: 
     leaves = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
     garbage = [leaf.detach().where(seen[:, None], torch.nan).requires_grad_() for leaf in leaves]
     weights = torch.randn(2, num_classes, dim, dtype=torch.float64)
-    got = centred_units(*garbage, *[None] * (1 - with_y), seen, backend="cpp")
-    want = centred_units(*leaves, *[None] * (1 - with_y), seen, backend="eager")
-    total = [sum((u * w).sum() for u, w in zip(units, weights, strict=False) if u is not None) for units in (got, want)]
+
+    def units(rows: list[Tensor], backend: str) -> list[Tensor]:
+        u, v = centred_units(rows[0], rows[1] if with_y else None, seen, backend=backend)
+        assert (v is not None) == with_y
+        return [u] if v is None else [u, v]
+
+    def total(rows: list[Tensor]) -> Tensor:
+        return torch.stack([(u * w).sum() for u, w in zip(rows, weights, strict=False)]).sum()
+
+    got, want = units(garbage, "cpp"), units(leaves, "eager")
     for u, v in zip(got, want, strict=True):
-        assert (u is None and v is None) or error(u, v) < 1e-13  # pyright: ignore[reportArgumentType]
-    for g, w in zip(_grads(total[0], garbage), _grads(total[1], leaves), strict=True):
+        assert error(u, v) < 1e-13
+    for g, w in zip(_grads(total(got), garbage), _grads(total(want), leaves), strict=True):
         assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
 
 
@@ -320,7 +327,7 @@ def test_cpp_unit_ops_pass_opcheck(dtypes: tuple[torch.dtype, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 @on_cpu
-def test_types_are_as_good_as_eager(backend, dtype: torch.dtype, target: str) -> None:
+def test_types_are_as_good_as_eager(backend, dtype: torch.dtype, target: Target) -> None:
     x, y = torch.randn(2, 12, 20).to(dtype)
     results = []
     for cast, function, options in (
@@ -443,7 +450,8 @@ def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: in
     want = p2p_reference(*exact, target=target, temperature=0.3, seen=seen)
     assert_as_exact(got, same, want)
     for g, s, w in zip(_grads(got, leaves), _grads(same, leaves), _grads(want, exact), strict=True):
-        assert_as_exact(g, s, w, scale=max(1.0, float(w.abs().max())) ** 2)
+        # Near the centre of the classes a row's direction is noise, as large as the row is short.
+        assert_as_exact(g, s, w, growth=max(1.0, largest(w)), floor=1.0)
 
 
 @needs_interpreter

@@ -207,7 +207,7 @@ def _p2p_values(
         if own:
             of_own = through_centring(of_units[0], None if y is None else of_units[1])
         of_cross = through_centring(of_units[-2], of_units[-1]) if cross else (none.clone(), none.clone())
-        return values, *of_own, *of_cross
+        return values, of_own[0], of_own[1], of_cross[0], of_cross[1]
 
 
 @_p2p_values.register_fake
