@@ -25,6 +25,7 @@ from allnc.ops.p2p import (
     pair_form,
 )
 from tests.backends import needs_interpreter
+from tests.launches import count_launches
 from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
@@ -441,9 +442,9 @@ def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: in
     got = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="triton")
     same = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="eager")
     want = p2p_reference(*exact, target=target, temperature=0.3, seen=seen)
-    assert_as_exact(got, same, want)
+    assert_as_exact(got, same, want, floor=1.0)  # 0 for two classes: a difference of cosines
     for g, s, w in zip(_grads(got, leaves), _grads(same, leaves), _grads(want, exact), strict=True):
-        assert_as_exact(g, s, w, scale=max(1.0, float(w.abs().max())) ** 2)
+        assert_as_exact(g, s, w, floor=max(1.0, float(w.abs().max()) ** 2))
 
 
 @needs_interpreter
@@ -484,22 +485,7 @@ def test_triton_compiles_without_a_break(target) -> None:
 @needs_interpreter
 def test_triton_backend_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward two launches for the rows and two for the value, backward one and two."""
-    import allnc.kernels.centred_unit as units
-    import allnc.kernels.p2p as pairs
-
-    launched = []
-
-    class Counted:
-        def __init__(self, module, name: str) -> None:
-            self.name, self.kernel = name, getattr(module, name)
-
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.kernel[grid]
-
-    for module in (units, pairs):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted(module, name))
+    launched = count_launches(monkeypatch)
     leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(6, 9, with_y=True)]
     value = p2p(*leaves, backend="triton")
     forward = ["unit_sums_kernel", "unit_rows_kernel", "p2p_fwd_kernel", "p2p_finish_kernel"]
