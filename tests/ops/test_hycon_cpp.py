@@ -25,6 +25,7 @@ from torch import Tensor
 
 from allnc import _extension
 from allnc.ops._common import accumulation_dtype
+from tests.poison import poisoned_allocations  # noqa: F401 (a fixture, found by name)
 from tests.tolerances import assert_as_exact
 
 pytestmark = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")
@@ -94,21 +95,12 @@ def dense(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return lse.detach(), z.grad, dmu
 
 
-def growth_of(t: float | Tensor) -> float:
-    """Exponents are as large as 1 / t, and their rounding errors with them."""
-    return max(1.0, 0.02 / float(t))
-
-
-def check(case: Case, shifted: bool, *, may_cancel: bool = False) -> None:
-    """Against dense float64; where terms may cancel, to the noise of the largest exponent and of one row's gradient."""
+def check(case: Case, shifted: bool) -> None:
     dtype, others = case.z.dtype, case.a.dtype
     got, eager, reference = fused(case, shifted), dense(case, others), dense(case, torch.float64)
-    largest = {"lse": 1.0, "dz": float(case.grad.abs().max()), "dmu": float(case.grad.abs().max())}
     for name, x, y, want in zip(("lse", "dz", "dmu"), got, eager, reference, strict=True):
         assert x.dtype == (dtype if name == "dz" else others), name
-        floor = largest[name] / float(case.t) if may_cancel or name == "lse" else 0.0
-        # From bfloat16 z, mu and K are rounded to it.
-        assert_as_exact(x, y, want, dtype=dtype, growth=growth_of(case.t), floor=floor)
+        assert_as_exact(x, y, want, dtype=dtype)  # from bfloat16 z, mu and K are rounded to it
 
 
 def test_hand_computed() -> None:
@@ -151,9 +143,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    # At 0.005 rounding to bfloat16 moves results by a tenth, and no bound could tell them from wrong ones.
-    smallest = 0.02 if dtype == torch.bfloat16 else 0.005
-    for t, shifted in ((0.1, True), (0.1, False), (smallest, False)):
+    for t, shifted in ((0.1, True), (0.1, False), (0.005, False)):
         check(make_case(*shape, t, dtype=dtype), shifted)
 
 
@@ -169,7 +159,7 @@ def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> Non
 )
 def test_any_shape(n: int, d: int, c: int, thousandths: int, zeros: float, dtype: torch.dtype, seed: int) -> None:
     t = thousandths / 1000
-    check(make_case(n, d, c, t, dtype=dtype, zeros=zeros, seed=seed), 2 / t <= SHIFT_LIMIT, may_cancel=True)
+    check(make_case(n, d, c, t, dtype=dtype, zeros=zeros, seed=seed), 2 / t <= SHIFT_LIMIT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -184,8 +174,6 @@ def test_parts_make_the_whole(parts: int, dtype: torch.dtype) -> None:
                 torch.stack(lse).logsumexp(0),
                 dense(case, dtype)[0],
                 dense(case, torch.float64)[0],
-                growth=growth_of(t),
-                floor=1 / t,
             )
 
 
@@ -344,16 +332,7 @@ def test_bit_equal_for_any_number_of_threads(shifted: bool) -> None:
             assert torch.equal(x, y)
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned_allocations")
 def test_reads_no_uninitialised_memory() -> None:
     for shifted in (True, False):
         case = make_case(250, 21, 13)

@@ -25,7 +25,8 @@ from allnc.ops.p2p import (
     pair_form,
 )
 from tests.backends import needs_interpreter
-from tests.tolerances import assert_as_exact, error, largest
+from tests.launches import count_launches
+from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
 cpp = pytest.param("cpp", marks=pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built"))
@@ -295,19 +296,12 @@ def test_cpp_unit_rows(data: st.DataObject, num_classes: int, dim: int, with_y: 
     leaves = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
     garbage = [leaf.detach().where(seen[:, None], torch.nan).requires_grad_() for leaf in leaves]
     weights = torch.randn(2, num_classes, dim, dtype=torch.float64)
-
-    def units(rows: list[Tensor], backend: str) -> list[Tensor]:
-        u, v = centred_units(rows[0], rows[1] if with_y else None, seen, backend=backend)
-        assert (v is not None) == with_y
-        return [u] if v is None else [u, v]
-
-    def total(rows: list[Tensor]) -> Tensor:
-        return torch.stack([(u * w).sum() for u, w in zip(rows, weights, strict=False)]).sum()
-
-    got, want = units(garbage, "cpp"), units(leaves, "eager")
+    got = centred_units(*garbage, *[None] * (1 - with_y), seen, backend="cpp")
+    want = centred_units(*leaves, *[None] * (1 - with_y), seen, backend="eager")
+    total = [sum((u * w).sum() for u, w in zip(units, weights, strict=False) if u is not None) for units in (got, want)]
     for u, v in zip(got, want, strict=True):
-        assert error(u, v) < 1e-13
-    for g, w in zip(_grads(total(got), garbage), _grads(total(want), leaves), strict=True):
+        assert (u is None and v is None) or error(u, v) < 1e-13  # pyright: ignore[reportArgumentType]
+    for g, w in zip(_grads(total[0], garbage), _grads(total[1], leaves), strict=True):
         assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
 
 
@@ -327,7 +321,7 @@ def test_cpp_unit_ops_pass_opcheck(dtypes: tuple[torch.dtype, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 @on_cpu
-def test_types_are_as_good_as_eager(backend, dtype: torch.dtype, target: Target) -> None:
+def test_types_are_as_good_as_eager(backend, dtype: torch.dtype, target: str) -> None:
     x, y = torch.randn(2, 12, 20).to(dtype)
     results = []
     for cast, function, options in (
@@ -448,10 +442,9 @@ def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: in
     got = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="triton")
     same = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="eager")
     want = p2p_reference(*exact, target=target, temperature=0.3, seen=seen)
-    assert_as_exact(got, same, want)
+    assert_as_exact(got, same, want, floor=1.0)  # 0 for two classes: a difference of cosines
     for g, s, w in zip(_grads(got, leaves), _grads(same, leaves), _grads(want, exact), strict=True):
-        # Near the centre of the classes a row's direction is noise, as large as the row is short.
-        assert_as_exact(g, s, w, growth=max(1.0, largest(w)), floor=1.0)
+        assert_as_exact(g, s, w, floor=max(1.0, float(w.abs().max()) ** 2))
 
 
 @needs_interpreter
@@ -492,22 +485,7 @@ def test_triton_compiles_without_a_break(target) -> None:
 @needs_interpreter
 def test_triton_backend_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward two launches for the rows and two for the value, backward one and two."""
-    import allnc.kernels.centred_unit as units
-    import allnc.kernels.p2p as pairs
-
-    launched = []
-
-    class Counted:
-        def __init__(self, module, name: str) -> None:
-            self.name, self.kernel = name, getattr(module, name)
-
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.kernel[grid]
-
-    for module in (units, pairs):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted(module, name))
+    launched = count_launches(monkeypatch)
     leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(6, 9, with_y=True)]
     value = p2p(*leaves, backend="triton")
     forward = ["unit_sums_kernel", "unit_rows_kernel", "p2p_fwd_kernel", "p2p_finish_kernel"]
