@@ -296,12 +296,19 @@ def test_cpp_unit_rows(data: st.DataObject, num_classes: int, dim: int, with_y: 
     leaves = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
     garbage = [leaf.detach().where(seen[:, None], torch.nan).requires_grad_() for leaf in leaves]
     weights = torch.randn(2, num_classes, dim, dtype=torch.float64)
-    got = centred_units(*garbage, *[None] * (1 - with_y), seen, backend="cpp")
-    want = centred_units(*leaves, *[None] * (1 - with_y), seen, backend="eager")
-    total = [sum((u * w).sum() for u, w in zip(units, weights, strict=False) if u is not None) for units in (got, want)]
+
+    def units(rows: list[Tensor], backend: str) -> list[Tensor]:
+        u, v = centred_units(rows[0], rows[1] if with_y else None, seen, backend=backend)
+        assert (v is not None) == with_y
+        return [u] if v is None else [u, v]
+
+    def total(rows: list[Tensor]) -> Tensor:
+        return torch.stack([(u * w).sum() for u, w in zip(rows, weights, strict=False)]).sum()
+
+    got, want = units(garbage, "cpp"), units(leaves, "eager")
     for u, v in zip(got, want, strict=True):
-        assert (u is None and v is None) or error(u, v) < 1e-13  # pyright: ignore[reportArgumentType]
-    for g, w in zip(_grads(total[0], garbage), _grads(total[1], leaves), strict=True):
+        assert error(u, v) < 1e-13
+    for g, w in zip(_grads(total(got), garbage), _grads(total(want), leaves), strict=True):
         assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
 
 
@@ -321,7 +328,7 @@ def test_cpp_unit_ops_pass_opcheck(dtypes: tuple[torch.dtype, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 @on_cpu
-def test_types_are_as_good_as_eager(backend, dtype: torch.dtype, target: str) -> None:
+def test_types_are_as_good_as_eager(backend, dtype: torch.dtype, target: Target) -> None:
     x, y = torch.randn(2, 12, 20).to(dtype)
     results = []
     for cast, function, options in (
