@@ -290,11 +290,11 @@ template <class Z, class T>
 Loss<Z, T> loss_of(
     const Tensor& z, const Tensor& index, const Tensor& sums, const Tensor& mu, const Tensor& state,
     double temperature) {
-  const int64_t rows = z.size(0), means = mu.size(0);
+  const int64_t rows = z.size(0), classes = sums.size(0), means = mu.size(0), dim = z.size(1);
   const Z* const data = static_cast<const Z*>(z.const_data_ptr());
-  const State<T> of_state(data_of<T>(state), rows + means);
-  return {rows,           sums.size(0), means, z.size(1), data, data_of<int64_t>(index), data_of<T>(sums),
-          data_of<T>(mu), of_state,     temperature};
+  const State<T> of_rows(data_of<T>(state), rows + means);
+  const int64_t* const of_index = static_cast<const int64_t*>(index.const_data_ptr());
+  return {rows, classes, means, dim, data, of_index, data_of<T>(sums), data_of<T>(mu), of_rows, temperature};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
@@ -314,8 +314,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
   seen = contiguous(seen);
   Tensor index = torch::stable::new_empty(labels, {rows});
   find_classes(
-      static_cast<const int64_t*>(labels.const_data_ptr()), rows,
-      means ? std::make_optional(num_means) : std::nullopt, ignore_index, data_of<int64_t>(index));
+      static_cast<const int64_t*>(labels.const_data_ptr()), rows, means ? std::make_optional(num_means) : std::nullopt,
+      ignore_index, data_of<int64_t>(index));
   Tensor value = torch::stable::new_empty(z, {}, type);
   Tensor state = torch::stable::new_empty(z, {State<float>::kRows, rows + num_means}, type);
   Tensor sums = torch::stable::new_empty(z, {classes, dim}, type);

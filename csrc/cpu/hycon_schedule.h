@@ -39,7 +39,7 @@ struct Sizes {
         rows(other_offset + padded(others)) {}
 
   static int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-  int64_t anchors() const { return own + others; }  // N
+  int64_t anchors() const { return own + others; }                                      // N
   int64_t anchor_row(int64_t i) const { return i < own ? i : other_offset + i - own; }  // padded row of z_i
   // Elements from row to row: an odd number of cache lines, as rows a power of two apart share too few cache sets.
   int64_t stride(int64_t element_size) const {
