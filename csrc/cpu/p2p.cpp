@@ -86,9 +86,8 @@ ALLNC_INLINE T exp2_of_negative(T x) {
 template <class T>
 ALLNC_MULTIVERSION T exponentials(T* x, T top, T scale, int64_t count) {
   T sums[kPairLanes] = {}, total = 0;
-  const auto term = [=](int64_t k) __attribute__((always_inline)) {
-    return x[k] = exp2_of_negative<T>((x[k] - top) * scale);
-  };
+  const auto term = [=](int64_t k)
+                        __attribute__((always_inline)) { return x[k] = exp2_of_negative<T>((x[k] - top) * scale); };
   int64_t k = 0;
   for (; k + kPairLanes <= count; k += kPairLanes) {
     for (int64_t lane = 0; lane < kPairLanes; ++lane) sums[lane] += term(k + lane);
@@ -208,7 +207,8 @@ void multiply_into(Tensor& out, const Tensor& a, const Tensor& b, double beta, d
 
 // The value of a pair, and its gradients to dx and dy [C, F], of zeros. Without y, x meets itself and dy is not used.
 template <class T>
-double visit_pair(const Tensor& x, const Tensor* y, const Options& options, bool with_gradient, Tensor& dx, Tensor* dy) {
+double visit_pair(
+    const Tensor& x, const Tensor* y, const Options& options, bool with_gradient, Tensor& dx, Tensor* dy) {
   // Products that stay in the second-level cache; with fewer rows, matrix products would wait for memory.
   constexpr int64_t kElements = int64_t{1} << 18, kLeastRows = 128;
   const int64_t classes = x.size(0);
