@@ -27,13 +27,13 @@ from allnc.ops._common import (
     resolve_backend,
     validated_labels,
 )
-from allnc.ops.p2p.centred_unit import centred_units
 from allnc.ops.contrast import Balance, check_hycon
 from allnc.ops.hycon import hycon_of_checked, hycon_reference
 from allnc.ops.hycon_lse import uses_constant_shift
 from allnc.ops.hycon_triton import fuses
 from allnc.ops.p2p import (
     Target,
+    centred_units,
     kernel_target,
     p2p_blocks,
     p2p_reference,
