@@ -23,8 +23,7 @@ import torch
 from measure import time_interleaved
 from torch import Tensor
 
-from allnc.ops.p2p import Blocks, p2p_blocks
-from allnc.ops.p2p.centred_unit import centred_units
+from allnc.ops.p2p import Blocks, centred_units, p2p_blocks
 
 COLUMNS: list[str] = ["device", "threads", "blocks", "C", "F", "form", "median_ms", "p20_ms", "p80_ms", "runs", "flops"]
 FORMS = ("eager", "pairwise", "closed", "triton")

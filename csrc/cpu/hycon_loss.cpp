@@ -55,7 +55,7 @@ template <class Z, class T>
 ALLNC_MULTIVERSION T positive_logit(
     const Z* __restrict z, const T* __restrict sum, const T* __restrict mu, T per_positive, T mean_share, int64_t dim) {
   T sums[kPartialSums] = {};
-  const auto term = [=](int64_t k) __attribute__((always_inline)) {
+  const auto term = [=](int64_t k) ALLNC_INLINED {
     const T value = static_cast<T>(z[k]);
     return value * ((sum[k] - value) * per_positive + mean_share * mu[k]);
   };

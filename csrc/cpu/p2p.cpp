@@ -31,7 +31,7 @@ constexpr int64_t kPairLanes = 16;  // partial results of a row, which vector un
 template <class T>
 ALLNC_MULTIVERSION T add_and_square(T* __restrict x, const T* __restrict y, int64_t count) {
   T sums[kPairLanes] = {}, total = 0;
-  const auto term = [=](int64_t k) __attribute__((always_inline)) {
+  const auto term = [=](int64_t k) ALLNC_INLINED {
     x[k] += y[k];
     return x[k] * x[k];
   };
@@ -49,7 +49,7 @@ template <class T>
 ALLNC_MULTIVERSION T add_and_find_largest(T* __restrict x, const T* __restrict y, int64_t count) {
   T tops[kPairLanes], top = -std::numeric_limits<T>::infinity();
   for (int64_t lane = 0; lane < kPairLanes; ++lane) tops[lane] = top;
-  const auto larger = [=](T top, int64_t k) __attribute__((always_inline)) {
+  const auto larger = [=](T top, int64_t k) ALLNC_INLINED {
     x[k] += y[k];
     return x[k] > top ? x[k] : top;
   };
@@ -86,8 +86,7 @@ ALLNC_INLINE T exp2_of_negative(T x) {
 template <class T>
 ALLNC_MULTIVERSION T exponentials(T* x, T top, T scale, int64_t count) {
   T sums[kPairLanes] = {}, total = 0;
-  const auto term = [=](int64_t k)
-                        __attribute__((always_inline)) { return x[k] = exp2_of_negative<T>((x[k] - top) * scale); };
+  const auto term = [=](int64_t k) ALLNC_INLINED { return x[k] = exp2_of_negative<T>((x[k] - top) * scale); };
   int64_t k = 0;
   for (; k + kPairLanes <= count; k += kPairLanes) {
     for (int64_t lane = 0; lane < kPairLanes; ++lane) sums[lane] += term(k + lane);

@@ -196,18 +196,18 @@ def _p2p_values(
         v = None if y is None else v
         options = (form == "softmax", temperature, with_gradient)
         values, of_units = ops.p2p_blocks_forward(u, v, seen, own, cross, *options)
-        none = u.new_empty(0)
         if not with_gradient:
-            return values, none, none.clone(), none.clone(), none.clone()
+            return values, u.new_empty(0), u.new_empty(0), u.new_empty(0), u.new_empty(0)
 
         def through_centring(du: Tensor, dv: Tensor | None) -> tuple[Tensor, Tensor]:
             return ops.centred_unit_backward(du, dv, u, v, scale, seen, dtype, dtype)
 
-        of_own = (none, none.clone())
+        own_x, own_y, cross_x, cross_y = (u.new_empty(0) for _ in range(4))
         if own:
-            of_own = through_centring(of_units[0], None if y is None else of_units[1])
-        of_cross = through_centring(of_units[-2], of_units[-1]) if cross else (none.clone(), none.clone())
-        return values, of_own[0], of_own[1], of_cross[0], of_cross[1]
+            own_x, own_y = through_centring(of_units[0], None if y is None else of_units[1])
+        if cross:
+            cross_x, cross_y = through_centring(of_units[-2], of_units[-1])
+        return values, own_x, own_y, cross_x, cross_y
 
 
 @_p2p_values.register_fake
