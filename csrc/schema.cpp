@@ -49,8 +49,4 @@ STABLE_TORCH_LIBRARY(allnc_C, m) {
   m.def(
       "p2p_blocks_forward(Tensor x, Tensor? y, Tensor seen, bool own, bool cross, bool softmax, float temperature, "
       "bool with_gradient) -> (Tensor values, Tensor gradients)");
-  // grad of the values -> gradients of x and y ([0] without y)
-  m.def(
-      "p2p_blocks_backward(Tensor grad, Tensor gradients, bool with_other, bool own, bool cross) -> "
-      "(Tensor dx, Tensor dy)");
 }

@@ -33,15 +33,7 @@ cpp = pytest.param("cpp", marks=pytest.mark.skipif(not _extension.has_cpp(), rea
 on_cpu = pytest.mark.parametrize("backend", ["eager", cpp])
 cpp_only = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")
 # Forms and what computes them; the closed form is always made of torch operations.
-computed = pytest.mark.parametrize(
-    ("form", "backend"),
-    [
-        ("pairwise", "eager"),
-        ("softmax", "eager"),
-        ("closed", "eager"),
-        *(pytest.param(form, "cpp", marks=cpp.marks) for form in ("pairwise", "softmax")),
-    ],
-)
+in_torch = pytest.mark.parametrize("form", ["pairwise", "softmax", "closed"])
 
 
 def _leaves(num_classes: int, dim: int, *, with_y: bool, seed: int = 0) -> list[Tensor]:
@@ -85,15 +77,15 @@ def test_matches_reference(backend, data: st.DataObject, num_classes: int, dim: 
         assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
 
 
-@computed
-def test_all_blocks_equal_the_single_pairs(form: str, backend: str) -> None:
+@in_torch
+def test_all_blocks_equal_the_single_pairs(form: str) -> None:
     """Values and gradients of (x, x), (y, y) and (x, y) at once; gradcheck and opcheck of the op that has them."""
     leaves = _leaves(5, 3, with_y=True)
     seen = torch.tensor([True, True, False, True, True])
 
     def at_once(*rows: Tensor) -> Tensor:
         x, y = (centred_unit(r, seen) for r in rows)
-        return p2p_blocks(x, y, seen, blocks="all", form=form, temperature=0.2, backend=backend)
+        return p2p_blocks(x, y, seen, blocks="all", form=form, temperature=0.2)
 
     def one_by_one(*rows: Tensor) -> Tensor:
         x, y = (centred_unit(r, seen) for r in rows)
@@ -107,7 +99,7 @@ def test_all_blocks_equal_the_single_pairs(form: str, backend: str) -> None:
         assert error(g, w) < 1e-13
     assert torch.autograd.gradcheck(at_once, leaves)
     rows = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
-    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*rows, seen, "all", form, 0.2, True, backend))
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*rows, seen, "all", form, 0.2, True, "eager"))
 
 
 @pytest.mark.parametrize("num_seen", [0, 1, 2, 6])
@@ -194,29 +186,29 @@ def test_the_form_with_fewer_operations_is_chosen() -> None:
     assert pair_form("softmax", (8142, 2048), blocks="all", backend="triton") == ("softmax", "eager")
 
 
-@computed
+@in_torch
 @pytest.mark.parametrize("with_y", [False, True])
-def test_gradcheck_and_opcheck(form: str, backend: str, with_y: bool) -> None:
+def test_gradcheck_and_opcheck(form: str, with_y: bool) -> None:
     leaves = _leaves(5, 3, with_y=with_y)
     seen = torch.tensor([True, True, False, True, True])
 
     def value(*rows: Tensor) -> Tensor:
         units = [centred_unit(r, seen) for r in rows]
-        return pair_value(units[0], units[1] if with_y else None, seen, form, 0.2, backend)
+        return pair_value(units[0], units[1] if with_y else None, seen, form, 0.2)
 
     assert torch.autograd.gradcheck(value, leaves)
     units = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
     y = units[1] if with_y else None
     rest = (seen, "cross" if with_y else "own", form, 0.2)
-    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (units[0], y, *rest, True, backend))
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (units[0], y, *rest, True, "eager"))
     rows = [u.detach() for u in units]
     for with_gradient in (False, True):
-        arguments = (rows[0], rows[1] if with_y else None, *rest, with_gradient, backend)
+        arguments = (rows[0], rows[1] if with_y else None, *rest, with_gradient, "eager")
         torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, arguments)
         kept = torch.ops.allnc.p2p_blocks(*arguments)[1]
     torch.library.opcheck(
         torch.ops.allnc.p2p_blocks_backward.default,
-        (torch.ones(1, dtype=torch.float64), kept, rows[0], rows[1] if with_y else None, *rest, backend),
+        (torch.ones(1, dtype=torch.float64), kept, rows[0], rows[1] if with_y else None, *rest, "eager"),
     )
 
 
@@ -252,7 +244,7 @@ def test_values_of_rows(blocks: Blocks, target: Target) -> None:
 @cpp_only
 def test_gradient_must_be_asked_for() -> None:
     seen = torch.ones(5, dtype=torch.bool)
-    for op, rest in (("p2p_values", ()), ("p2p_blocks", ("cpp",))):
+    for op, rest in (("p2p_values", ()), ("p2p_blocks", ("eager",))):
         x = _leaves(5, 6, with_y=False)[0]
         value = getattr(torch.ops.allnc, op)(x, None, seen, "own", "pairwise", 0.1, False, *rest)[0]
         with pytest.raises(RuntimeError, match="call it with True to differentiate it"):

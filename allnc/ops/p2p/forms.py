@@ -108,14 +108,8 @@ def blocks_forward(
     form: str,
     temperature: float,
     with_gradient: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Values [B], and what the backward needs, see `kept_shape`."""
-    if backend == "cpp":
-        own, cross = blocks != "cross", blocks != "own"
-        return torch.ops.allnc_C.p2p_blocks_forward(
-            x, y, seen, own, cross, form == "softmax", temperature, with_gradient
-        )
     num_seen = seen.sum().to(x.dtype)
     kept = x.new_zeros(kept_shape(x, y, blocks, form, with_gradient))
     if form == "closed":
@@ -138,13 +132,9 @@ def blocks_forward(
 
 
 def blocks_backward(
-    grad: Tensor, kept: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, *, blocks: str, form: str, backend: str
+    grad: Tensor, kept: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, *, blocks: str, form: str
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and y from those of the values [B]."""
-    if backend == "cpp":
-        own, cross = blocks != "cross", blocks != "own"
-        dx, dy = torch.ops.allnc_C.p2p_blocks_backward(grad, kept, y is not None, own, cross)
-        return dx, None if y is None else dy
     if form == "closed":
         num_seen = seen.sum().to(x.dtype)
         scale = grad * _gradient_scale(num_seen, form)  # [B]

@@ -93,7 +93,7 @@ def _p2p_blocks(
 
         rest = {"target": kernel_target(form), "temperature": temperature, "blocks": blocks}
         return p2p_forward(x, y, seen, **rest)
-    options = {"form": form, "temperature": temperature, "with_gradient": with_gradient, "backend": backend}
+    options = {"form": form, "temperature": temperature, "with_gradient": with_gradient}
     with torch.autocast(x.device.type, enabled=False):
         return blocks_forward(x, y, seen, blocks=blocks, **options)
 
@@ -125,7 +125,7 @@ def _p2p_blocks_backward(
         dx, dy = p2p_backward(grad, kept, x, y, seen, **rest)
     else:
         with torch.autocast(x.device.type, enabled=False):
-            dx, dy = blocks_backward(grad, kept, x, y, seen, blocks=blocks, form=form, backend=backend)
+            dx, dy = blocks_backward(grad, kept, x, y, seen, blocks=blocks, form=form)
     return dx, x.new_empty(0) if dy is None else dy
 
 
@@ -171,7 +171,7 @@ def p2p_blocks(
         blocks: "own" for (x, x), "cross" for (x, y), "all" for (x, x), (y, y) and (x, y).
         form: "pairwise", "closed" or "softmax", see `pair_form`.
         temperature: τ of the softmax form.
-        backend: "eager", "cpp" (CPU) or "triton" (float32, not for "closed").
+        backend: "eager" or "triton" (float32, not for "closed"). C++ has all of it in one op, `p2p_values`.
 
     Returns:
         [1] or, for "all", [3] of x's type.
