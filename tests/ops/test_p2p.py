@@ -375,7 +375,7 @@ def test_unseen_rows_are_never_read(backend) -> None:
 def test_row_at_the_centre_has_no_direction(backend) -> None:
     """A row equal to the mean up to rounding must not become a unit row of noise with a huge gradient."""
     x = torch.randn(4, 8) + 1000
-    x = torch.cat((x, x.mean(0, keepdim=True))).requires_grad_()
+    x = torch.cat((x, x.mean(0, keepdim=True) + 3e-4)).requires_grad_()  # some roundings off
     seen = torch.ones(5, dtype=torch.bool)
     assert bool((centred_units(x, None, seen, backend=backend)[0][4] == 0).all())
     assert float(_grads(p2p(x, target="etf", backend=backend), [x])[0].abs().max()) < 10
