@@ -101,7 +101,8 @@ def etf_tile(tile, kind, left, right, seen_ptr, C, blocks: tl.constexpr):
     rho = tl.where(rows[:, None] == columns[None, :], 1.0, -1.0 / tl.maximum(num_seen - 1.0, 1.0))
     deviation = tl.where(in_rows[:, None] & in_columns[None, :], gram - rho, 0.0)
     mirrored = (kind < 2) & (distance > 0)
-    return tl.sum(tl.sum(deviation * deviation, 1), 0) * tl.where(mirrored, 2.0, 1.0)
+    # At once: summed axis by axis, Triton 3.6 fails to compile it for sm_100.
+    return tl.sum(deviation * deviation) * tl.where(mirrored, 2.0, 1.0)
 
 
 @triton.jit
@@ -348,7 +349,7 @@ def p2p_forward_constants(
     """Compile-time arguments and launch options of `p2p_fwd_kernel`.
 
     Exact products unroll into one FMA each: longer chunks would spill. The assembler is told not to spill for the sake
-    of one more program an SM.
+    of more programs an SM, of which two have room otherwise.
     """
     exact = exact_float32(dtype)
     constants = {
@@ -356,7 +357,8 @@ def p2p_forward_constants(
         "FIRST_KIND": 2 if blocks == "cross" else 0,
         "blocks": forward_tiles(features, dtype, panel_rows(num_classes), 16 if exact else 32),
     }
-    return constants, launch_options(num_warps=8, num_stages=3, alone=True)
+    options = launch_options(num_warps=8, num_stages=3, alone=exact)
+    return constants, options if exact else options | {"maxnreg": 128}
 
 
 def forward_tiles(features: int, dtype: torch.dtype, rows: int, chunk: int) -> Blocks:

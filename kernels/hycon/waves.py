@@ -40,6 +40,7 @@ from allnc.kernels._common import (
     narrow,
     pointer,
     similarity,
+    table_arch,
     uses_waves,
     wave_blocks,
 )
@@ -96,6 +97,7 @@ def hycon_wave_kernel(
     num_terms,
     width,
     SHIFTED: tl.constexpr,
+    EIGHTHS: tl.constexpr,
     blocks: tl.constexpr,
 ):
     """One tile of K [count, width], for the rows start .. start + count - 1 of X [num_terms, D] against all."""
@@ -113,26 +115,37 @@ def hycon_wave_kernel(
     # A few columns at a time: the terms of all columns at once would take more registers than the sums do, and leave
     # one block a multiprocessor, with nothing to compute while it forms K.
     left, right = halves(s, BLOCK_M, BLOCK_N)
-    PIECE: tl.constexpr = BLOCK_N // 8
+    PIECE: tl.constexpr = BLOCK_N // 8 if EIGHTHS else BLOCK_N // 4
     for i in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
         half = halves(left if i == 0 else right, BLOCK_M, BLOCK_N // 2)
         for j in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
-            pair = halves(half[j], BLOCK_M, BLOCK_N // 4)
-            for k in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+            column = first + (2 * i + j) * (BLOCK_N // 4)
+            if EIGHTHS:
+                pair = halves(half[j], BLOCK_M, BLOCK_N // 4)
+                for k in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+                    write_coefficients(
+                        pair[k], row_terms, rows, column + k * PIECE, count - origin, term_ptr,
+                        inverse_temperature, k_panel, num_terms, width, SHIFTED, BLOCK_M, PIECE,
+                    )  # fmt: skip
+            else:
                 write_coefficients(
-                    pair[k], row_terms, rows, first + (4 * i + 2 * j + k) * PIECE, count - origin, term_ptr,
+                    half[j], row_terms, rows, column, count - origin, term_ptr,
                     inverse_temperature, k_panel, num_terms, width, SHIFTED, BLOCK_M, PIECE,
                 )  # fmt: skip
 
 
 def wave_constants(dim: int, dtype: torch.dtype, *, shifted: bool, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time arguments and launch options of `hycon_wave_kernel`."""
+    """Compile-time arguments and launch options of `hycon_wave_kernel`.
+
+    Smaller pieces take fewer registers, except on sm_80, where the loop over chunks may be unrolled: there eighths of
+    512 columns spill and quarters do not.
+    """
     blocks, options = wave_blocks(_padded(dim), dtype, arch)
     if not exact_float32(
         dtype
     ):  # two blocks a multiprocessor: Triton 3.6's assembler would else take registers for one
         options |= {"maxnreg": 65536 // (2 * 32 * options["num_warps"])}
-    return {"SHIFTED": shifted, "blocks": blocks._replace(resident=False)}, options
+    return {"SHIFTED": shifted, "EIGHTHS": table_arch(arch) >= 90, "blocks": blocks._replace(resident=False)}, options
 
 
 def _padded(size: int) -> int:

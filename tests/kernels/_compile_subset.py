@@ -30,9 +30,11 @@ def subset() -> list[Any]:
     exact = aot.variants([90], [128], [torch.float32], "highest", both)
     small = ("hycon_lse_finish", "hycon_lse_terms", "all_around_fwd")
     others = aot.variants([90], [64], [torch.bfloat16], "high", small)
+    pairs = aot.variants([80, 100], [64], [torch.bfloat16], "high", ("all_around_fwd", "p2p_fwd"))
     wanted = ("triangle", "shifted", "square")
     chosen = [*waves, *(v for v in itertools.chain(common, losses, widest) if v.mode in wanted)]
     chosen += [v for v in itertools.chain(panels, chunks, exact) if v.mode in ("triangle", "shifted")]
+    chosen += [v for v in pairs if v.mode in ("triangle, etf", "etf, all", "softmax, all")]
     return chosen + [v for v in others if v.mode.startswith(("triangle", "shifted"))]
 
 
