@@ -40,8 +40,8 @@ def pair_form(
     The squared form is "pairwise" (C x C matrices) or "closed" (F x F matrices), whichever takes fewer operations in
     its matrix products, forward and backward: closed 4, 8, 8 times C F² for own, cross, all blocks, pairwise 4, 6, 14
     times C² F. The closed form needs the Gram matrix of each side once, whatever the blocks; hence F < C, 3/4 C and
-    7/4 C. Measured on a CPU, benchmarks/results/p2p-forms-cpu.csv: at none of
-    its 38 shapes is the other form faster by more than 4 %.
+    7/4 C. Measured on a CPU (benchmarks/results/p2p-forms-cpu.csv, when gradients were formed in the backward): at none
+    of 38 shapes is the other form faster by more than 4 %.
 
     With the C++ backend pairwise takes 3, 6, 12 times C² F, and closed still is some sixty torch operations, which
     makes it the slower one of small matrices (C = 100: 1.4 to 2.2 times). Measured at C = 100, 400 and 1000 with nine F
