@@ -194,7 +194,8 @@ def backward_blocks(dim: int, dtype: torch.dtype, arch: int) -> Choice:
         return _choice(Tile(64, 32, 8, 1), dim, dtype, columns=min(32, width), gradient=gradient)
     if uses_waves(dim, dtype):
         chunk = 128 // dtype.itemsize
-        return _choice(Tile(64, chunk, 8, 2), dim, dtype, columns=chunk, gradient=gradient)
+        blocks, options = _choice(Tile(64, chunk, 8, 2), dim, dtype, columns=chunk, gradient=gradient)
+        return blocks, options | {"maxnreg": 255}  # one program a multiprocessor, by shared or tensor memory
     return _from_table(BACKWARD, dim, dtype, arch, gradient)
 
 

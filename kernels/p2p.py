@@ -348,8 +348,8 @@ def p2p_forward_constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of `p2p_fwd_kernel`.
 
-    Exact products unroll into one FMA each: longer chunks would spill. The assembler is told not to spill for the sake
-    of more programs an SM, of which two have room otherwise.
+    Exact products unroll into one FMA each: longer chunks would spill. The assembler is told not to spill for the
+    sake of more programs an SM; two softmax programs have room all the same.
     """
     exact = exact_float32(dtype)
     constants = {
@@ -358,7 +358,9 @@ def p2p_forward_constants(
         "blocks": forward_tiles(features, dtype, panel_rows(num_classes), 16 if exact else 32),
     }
     options = launch_options(num_warps=8, num_stages=3, alone=exact)
-    return constants, options if exact else options | {"maxnreg": 128}
+    if target == "softmax" and not exact:
+        options["maxnreg"] = 128
+    return constants, options
 
 
 def forward_tiles(features: int, dtype: torch.dtype, rows: int, chunk: int) -> Blocks:
