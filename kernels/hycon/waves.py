@@ -141,11 +141,10 @@ def wave_constants(dim: int, dtype: torch.dtype, *, shifted: bool, arch: int) ->
     512 columns spill and quarters do not.
     """
     blocks, options = wave_blocks(_padded(dim), dtype, arch)
-    if not exact_float32(
-        dtype
-    ):  # two blocks a multiprocessor: Triton 3.6's assembler would else take registers for one
+    eighths = table_arch(arch) >= 90
+    if eighths and not exact_float32(dtype):  # room for two blocks a multiprocessor
         options |= {"maxnreg": 65536 // (2 * 32 * options["num_warps"])}
-    return {"SHIFTED": shifted, "EIGHTHS": table_arch(arch) >= 90, "blocks": blocks._replace(resident=False)}, options
+    return {"SHIFTED": shifted, "EIGHTHS": eighths, "blocks": blocks._replace(resident=False)}, options
 
 
 def _padded(size: int) -> int:
