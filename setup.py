@@ -266,6 +266,5 @@ if __name__ == "__main__":
     setup(
         packages=PACKAGES,
         package_dir={"allnc.kernels": "kernels"},
-        package_data={"allnc": ["recipes/*.yaml"]},
         **arguments,  # type: ignore[arg-type]
     )

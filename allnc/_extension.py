@@ -27,7 +27,6 @@ OPS = (
     "centred_unit_forward",
     "centred_unit_backward",
     "p2p_blocks_forward",
-    "p2p_blocks_backward",
 )
 
 

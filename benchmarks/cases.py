@@ -286,6 +286,7 @@ def _rival_providers(op: str, shape: Shape, device: torch.device, reference: Los
             work=_contrast_work(AUTOGRAD, n, 0, d),
             matrices=(10.8, 12.0),
             unusable=unusable["pytorch-metric-learning"],
+            note=rivals.version("pytorch-metric-learning"),
         )
     }
     if op == "pairs":
@@ -294,7 +295,7 @@ def _rival_providers(op: str, shape: Shape, device: torch.device, reference: Los
             reference=rivals.inf_cl_reference,
             work=_contrast_work(INF_CL, n, 0, d),
             unusable=unusable["inf-cl"],
-            note="its sum holds the anchor itself; TF32",
+            note=f"{rivals.version('inf-cl')}; its sum holds the anchor itself; TF32",
             check_as=torch.float16,  # TF32 has float16's mantissa
         )
         providers["siglip-kernel"] = Provider(
@@ -302,7 +303,7 @@ def _rival_providers(op: str, shape: Shape, device: torch.device, reference: Los
             reference=rivals.siglip_reference,
             work=_contrast_work(SIGLIP, n, 0, d),
             unusable=unusable["siglip-kernel"],
-            note="sigmoid loss; its forward also forms the gradients",
+            note=f"{rivals.version('siglip-kernel')}; sigmoid loss; its forward also forms the gradients",
         )
     return providers
 

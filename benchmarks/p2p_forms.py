@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/p2p_forms.py --out benchmarks/results/p2p-forms-cpu.csv
 
 Forward and backward from centred unit rows, every form on the same inputs, in turn, in one process. Forms: eager
-(C x C matrices and autograd), pairwise (C x C matrices, gradient by hand), closed (F x F matrices) and, on a GPU,
-triton. `flops` are those of the form's own matrix products.
+(C x C matrices and autograd), pairwise (C x C matrices, gradient by hand), closed (F x F matrices); on a CPU cpp (as
+pairwise, in C++, which centres the rows too) and on a GPU triton. `flops` are those of the form's own matrix products.
 
 Legend: C classes, F columns; blocks own (X, X), cross (X, Y), all (X, X), (Y, Y), (X, Y).
 """
@@ -23,11 +23,11 @@ import torch
 from measure import time_interleaved
 from torch import Tensor
 
-from allnc.ops.p2p import Blocks, p2p_blocks
-from allnc.ops.p2p.centred_unit import centred_units
+from allnc import _extension
+from allnc.ops.p2p import Blocks, centred_units, p2p_blocks
 
 COLUMNS: list[str] = ["device", "threads", "blocks", "C", "F", "form", "median_ms", "p20_ms", "p80_ms", "runs", "flops"]
-FORMS = ("eager", "pairwise", "closed", "triton")
+FORMS = ("eager", "pairwise", "closed", "cpp", "triton")
 PAIRS: dict[str, tuple[tuple[int, int], ...]] = {
     "own": ((0, 0),),
     "cross": ((0, 1),),
@@ -49,6 +49,8 @@ def matrix_flops(form: str, blocks: Blocks, num_classes: int, dim: int) -> float
         return {"own": 4.0, "cross": 8.0, "all": 8.0}[blocks] * num_classes * dim**2
     if form == "pairwise":  # G; one product with it a side
         return {"own": 4.0, "cross": 6.0, "all": 14.0}[blocks] * num_classes**2 * dim
+    if form == "cpp":  # one triangle of a side with itself
+        return {"own": 3.0, "cross": 6.0, "all": 12.0}[blocks] * num_classes**2 * dim
     if form == "eager":
         return 6.0 * len(PAIRS[blocks]) * num_classes**2 * dim
     chunks = -(-dim // 512)  # triton: symmetric forward; backward 2 products a side and block, G again for each chunk
@@ -66,10 +68,12 @@ def steps(blocks: Blocks, num_classes: int, dim: int, device: torch.device) -> d
 
     def step(form: str, backend: str = "eager") -> Callable[[], object]:
         def run() -> object:
+            y = None if blocks == "own" else leaves[1]
             if form == "eager":
                 value = eager_value(leaves[0], leaves[1], blocks)
+            elif form == "cpp":
+                value = torch.ops.allnc.p2p_values(leaves[0], y, seen, blocks, "pairwise", 0.1, True)[0].sum()
             else:
-                y = None if blocks == "own" else leaves[1]
                 rest = {"blocks": blocks, "form": form, "temperature": 0.1, "backend": backend}
                 value = p2p_blocks(leaves[0], y, seen, **rest).sum()
             return torch.autograd.grad(value, leaves, allow_unused=blocks == "own")
@@ -77,7 +81,9 @@ def steps(blocks: Blocks, num_classes: int, dim: int, device: torch.device) -> d
         return run
 
     found = {form: step(form) for form in ("eager", "pairwise", "closed")}
-    return found | ({"triton": step("pairwise", "triton")} if device.type == "cuda" else {})
+    if device.type == "cuda":
+        return found | {"triton": step("pairwise", "triton")}
+    return found | ({"cpp": step("cpp")} if _extension.has_cpp() else {})
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:

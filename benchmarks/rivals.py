@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import math
 from collections.abc import Callable
 
@@ -34,6 +35,14 @@ MODULES = {
 }
 INF_CL_TILE = 64  # rows of its tiles; it reads past the end of other row counts
 INF_CL_COLUMNS = 256  # the most columns that it multiplies at a time
+
+
+def version(package: str) -> str:
+    """What the note of a row says: "version X", or that the package is not installed."""
+    try:
+        return f"version {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def unusable(package: str, *, n: int, d: int, device: torch.device) -> str:

@@ -42,14 +42,11 @@ STABLE_TORCH_LIBRARY(allnc_C, m) {
   m.def(
       "centred_unit_backward(Tensor du, Tensor? dv, Tensor u, Tensor? v, Tensor scale, Tensor seen, "
       "ScalarType x_dtype, ScalarType y_dtype) -> (Tensor dx, Tensor dy)");
-  // x, y [C, F] unit rows float32 or float64, zero where not seen; blocks: each side with itself (own), x with y (cross)
+  // x, y [C, F] unit rows float32 or float64, zero where not seen; blocks: each side with itself (own), x with y
+  // (cross)
   // -> values of the blocks [own sides, then cross], and gradients of these values [of own sides, then x and y of
   // cross][C, F], or [., 0, F] unless with_gradient
   m.def(
       "p2p_blocks_forward(Tensor x, Tensor? y, Tensor seen, bool own, bool cross, bool softmax, float temperature, "
       "bool with_gradient) -> (Tensor values, Tensor gradients)");
-  // grad of the values -> gradients of x and y ([0] without y)
-  m.def(
-      "p2p_blocks_backward(Tensor grad, Tensor gradients, bool with_other, bool own, bool cross) -> "
-      "(Tensor dx, Tensor dy)");
 }

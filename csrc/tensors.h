@@ -55,8 +55,7 @@ inline void check_dim(const Tensor& t, const char* name, int64_t dim) {
 }
 
 inline void check_size(const Tensor& t, const char* name, int64_t dim, int64_t size) {
-  STD_TORCH_CHECK(
-      t.size(dim) == size, name, " must have size ", size, " in dimension ", dim, "; got ", t.size(dim));
+  STD_TORCH_CHECK(t.size(dim) == size, name, " must have size ", size, " in dimension ", dim, "; got ", t.size(dim));
 }
 
 inline void check_type(const Tensor& t, const char* name, ScalarType type) {

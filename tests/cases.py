@@ -169,7 +169,10 @@ def rounding_of(backend: str, case: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def size_of_terms(name: str, case: Mapping[str, Any], options: Mapping[str, Any]) -> float:
-    """Largest logit of a HyCon loss for its value; for a gradient, that of one anchor's share of it."""
+    """The largest logit for a HyCon loss; for a gradient, what one anchor's share of the loss makes of it.
+
+    Class means are normalised, so their gradients grow as 1 / length: terms along a mean cancel.
+    """
     tau = float(options.get("temperature", 0.1))
     used = (case["labels"] != options.get("ignore_index", -100)).double()
     share = used if options.get("anchor_weight") is None else options["anchor_weight"].double() * used
@@ -177,6 +180,8 @@ def size_of_terms(name: str, case: Mapping[str, Any], options: Mapping[str, Any]
     one = min(1.0, float(share.max()) / whole) if whole else 1.0
     if name == "value" and options.get("reduction") == "sum":
         return float(share.sum()) / tau
+    if name == "means":
+        one /= min(1.0, float(case["means"].double().norm(dim=1).min()))
     return {"value": 1 / tau, "temperature": tau**-2}.get(name, one / tau)
 
 

@@ -35,6 +35,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+# torch.compile must take the answer as a constant: torch 2.11 does not trace find_spec. This is what
+# torch.compiler.assume_constant_result does; calling it here would import torch._dynamo, two seconds.
+has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter, which also takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

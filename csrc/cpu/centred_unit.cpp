@@ -74,10 +74,9 @@ struct Seen {
 // Calls f(c) for every row, rows of some 32,768 elements or more to a thread.
 template <class F>
 void for_each_row(const Seen& seen, int64_t columns, const F& f) {
-  torch::stable::parallel_for(
-      0, seen.rows, std::max<int64_t>(1, (1 << 15) / columns), [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) f(c);
-      });
+  torch::stable::parallel_for(0, seen.rows, std::max<int64_t>(1, (1 << 15) / columns), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) f(c);
+  });
 }
 
 // mean [F] of the rows seen of x [C, F]. Every thread adds up columns of its own, in one order for any number of them.

@@ -98,7 +98,8 @@ Groups group_rows(const int64_t* labels, int64_t rows, int64_t classes, int64_t 
     const int64_t end = offset + counts[c];
     const bool several = counts[c] > kSegmentRows;
     for (; offset < end; offset += kSegmentRows) {
-      groups.segments.push_back({c, offset, std::min(offset + kSegmentRows, end), several ? groups.num_partials++ : -1});
+      groups.segments.push_back(
+          {c, offset, std::min(offset + kSegmentRows, end), several ? groups.num_partials++ : -1});
     }
     offset = end;
   }
@@ -243,9 +244,8 @@ Tensor class_mean_ema_backward(
   dispatch_floating(features_dtype, "features_dtype", [&, rows = rows](auto type) {
     backward<decltype(type)>(
         grad_value, static_cast<const int64_t*>(labels.const_data_ptr()), rows,
-        static_cast<const int64_t*>(counts.const_data_ptr()),
-        static_cast<const bool*>(seen_before.const_data_ptr()), momentum, straight_through, ignore_index,
-        grad_features);
+        static_cast<const int64_t*>(counts.const_data_ptr()), static_cast<const bool*>(seen_before.const_data_ptr()),
+        momentum, straight_through, ignore_index, grad_features);
   });
   return grad_features;
 }

@@ -55,7 +55,7 @@ template <class Z, class T>
 ALLNC_MULTIVERSION T positive_logit(
     const Z* __restrict z, const T* __restrict sum, const T* __restrict mu, T per_positive, T mean_share, int64_t dim) {
   T sums[kPartialSums] = {};
-  const auto term = [=](int64_t k) __attribute__((always_inline)) {
+  const auto term = [=](int64_t k) ALLNC_INLINED {
     const T value = static_cast<T>(z[k]);
     return value * ((sum[k] - value) * per_positive + mean_share * mu[k]);
   };
@@ -286,6 +286,17 @@ T* data_of(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+template <class Z, class T>
+Loss<Z, T> loss_of(
+    const Tensor& z, const Tensor& index, const Tensor& sums, const Tensor& mu, const Tensor& state,
+    double temperature) {
+  const int64_t rows = z.size(0), classes = sums.size(0), means = mu.size(0), dim = z.size(1);
+  const Z* const data = static_cast<const Z*>(z.const_data_ptr());
+  const State<T> of_rows(data_of<T>(state), rows + means);
+  const int64_t* const of_index = static_cast<const int64_t*>(index.const_data_ptr());
+  return {rows, classes, means, dim, data, of_index, data_of<T>(sums), data_of<T>(mu), of_rows, temperature};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
     Tensor z, Tensor labels, std::optional<Tensor> means, std::optional<Tensor> seen, double temperature,
     double mean_weight, bool balanced, int64_t ignore_index) {
@@ -303,8 +314,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
   seen = contiguous(seen);
   Tensor index = torch::stable::new_empty(labels, {rows});
   find_classes(
-      static_cast<const int64_t*>(labels.const_data_ptr()), rows,
-      means ? std::make_optional(num_means) : std::nullopt, ignore_index, data_of<int64_t>(index));
+      static_cast<const int64_t*>(labels.const_data_ptr()), rows, means ? std::make_optional(num_means) : std::nullopt,
+      ignore_index, data_of<int64_t>(index));
   Tensor value = torch::stable::new_empty(z, {}, type);
   Tensor state = torch::stable::new_empty(z, {State<float>::kRows, rows + num_means}, type);
   Tensor sums = torch::stable::new_empty(z, {classes, dim}, type);
@@ -312,9 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
   dispatch(z.scalar_type(), type, [&](auto of_z, auto of_sums, auto of_products) {
     using Z = decltype(of_z);
     using T = decltype(of_sums);
-    const Loss<Z, T> loss{
-        rows, classes, num_means, dim, static_cast<const Z*>(z.const_data_ptr()), data_of<int64_t>(index),
-        data_of<T>(sums), data_of<T>(mu), State<T>(data_of<T>(state), rows + num_means), temperature};
+    const auto loss = loss_of<Z, T>(z, index, sums, mu, state, temperature);
     prepare(
         loss, means ? static_cast<const T*>(means->const_data_ptr()) : nullptr,
         seen ? static_cast<const bool*>(seen->const_data_ptr()) : nullptr, mean_weight, balanced);
@@ -327,7 +336,7 @@ std::tuple<Tensor, Tensor> hycon_loss_backward(
     Tensor grad, Tensor z, std::optional<Tensor> means, Tensor state, Tensor index, Tensor sums, Tensor mu,
     double temperature) {
   const ScalarType type = sums_type(z);
-  const int64_t rows = z.size(0), dim = z.size(1), num_means = mu.size(0), classes = sums.size(0);
+  const int64_t rows = z.size(0), dim = z.size(1), num_means = mu.size(0);
   STD_TORCH_CHECK(means || num_means == 0, "mu must have no rows without means; got ", num_means);
   check_tensor(grad, "grad", type, {});
   check_tensor(state, "state", type, {State<float>::kRows, rows + num_means});
@@ -340,10 +349,9 @@ std::tuple<Tensor, Tensor> hycon_loss_backward(
   dispatch(z.scalar_type(), type, [&](auto of_z, auto of_sums, auto of_products) {
     using Z = decltype(of_z);
     using T = decltype(of_sums);
-    const Loss<Z, T> loss{
-        rows, classes, num_means, dim, static_cast<const Z*>(z.const_data_ptr()), data_of<int64_t>(index),
-        data_of<T>(sums), data_of<T>(mu), State<T>(data_of<T>(state), rows + num_means), temperature};
-    gradients<decltype(of_products)>(loss, *static_cast<const T*>(grad.const_data_ptr()), state, data_of<Z>(dz), data_of<T>(dmeans));
+    const auto loss = loss_of<Z, T>(z, index, sums, mu, state, temperature);
+    const T upstream = *static_cast<const T*>(grad.const_data_ptr());
+    gradients<decltype(of_products)>(loss, upstream, state, data_of<Z>(dz), data_of<T>(dmeans));
   });
   return {dz, dmeans};
 }

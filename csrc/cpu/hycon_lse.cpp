@@ -20,8 +20,7 @@ void check(const Tensor& t, const char* name, ScalarType type, std::initializer_
       t.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions; got ", t.dim());
   int64_t dim = 0;
   for (const int64_t size : shape) {
-    STD_TORCH_CHECK(
-        t.size(dim) == size, name, " must have size ", size, " in dimension ", dim, "; got ", t.size(dim));
+    STD_TORCH_CHECK(t.size(dim) == size, name, " must have size ", size, " in dimension ", dim, "; got ", t.size(dim));
     ++dim;
   }
 }

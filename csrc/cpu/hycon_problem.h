@@ -200,8 +200,7 @@ void run(
 }
 
 template <class E, class Z, class T>
-void lse_forward(
-    const Arguments<Z, T>& in, bool shifted, int64_t part, int64_t parts, const Tensor& like, T* lse) {
+void lse_forward(const Arguments<Z, T>& in, bool shifted, int64_t part, int64_t parts, const Tensor& like, T* lse) {
   Workspace<T> workspace(like);
   const Sizes& sizes = in.sizes;
   auto [p, finite] = pack<E>(in, shifted, false, workspace);

@@ -39,7 +39,7 @@ struct Sizes {
         rows(other_offset + padded(others)) {}
 
   static int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-  int64_t anchors() const { return own + others; }  // N
+  int64_t anchors() const { return own + others; }                                      // N
   int64_t anchor_row(int64_t i) const { return i < own ? i : other_offset + i - own; }  // padded row of z_i
   // Elements from row to row: an odd number of cache lines, as rows a power of two apart share too few cache sets.
   int64_t stride(int64_t element_size) const {
@@ -64,17 +64,11 @@ class Schedule {
   // Calls run(i, j, worker) for this part's pairs of blocks that have an own row, i before j or equal to it.
   template <class F>
   void for_each_pair(int64_t workers, int64_t part, int64_t parts, const F& run) const {
-    std::vector<std::atomic<int64_t>> done(count());  // pairs that have been added to a block's rows
-    for (auto& pairs : done) pairs.store(0, std::memory_order_relaxed);
     Queue queue(*this, part, parts);
     torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
       while (const std::optional<Pair> pair = queue.next()) {
-        // A pair waits only for earlier ones, which other workers have already drawn: no deadlock.
-        wait_for(done[pair->i], pair->turn_i);
-        if (pair->writes_j) wait_for(done[pair->j], pair->turn_j);
         run(blocks_[pair->i], blocks_[pair->j], worker);
-        done[pair->i].store(pair->turn_i + 1, std::memory_order_release);
-        if (pair->writes_j) done[pair->j].store(pair->turn_j + 1, std::memory_order_release);
+        queue.finish(*pair);
       }
     });
   }
@@ -88,10 +82,14 @@ class Schedule {
     bool writes_j;           // not if j is i or one of the others
   };
 
-  // Hands out this part's pairs in order; the rest costs a glance each.
+  // Hands out this part's pairs, each once those before it have been added to the rows of both its blocks. The order of
+  // the tournament is kept for every block but not between them: where a thread is held up, by another program on its
+  // core, the others go on with the pairs that do not depend on its own.
   class Queue {
    public:
-    Queue(const Schedule& schedule, int64_t part, int64_t parts) : schedule_(schedule), turns_(schedule.count(), 0) {
+    Queue(const Schedule& schedule, int64_t part, int64_t parts)
+        : schedule_(schedule), turns_(schedule.count(), 0), done_(schedule.count()) {
+      for (auto& pairs : done_) pairs.store(0, std::memory_order_relaxed);
       const int64_t own = schedule.num_own_;
       const int64_t pairs = own * (own + 1) / 2 + own * (schedule.count() - own);
       skip_ = pairs * part / parts;
@@ -99,8 +97,37 @@ class Schedule {
     }
 
     std::optional<Pair> next() {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (left_ == 0) return std::nullopt;
+      // The first pair that is not done waits for none, so that there is always one to run: no deadlock.
+      for (;; std::this_thread::yield()) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto ready = std::find_if(waiting_.begin(), waiting_.end(), [&](const Pair& p) { return is_ready(p); });
+        if (ready != waiting_.end()) {
+          const Pair pair = *ready;
+          waiting_.erase(ready);
+          return pair;
+        }
+        while (left_ > 0 && static_cast<int64_t>(waiting_.size()) < 4 * schedule_.count()) {
+          const Pair pair = draw();
+          if (is_ready(pair)) return pair;
+          waiting_.push_back(pair);
+        }
+        if (left_ == 0 && waiting_.empty()) return std::nullopt;
+      }
+    }
+
+    void finish(const Pair& pair) {
+      done_[pair.i].store(pair.turn_i + 1, std::memory_order_release);
+      if (pair.writes_j) done_[pair.j].store(pair.turn_j + 1, std::memory_order_release);
+    }
+
+   private:
+    bool is_ready(const Pair& pair) const {
+      return done_[pair.i].load(std::memory_order_acquire) == pair.turn_i &&
+             (!pair.writes_j || done_[pair.j].load(std::memory_order_acquire) == pair.turn_j);
+    }
+
+    // The next pair of this part; the rest costs a glance each.
+    Pair draw() {
       --left_;
       for (;;) {
         const auto [i, j] = schedule_.draw(ticket_++);
@@ -115,10 +142,11 @@ class Schedule {
       }
     }
 
-   private:
     const Schedule& schedule_;
     std::mutex mutex_;
-    std::vector<int64_t> turns_;  // by block
+    std::vector<int64_t> turns_;              // by block: pairs drawn
+    std::vector<std::atomic<int64_t>> done_;  // by block: pairs that have been added to its rows
+    std::vector<Pair> waiting_;               // drawn, in order
     int64_t ticket_ = 0, skip_, left_;
   };
 
@@ -137,10 +165,6 @@ class Schedule {
     const int64_t i = (round + k) % turning;
     const int64_t j = k == 0 ? turning : (round - k + turning) % turning;
     return {std::min(i, j), std::max(i, j)};
-  }
-
-  static void wait_for(const std::atomic<int64_t>& done, int64_t turn) {
-    while (done.load(std::memory_order_acquire) < turn) std::this_thread::yield();
   }
 
   std::vector<Block> blocks_;

@@ -40,7 +40,8 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -117,6 +118,13 @@ bool has(Isa isa) {
     default: return true;
   }
 }
+// Whether pairs of bfloat16 are multiplied faster than their values as float32 would be. Measured, forward and backward
+// at N = 8192, D = 128: 1.6 times as fast on an AMD EPYC, 0.6 times on an Intel Xeon (Sapphire Rapids).
+// ALLNC_CPU_ISA=avx512bf16 asks for them on any processor that has them.
+bool pairs_are_fast() {
+  const char* asked = std::getenv("ALLNC_CPU_ISA");
+  return __builtin_cpu_is("amd") || (asked != nullptr && std::strcmp(asked, "avx512bf16") == 0);
+}
 #endif
 
 template <class E>
@@ -143,7 +151,7 @@ template <>
 const Tiles<BFloat16Pair>* tiles<BFloat16Pair>() {
 #if defined(__x86_64__)
   static const Tiles<BFloat16Pair> chosen = avx512bf16::make_tiles<BFloat16Pair>();
-  static const bool available = has(kAvx512Bf16);
+  static const bool available = has(kAvx512Bf16) && pairs_are_fast();
   return available ? &chosen : nullptr;
 #else
   return nullptr;

@@ -41,10 +41,10 @@ constexpr int64_t kPack = std::is_same_v<E, BFloat16Pair> ? 2 : 1;
 template <class E>
 struct Problem {
   using T = Sum<E>;
-  int64_t dim;        // D
-  int64_t depth;      // D / kPack<E>, rounded up
-  int64_t stride;     // elements from row to row of `rows` and `grad`
-  T scale;            // log2(e) / temperature if shifted, else 1 / temperature
+  int64_t dim;     // D
+  int64_t depth;   // D / kPack<E>, rounded up
+  int64_t stride;  // elements from row to row of `rows` and `grad`
+  T scale;         // log2(e) / temperature if shifted, else 1 / temperature
   bool shifted;
   const E* panels;    // [R / 48, depth, 48]: the rows, transposed panel by panel
   const E* rows;      // [R / kPack<E>, stride]: the rows; backward only

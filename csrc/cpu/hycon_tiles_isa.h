@@ -94,8 +94,8 @@ ALLNC_INLINE_TILE Vector<T> exp2(Vector<T> x) {
   ALLNC_UNROLL for (int k = S::kDegree - 2; k >= 0; --k) q = q * f + S::kExp2[k];
   q = q * f + T(1);
   using Bits = typename Simd<T>::Bits;
-  const Vector<T> scaled = reinterpret_cast<Vector<T>>(
-      reinterpret_cast<Bits>(q) + (reinterpret_cast<Bits>(rounded) << S::kMantissa));
+  const Vector<T> scaled =
+      reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(q) + (reinterpret_cast<Bits>(rounded) << S::kMantissa));
   return x < S::kLowest ? Vector<T>{} : scaled;
 }
 
@@ -247,13 +247,11 @@ void sum_unshifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
     for (int64_t k = 0; k < i.rows; ++k) scratch[k * kMaxBlock + k] = -__builtin_inf();
   }
   for (int64_t row = i.first; row < i.first + i.rows; ++row) {
-    merge_row(
-        scratch + (row - i.first) * kMaxBlock, p.weight + j.first, j.rows, p.scale, p.max[row], p.sum[row]);
+    merge_row(scratch + (row - i.first) * kMaxBlock, p.weight + j.first, j.rows, p.scale, p.max[row], p.sum[row]);
   }
   if (kDiagonal) return;
   for (int64_t column = j.first; column < j.first + j.rows; column += kLanes) {
-    merge_columns(
-        scratch + column - j.first, p.weight + i.first, i.rows, p.scale, p.max + column, p.sum + column);
+    merge_columns(scratch + column - j.first, p.weight + i.first, i.rows, p.scale, p.max + column, p.sum + column);
   }
 }
 

@@ -7,11 +7,11 @@
 
 #include <cstdint>  // defines __GLIBC__ where it is glibc
 
-#define ALLNC_INLINE inline __attribute__((always_inline))
+#define ALLNC_INLINED __attribute__((always_inline))  // of a lambda
+#define ALLNC_INLINE inline ALLNC_INLINED
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define ALLNC_MULTIVERSION \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define ALLNC_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define ALLNC_MULTIVERSION
 #endif

@@ -1,9 +1,9 @@
-// The ops p2p_blocks_forward and p2p_blocks_backward: P2P of centred unit rows, as residuals or softmax weights of the
+// The op p2p_blocks_forward: P2P of centred unit rows, as residuals or softmax weights of the
 // C x C matrix of products, some rows at a time. allnc/ops/p2p/p2p.py has the formulas. C rows (classes), F columns, K
 // classes seen.
 //
 // A gradient needs the residuals, or the weights, that the value is made of. The forward goes on to it while they are
-// in the cache, so that they are formed once and never stored; the backward multiplies by the gradient of the value.
+// in the cache, so that they are formed once and never stored; allnc/ops multiplies by the gradient of the value.
 // Residuals of a side with itself are symmetric: a triangle of them is formed,
 //     value  1 C²F multiply-adds for etf with itself (and 2 for its gradient), else 2 (and 4),
 // in matrix products of the library; what lies between them is one pass over rows in the cache.
@@ -31,7 +31,7 @@ constexpr int64_t kPairLanes = 16;  // partial results of a row, which vector un
 template <class T>
 ALLNC_MULTIVERSION T add_and_square(T* __restrict x, const T* __restrict y, int64_t count) {
   T sums[kPairLanes] = {}, total = 0;
-  const auto term = [=](int64_t k) __attribute__((always_inline)) {
+  const auto term = [=](int64_t k) ALLNC_INLINED {
     x[k] += y[k];
     return x[k] * x[k];
   };
@@ -49,7 +49,7 @@ template <class T>
 ALLNC_MULTIVERSION T add_and_find_largest(T* __restrict x, const T* __restrict y, int64_t count) {
   T tops[kPairLanes], top = -std::numeric_limits<T>::infinity();
   for (int64_t lane = 0; lane < kPairLanes; ++lane) tops[lane] = top;
-  const auto larger = [=](T top, int64_t k) __attribute__((always_inline)) {
+  const auto larger = [=](T top, int64_t k) ALLNC_INLINED {
     x[k] += y[k];
     return x[k] > top ? x[k] : top;
   };
@@ -86,9 +86,7 @@ ALLNC_INLINE T exp2_of_negative(T x) {
 template <class T>
 ALLNC_MULTIVERSION T exponentials(T* x, T top, T scale, int64_t count) {
   T sums[kPairLanes] = {}, total = 0;
-  const auto term = [=](int64_t k) __attribute__((always_inline)) {
-    return x[k] = exp2_of_negative<T>((x[k] - top) * scale);
-  };
+  const auto term = [=](int64_t k) ALLNC_INLINED { return x[k] = exp2_of_negative<T>((x[k] - top) * scale); };
   int64_t k = 0;
   for (; k + kPairLanes <= count; k += kPairLanes) {
     for (int64_t lane = 0; lane < kPairLanes; ++lane) sums[lane] += term(k + lane);
@@ -101,19 +99,6 @@ ALLNC_MULTIVERSION T exponentials(T* x, T top, T scale, int64_t count) {
 template <class T>
 ALLNC_MULTIVERSION void scale_pairs(T* x, T factor, int64_t count) {
   for (int64_t k = 0; k < count; ++k) x[k] *= factor;
-}
-
-// out = x factor
-template <class T>
-ALLNC_MULTIVERSION void scale_into(T* __restrict out, const T* __restrict x, T factor, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) out[k] = x[k] * factor;
-}
-
-// out = x a + y b
-template <class T>
-ALLNC_MULTIVERSION void add_scaled(
-    T* __restrict out, const T* __restrict x, T a, const T* __restrict y, T b, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) out[k] = x[k] * a + y[k] * b;
 }
 
 namespace {
@@ -208,7 +193,8 @@ void multiply_into(Tensor& out, const Tensor& a, const Tensor& b, double beta, d
 
 // The value of a pair, and its gradients to dx and dy [C, F], of zeros. Without y, x meets itself and dy is not used.
 template <class T>
-double visit_pair(const Tensor& x, const Tensor* y, const Options& options, bool with_gradient, Tensor& dx, Tensor* dy) {
+double visit_pair(
+    const Tensor& x, const Tensor* y, const Options& options, bool with_gradient, Tensor& dx, Tensor* dy) {
   // Products that stay in the second-level cache; with fewer rows, matrix products would wait for memory.
   constexpr int64_t kElements = int64_t{1} << 18, kLeastRows = 128;
   const int64_t classes = x.size(0);
@@ -285,52 +271,8 @@ std::tuple<Tensor, Tensor> p2p_blocks_forward(
   return {values, gradients};
 }
 
-// The gradient of a side: that of its pair with itself times one factor, and of its pair with the other times another.
-template <class T>
-Tensor side_gradient(const Tensor& gradients, const T* own, int64_t of_own, const T* cross, int64_t of_cross) {
-  const int64_t rows = gradients.size(1), columns = gradients.size(2);
-  const T* const data = static_cast<const T*>(gradients.const_data_ptr());
-  Tensor out = empty_like_on(gradients, {rows, columns}, gradients.scalar_type());
-  T* const to = static_cast<T*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, rows * columns, 1 << 15, [&](int64_t begin, int64_t end) {
-    const auto row = [&](int64_t index) { return data + index * rows * columns + begin; };
-    if (own && cross) {
-      add_scaled(to + begin, row(of_own), *own, row(of_cross), *cross, end - begin);
-    } else {
-      scale_into(to + begin, own ? row(of_own) : row(of_cross), own ? *own : *cross, end - begin);
-    }
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> p2p_blocks_backward(Tensor grad, Tensor gradients, bool with_other, bool own, bool cross) {
-  check_dim(gradients, "gradients", 3);
-  const ScalarType type = gradients.scalar_type();
-  check_type(gradients, "gradients", accumulation_type(type));
-  const int64_t num_own = !own ? 0 : with_other ? 2 : 1;
-  STD_TORCH_CHECK(
-      gradients.size(0) == num_own + 2 * cross, "gradients must have ", num_own + 2 * cross, " matrices; got ",
-      gradients.size(0));
-  check_tensor(grad, "grad", type, {num_own + cross});
-  grad = torch::stable::contiguous(grad);
-  gradients = torch::stable::contiguous(gradients);
-  Tensor dx, dy;
-  dispatch_sums(type, [&](auto of_sums) {
-    using T = decltype(of_sums);
-    const T* const factors = static_cast<const T*>(grad.const_data_ptr());
-    const T* const of_cross = cross ? factors + num_own : nullptr;
-    dx = side_gradient(gradients, own ? factors : nullptr, 0, of_cross, num_own);
-    dy = with_other ? side_gradient(gradients, own ? factors + 1 : nullptr, 1, of_cross, num_own + 1)
-                    : empty_like_on(gradients, {0}, type);
-  });
-  return {dx, dy};
-}
-
 }  // namespace
 }  // namespace cpu
 }  // namespace allnc
 
-STABLE_TORCH_LIBRARY_IMPL(allnc_C, CPU, m) {
-  m.impl("p2p_blocks_forward", TORCH_BOX(&allnc::cpu::p2p_blocks_forward));
-  m.impl("p2p_blocks_backward", TORCH_BOX(&allnc::cpu::p2p_blocks_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(allnc_C, CPU, m) { m.impl("p2p_blocks_forward", TORCH_BOX(&allnc::cpu::p2p_blocks_forward)); }

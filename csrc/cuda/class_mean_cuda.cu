@@ -2,8 +2,8 @@
 // formulas. N rows, C classes, F columns.
 //
 // Rows are grouped by class (their numbers, not the rows themselves) and each class's rows summed in segments of
-// bounded length. Most classes have one segment, whose block also updates the mean; an absent class has one without rows. Only
-// heavier classes go through a buffer of partial sums, added up in order. The launches are
+// bounded length. Most classes have one segment, whose block also updates the mean; an absent class has one without
+// rows. Only heavier classes go through a buffer of partial sums, added up in order. The launches are
 //     count_kernel        rows of each class; the last block to finish plans: where classes and segments begin
 //     group_kernel        row numbers by class, at the ranks that the counting atomics gave;
 //                         deterministic: a stable radix sort of the labels instead, then split_kernel
@@ -14,10 +14,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cub/block/block_scan.cuh>
 #include <cub/device/device_radix_sort.cuh>
-
-#include <algorithm>
 #include <vector>
 
 #include "../class_mean.h"
@@ -116,7 +115,7 @@ __device__ __forceinline__ void write_segment(
 // Exclusive sums over the classes, by one block; writes the plan but for later segments of heavy classes, and moves the
 // classes that have rows among the seen ones.
 __device__ void make_plan(const unsigned long long* counter, const Plan& plan, bool* seen, bool* seen_before) {
-  constexpr int kItems = 4;  // classes of a thread
+  constexpr int kItems = 4;                                                   // classes of a thread
   using Scan = cub::BlockScan<Before, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;  // raking spills registers
   __shared__ typename Scan::TempStorage storage;
   Before total{0, 0, 0, 0};
@@ -308,8 +307,8 @@ __global__ void __launch_bounds__(kThreads, 4) segment_kernel(
 
 // Heavy classes, from their partial sums. Block (share of the classes, column tile); threads (columns, partial sums).
 template <class A, int V>
-__global__ void __launch_bounds__(kThreads, 4) heavy_kernel(
-    const A* __restrict__ partial, int64_t columns, Plan plan, Update<A> update) {
+__global__ void __launch_bounds__(kThreads, 4)
+    heavy_kernel(const A* __restrict__ partial, int64_t columns, Plan plan, Update<A> update) {
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
   const bool inside = column < columns;
   const int64_t num_heavy = plan.before[plan.classes].heavy;
@@ -426,8 +425,8 @@ void launch_segments(
   const int64_t columns = features.size(1);
   const dim3 block = block_shape((columns + V - 1) / V);
   const dim3 grid(num_blocks(max_segments, 1), num_column_tiles(columns, block.x * V));
-  segment_kernel<T, A, V><<<grid, block, 0, stream>>>(
-      data<T>(features), features.stride(0), columns, order, plan, partial, update);
+  segment_kernel<T, A, V>
+      <<<grid, block, 0, stream>>>(data<T>(features), features.stride(0), columns, order, plan, partial, update);
   check_launch("segment_kernel");
   if (max_heavy == 0) return;
   constexpr int kPack = V > 1 ? 16 / sizeof(A) : 1;
@@ -494,8 +493,8 @@ std::tuple<Tensor, Tensor, Tensor> class_mean_ema_forward(
         data<bool>(seen_before), mutable_data<A>(running), mutable_data<A>(value), static_cast<A>(momentum),
         static_cast<A>(1 - momentum)};
     A* const partial = take<A>(memory, labels, max_partials * columns);
-    const bool aligned = is_aligned(data<T>(features), features.stride(0), columns) &&
-                         is_aligned(data<A>(running), columns, columns);
+    const bool aligned =
+        is_aligned(data<T>(features), features.stride(0), columns) && is_aligned(data<A>(running), columns, columns);
     const auto launch = aligned ? launch_segments<T, 16 / sizeof(T)> : launch_segments<T, 1>;
     launch(features, max_segments, max_heavy, order, plan, partial, update, stream);
   });
@@ -505,8 +504,8 @@ std::tuple<Tensor, Tensor, Tensor> class_mean_ema_forward(
 
 template <class T, int V>
 void launch_gradient(
-    const Tensor& grad_value, const Tensor& labels, const Tensor& counts, const Tensor& seen_before,
-    double seen_factor, int64_t ignore_index, Tensor& grad_features, cudaStream_t stream) {
+    const Tensor& grad_value, const Tensor& labels, const Tensor& counts, const Tensor& seen_before, double seen_factor,
+    int64_t ignore_index, Tensor& grad_features, cudaStream_t stream) {
   using A = typename Accumulation<T>::type;
   const int64_t rows = labels.size(0), classes = grad_value.size(0), columns = grad_value.size(1);
   const dim3 block = block_shape((columns + V - 1) / V);

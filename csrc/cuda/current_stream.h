@@ -7,8 +7,7 @@
 
 // In libtorch_cuda, and the only thing used from it. Weak and not linked against, so that an extension with CUDA
 // code also loads, with its CPU ops, in a torch built without CUDA.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 
 namespace allnc::cuda {
 

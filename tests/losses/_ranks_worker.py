@@ -5,9 +5,7 @@ python -m tests.losses._ranks_worker RANK WORLD FOLDER
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from allnc.config import LossConfig
 from allnc.losses import build_loss
 from allnc.losses.build import LOSSES
 from allnc.ops.ranks import Ranks
+from tests.processes import rank_main
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = torch.tensor([50, 20, 10, 5, 2, 1])
@@ -129,10 +128,7 @@ def wrong_call(rank: int, group: Any) -> list[str]:
     return told
 
 
-def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = (folder / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def work(rank: int, world: int, _: list[str]) -> dict[Any, Any]:
     exchanges = []
     exchange = Ranks._exchange
     Ranks._exchange = lambda self, numbers: exchanges.append(1) or exchange(self, numbers)  # type: ignore[method-assign]
@@ -148,10 +144,8 @@ def main(rank: int, world: int, folder: Path) -> None:
             results[size, name]["exchanges"] = len(exchanges)
         if size == world:
             results["wrong call"] = wrong_call(rank, group)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    rank_main(work)

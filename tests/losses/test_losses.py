@@ -199,9 +199,9 @@ def test_cosine_module_uses_the_class_means() -> None:
 def test_allnc_compiles_without_a_break(form: Any) -> None:
     eager, traced = (AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form)).double() for _ in range(2))
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
-    for seed in range(2):
+    for seed, progress in enumerate((0.1, 0.2, 0.25, 0.9)):  # another value at every step
         batch = _Batch(seed)
-        value, want = batch.call(compiled).total, batch.call(eager).total
+        value, want = batch.call(compiled, progress).total, batch.call(eager, progress).total
         assert math.isclose(value.item(), want.item(), rel_tol=1e-9)
         got, expected = (torch.autograd.grad(v, batch.features)[0] for v in (value, want))
         assert_near(got, expected)
@@ -302,7 +302,7 @@ def test_an_op_is_given_the_chosen_backend_where_it_has_it(
 @pytest.mark.parametrize("form", ["softmax", "cosine", "none"])
 def test_terms_of_weight_zero_are_not_computed(monkeypatch: pytest.MonkeyPatch, form: Any) -> None:
     """Without P2P no class means of feature space are kept, unless the cosine form needs them, and no op is called."""
-    off = {"p2p_means": 0.0, "p2p_weights": 0.0, "p2p_duality": 0.0}
+    off: dict[str, Any] = {"p2p_means": 0.0, "p2p_weights": 0.0, "p2p_duality": 0.0}
     loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form, **off)).double()
     assert (loss.feature_means is None) == (form != "cosine") and loss.pairings == []
     called = []

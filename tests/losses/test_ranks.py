@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.losses._ranks_worker import COUNTS, IMAGES, SIZES, STEPS, C, cases, train
+from tests.processes import needs_gloo, run_ranks
 
 WORLD = max(SIZES)
 TOLERANCE = 1e-11  # of the largest entry; all of it is float64
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of the four processes saved."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.losses._ranks_worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([*command, str(rank), str(WORLD), str(folder)], env=environment) for rank in range(WORLD)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * WORLD
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return run_ranks("tests.losses._ranks_worker", WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_near(got: torch.Tensor, want: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""One of several processes of tests/ops/test_hycon_ranks.py: runs every case in groups of 1 to W ranks, saves results.
+"""One of several processes of tests/ops/test_ranks.py: runs every case in groups of 1 to W ranks, saves results.
 
 python -m tests.ops._ranks_worker RANK WORLD FOLDER BACKEND...
 """
@@ -6,17 +6,15 @@ python -m tests.ops._ranks_worker RANK WORLD FOLDER BACKEND...
 from __future__ import annotations
 
 import os
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allnc import hycon
+from allnc import all_around, class_mean_ema, hycon
 from tests.cases import generator_of, make_case, value_and_gradients
+from tests.processes import rank_main
 
 N, D, C = 61, 19, 7
 
@@ -53,6 +51,27 @@ def run(rows: dict[str, Tensor], options: dict[str, Any], **keywords: Any) -> di
     return value_and_gradients(hycon, rows, **options, **keywords)
 
 
+def all_around_case() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Per-row tensors and those that are the same on every rank, in float64."""
+    case = make_case(N, D, C, 23, dtype=torch.float64, seed=5)
+    case["labels"][::9] = -100
+    rows = {name: case.pop(name) for name in ("z", "labels")}
+    return rows, case
+
+
+def class_means(features: Tensor, labels: Tensor, group: Any = None, **options: Any) -> dict[str, Tensor]:
+    """Value, state and this rank's gradient after two updates; each rank's loss is a W-th of one on the value."""
+    features = features.detach().clone().requires_grad_()
+    means = torch.zeros(C, features.shape[1], dtype=features.dtype)
+    seen = torch.arange(C) == 1
+    for _ in range(2):
+        value = class_mean_ema(features, labels, means, seen, group=group, **options)
+    upstream = torch.randn(value.shape, generator=generator_of(6), dtype=value.dtype)
+    (value * upstream).sum().div(1 if group is None else group.size()).backward()
+    assert features.grad is not None
+    return {"value": value.detach(), "means": means, "seen": seen, "features": features.grad}
+
+
 def message_of(function, *arguments: Any, **keywords: Any) -> str:
     try:
         function(*arguments, **keywords)
@@ -79,10 +98,7 @@ def wrong_calls(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     }
 
 
-def main(rank: int, world: int, folder: Path, backends: list[str]) -> None:
-    torch.set_num_threads(1)
-    store = (folder / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def work(rank: int, world: int, backends: list[str]) -> dict[Any, Any]:
     results: dict[Any, Any] = {}
     for size, sizes in SIZES.items():
         group: Any = dist.new_group(list(range(size)))
@@ -95,14 +111,17 @@ def main(rank: int, world: int, folder: Path, backends: list[str]) -> None:
             rows, options = rows_and_options(name)
             local = {k: v[own] for k, v in rows.items()}
             for backend in backends:
-                if backend != "triton" or options["means"] is None or options["means"].dtype != torch.float64:
+                if backend != "triton" or rows["z"].dtype != torch.float64:
                     results[size, name, backend] = run(local, options, group=group, backend=backend)
+        rows, options = all_around_case()
+        local = {k: v[own] for k, v in rows.items()}
+        results[size, "all_around"] = value_and_gradients(all_around, local, **options, group=group)
+        for gradient in ("exact", "straight_through"):
+            results[size, gradient] = class_means(local["z"], local["labels"], group, gradient=gradient)
         if size == world:
             results["wrong calls"] = wrong_calls(rank, group)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    rank_main(work)

@@ -23,6 +23,7 @@ from torch import Tensor
 from allnc import _extension
 from allnc.ops._common import accumulation_dtype
 from allnc.ops.hycon import hycon_reference
+from tests.poison import poisoned_allocations  # noqa: F401 (a fixture, found by name)
 
 pytestmark = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")
 
@@ -319,16 +320,7 @@ def test_bit_equal_for_any_number_of_threads(temperature: float, means: bool) ->
             assert torch.equal(x, y)
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned_allocations")
 def test_reads_no_uninitialised_memory() -> None:
     for means in (True, False):
         check(make_case(250, 21, 13, means=means, ignored=0.1))

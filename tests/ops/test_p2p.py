@@ -25,6 +25,7 @@ from allnc.ops.p2p import (
     pair_form,
 )
 from tests.backends import needs_interpreter
+from tests.launches import count_launches
 from tests.tolerances import assert_as_exact, error
 
 FORMS = ("pairwise", "closed", "softmax")
@@ -32,15 +33,7 @@ cpp = pytest.param("cpp", marks=pytest.mark.skipif(not _extension.has_cpp(), rea
 on_cpu = pytest.mark.parametrize("backend", ["eager", cpp])
 cpp_only = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")
 # Forms and what computes them; the closed form is always made of torch operations.
-computed = pytest.mark.parametrize(
-    ("form", "backend"),
-    [
-        ("pairwise", "eager"),
-        ("softmax", "eager"),
-        ("closed", "eager"),
-        *(pytest.param(form, "cpp", marks=cpp.marks) for form in ("pairwise", "softmax")),
-    ],
-)
+in_torch = pytest.mark.parametrize("form", ["pairwise", "softmax", "closed"])
 
 
 def _leaves(num_classes: int, dim: int, *, with_y: bool, seed: int = 0) -> list[Tensor]:
@@ -84,15 +77,15 @@ def test_matches_reference(backend, data: st.DataObject, num_classes: int, dim: 
         assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
 
 
-@computed
-def test_all_blocks_equal_the_single_pairs(form: str, backend: str) -> None:
+@in_torch
+def test_all_blocks_equal_the_single_pairs(form: str) -> None:
     """Values and gradients of (x, x), (y, y) and (x, y) at once; gradcheck and opcheck of the op that has them."""
     leaves = _leaves(5, 3, with_y=True)
     seen = torch.tensor([True, True, False, True, True])
 
     def at_once(*rows: Tensor) -> Tensor:
         x, y = (centred_unit(r, seen) for r in rows)
-        return p2p_blocks(x, y, seen, blocks="all", form=form, temperature=0.2, backend=backend)
+        return p2p_blocks(x, y, seen, blocks="all", form=form, temperature=0.2)
 
     def one_by_one(*rows: Tensor) -> Tensor:
         x, y = (centred_unit(r, seen) for r in rows)
@@ -106,7 +99,7 @@ def test_all_blocks_equal_the_single_pairs(form: str, backend: str) -> None:
         assert error(g, w) < 1e-13
     assert torch.autograd.gradcheck(at_once, leaves)
     rows = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
-    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*rows, seen, "all", form, 0.2, True, backend))
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*rows, seen, "all", form, 0.2, True, "eager"))
 
 
 @pytest.mark.parametrize("num_seen", [0, 1, 2, 6])
@@ -193,29 +186,29 @@ def test_the_form_with_fewer_operations_is_chosen() -> None:
     assert pair_form("softmax", (8142, 2048), blocks="all", backend="triton") == ("softmax", "eager")
 
 
-@computed
+@in_torch
 @pytest.mark.parametrize("with_y", [False, True])
-def test_gradcheck_and_opcheck(form: str, backend: str, with_y: bool) -> None:
+def test_gradcheck_and_opcheck(form: str, with_y: bool) -> None:
     leaves = _leaves(5, 3, with_y=with_y)
     seen = torch.tensor([True, True, False, True, True])
 
     def value(*rows: Tensor) -> Tensor:
         units = [centred_unit(r, seen) for r in rows]
-        return pair_value(units[0], units[1] if with_y else None, seen, form, 0.2, backend)
+        return pair_value(units[0], units[1] if with_y else None, seen, form, 0.2)
 
     assert torch.autograd.gradcheck(value, leaves)
     units = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
     y = units[1] if with_y else None
     rest = (seen, "cross" if with_y else "own", form, 0.2)
-    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (units[0], y, *rest, True, backend))
+    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (units[0], y, *rest, True, "eager"))
     rows = [u.detach() for u in units]
     for with_gradient in (False, True):
-        arguments = (rows[0], rows[1] if with_y else None, *rest, with_gradient, backend)
+        arguments = (rows[0], rows[1] if with_y else None, *rest, with_gradient, "eager")
         torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, arguments)
         kept = torch.ops.allnc.p2p_blocks(*arguments)[1]
     torch.library.opcheck(
         torch.ops.allnc.p2p_blocks_backward.default,
-        (torch.ones(1, dtype=torch.float64), kept, rows[0], rows[1] if with_y else None, *rest, backend),
+        (torch.ones(1, dtype=torch.float64), kept, rows[0], rows[1] if with_y else None, *rest, "eager"),
     )
 
 
@@ -251,7 +244,7 @@ def test_values_of_rows(blocks: Blocks, target: Target) -> None:
 @cpp_only
 def test_gradient_must_be_asked_for() -> None:
     seen = torch.ones(5, dtype=torch.bool)
-    for op, rest in (("p2p_values", ()), ("p2p_blocks", ("cpp",))):
+    for op, rest in (("p2p_values", ()), ("p2p_blocks", ("eager",))):
         x = _leaves(5, 6, with_y=False)[0]
         value = getattr(torch.ops.allnc, op)(x, None, seen, "own", "pairwise", 0.1, False, *rest)[0]
         with pytest.raises(RuntimeError, match="call it with True to differentiate it"):
@@ -295,12 +288,19 @@ def test_cpp_unit_rows(data: st.DataObject, num_classes: int, dim: int, with_y: 
     leaves = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
     garbage = [leaf.detach().where(seen[:, None], torch.nan).requires_grad_() for leaf in leaves]
     weights = torch.randn(2, num_classes, dim, dtype=torch.float64)
-    got = centred_units(*garbage, *[None] * (1 - with_y), seen, backend="cpp")
-    want = centred_units(*leaves, *[None] * (1 - with_y), seen, backend="eager")
-    total = [sum((u * w).sum() for u, w in zip(units, weights, strict=False) if u is not None) for units in (got, want)]
+
+    def units(rows: list[Tensor], backend: str) -> list[Tensor]:
+        u, v = centred_units(rows[0], rows[1] if with_y else None, seen, backend=backend)
+        assert (v is not None) == with_y
+        return [u] if v is None else [u, v]
+
+    def total(rows: list[Tensor]) -> Tensor:
+        return torch.stack([(u * w).sum() for u, w in zip(rows, weights, strict=False)]).sum()
+
+    got, want = units(garbage, "cpp"), units(leaves, "eager")
     for u, v in zip(got, want, strict=True):
-        assert (u is None and v is None) or error(u, v) < 1e-13  # pyright: ignore[reportArgumentType]
-    for g, w in zip(_grads(total[0], garbage), _grads(total[1], leaves), strict=True):
+        assert error(u, v) < 1e-13
+    for g, w in zip(_grads(total(got), garbage), _grads(total(want), leaves), strict=True):
         assert error(g, w) < 1e-11 * max(1.0, float(w.abs().max()))
 
 
@@ -320,7 +320,7 @@ def test_cpp_unit_ops_pass_opcheck(dtypes: tuple[torch.dtype, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 @on_cpu
-def test_types_are_as_good_as_eager(backend, dtype: torch.dtype, target: str) -> None:
+def test_types_are_as_good_as_eager(backend, dtype: torch.dtype, target: Target) -> None:
     x, y = torch.randn(2, 12, 20).to(dtype)
     results = []
     for cast, function, options in (
@@ -375,7 +375,7 @@ def test_unseen_rows_are_never_read(backend) -> None:
 def test_row_at_the_centre_has_no_direction(backend) -> None:
     """A row equal to the mean up to rounding must not become a unit row of noise with a huge gradient."""
     x = torch.randn(4, 8) + 1000
-    x = torch.cat((x, x.mean(0, keepdim=True))).requires_grad_()
+    x = torch.cat((x, x.mean(0, keepdim=True) + 3e-4)).requires_grad_()  # some roundings off
     seen = torch.ones(5, dtype=torch.bool)
     assert bool((centred_units(x, None, seen, backend=backend)[0][4] == 0).all())
     assert float(_grads(p2p(x, target="etf", backend=backend), [x])[0].abs().max()) < 10
@@ -441,9 +441,9 @@ def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: in
     got = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="triton")
     same = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="eager")
     want = p2p_reference(*exact, target=target, temperature=0.3, seen=seen)
-    assert_as_exact(got, same, want)
+    assert_as_exact(got, same, want, floor=1.0)  # 0 for two classes: a difference of cosines
     for g, s, w in zip(_grads(got, leaves), _grads(same, leaves), _grads(want, exact), strict=True):
-        assert_as_exact(g, s, w, scale=max(1.0, float(w.abs().max())) ** 2)
+        assert_as_exact(g, s, w, floor=max(1.0, float(w.abs().max()) ** 2))
 
 
 @needs_interpreter
@@ -484,22 +484,7 @@ def test_triton_compiles_without_a_break(target) -> None:
 @needs_interpreter
 def test_triton_backend_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward two launches for the rows and two for the value, backward one and two."""
-    import allnc.kernels.centred_unit as units
-    import allnc.kernels.p2p as pairs
-
-    launched = []
-
-    class Counted:
-        def __init__(self, module, name: str) -> None:
-            self.name, self.kernel = name, getattr(module, name)
-
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.kernel[grid]
-
-    for module in (units, pairs):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted(module, name))
+    launched = count_launches(monkeypatch)
     leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(6, 9, with_y=True)]
     value = p2p(*leaves, backend="triton")
     forward = ["unit_sums_kernel", "unit_rows_kernel", "p2p_fwd_kernel", "p2p_finish_kernel"]

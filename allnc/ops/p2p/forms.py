@@ -40,8 +40,8 @@ def pair_form(
     The squared form is "pairwise" (C x C matrices) or "closed" (F x F matrices), whichever takes fewer operations in
     its matrix products, forward and backward: closed 4, 8, 8 times C F² for own, cross, all blocks, pairwise 4, 6, 14
     times C² F. The closed form needs the Gram matrix of each side once, whatever the blocks; hence F < C, 3/4 C and
-    7/4 C. Measured on a CPU, benchmarks/results/p2p-forms-cpu.csv: at none of
-    its 38 shapes is the other form faster by more than 4 %.
+    7/4 C. Measured on a CPU (benchmarks/results/p2p-forms-cpu.csv, when gradients were formed in the backward): at none
+    of 38 shapes is the other form faster by more than 4 %.
 
     With the C++ backend pairwise takes 3, 6, 12 times C² F, and closed still is some sixty torch operations, which
     makes it the slower one of small matrices (C = 100: 1.4 to 2.2 times). Measured at C = 100, 400 and 1000 with nine F
@@ -108,14 +108,8 @@ def blocks_forward(
     form: str,
     temperature: float,
     with_gradient: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Values [B], and what the backward needs, see `kept_shape`."""
-    if backend == "cpp":
-        own, cross = blocks != "cross", blocks != "own"
-        return torch.ops.allnc_C.p2p_blocks_forward(
-            x, y, seen, own, cross, form == "softmax", temperature, with_gradient
-        )
     num_seen = seen.sum().to(x.dtype)
     kept = x.new_zeros(kept_shape(x, y, blocks, form, with_gradient))
     if form == "closed":
@@ -138,13 +132,9 @@ def blocks_forward(
 
 
 def blocks_backward(
-    grad: Tensor, kept: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, *, blocks: str, form: str, backend: str
+    grad: Tensor, kept: Tensor, x: Tensor, y: Tensor | None, seen: Tensor, *, blocks: str, form: str
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and y from those of the values [B]."""
-    if backend == "cpp":
-        own, cross = blocks != "cross", blocks != "own"
-        dx, dy = torch.ops.allnc_C.p2p_blocks_backward(grad, kept, y is not None, own, cross)
-        return dx, None if y is None else dy
     if form == "closed":
         num_seen = seen.sum().to(x.dtype)
         scale = grad * _gradient_scale(num_seen, form)  # [B]

@@ -93,7 +93,7 @@ def _p2p_blocks(
 
         rest = {"target": kernel_target(form), "temperature": temperature, "blocks": blocks}
         return p2p_forward(x, y, seen, **rest)
-    options = {"form": form, "temperature": temperature, "with_gradient": with_gradient, "backend": backend}
+    options = {"form": form, "temperature": temperature, "with_gradient": with_gradient}
     with torch.autocast(x.device.type, enabled=False):
         return blocks_forward(x, y, seen, blocks=blocks, **options)
 
@@ -125,7 +125,7 @@ def _p2p_blocks_backward(
         dx, dy = p2p_backward(grad, kept, x, y, seen, **rest)
     else:
         with torch.autocast(x.device.type, enabled=False):
-            dx, dy = blocks_backward(grad, kept, x, y, seen, blocks=blocks, form=form, backend=backend)
+            dx, dy = blocks_backward(grad, kept, x, y, seen, blocks=blocks, form=form)
     return dx, x.new_empty(0) if dy is None else dy
 
 
@@ -171,7 +171,7 @@ def p2p_blocks(
         blocks: "own" for (x, x), "cross" for (x, y), "all" for (x, x), (y, y) and (x, y).
         form: "pairwise", "closed" or "softmax", see `pair_form`.
         temperature: τ of the softmax form.
-        backend: "eager", "cpp" (CPU) or "triton" (float32, not for "closed").
+        backend: "eager" or "triton" (float32, not for "closed"). C++ has all of it in one op, `p2p_values`.
 
     Returns:
         [1] or, for "all", [3] of x's type.
@@ -196,18 +196,18 @@ def _p2p_values(
         v = None if y is None else v
         options = (form == "softmax", temperature, with_gradient)
         values, of_units = ops.p2p_blocks_forward(u, v, seen, own, cross, *options)
-        none = u.new_empty(0)
         if not with_gradient:
-            return values, none, none.clone(), none.clone(), none.clone()
+            return values, u.new_empty(0), u.new_empty(0), u.new_empty(0), u.new_empty(0)
 
         def through_centring(du: Tensor, dv: Tensor | None) -> tuple[Tensor, Tensor]:
             return ops.centred_unit_backward(du, dv, u, v, scale, seen, dtype, dtype)
 
-        of_own = (none, none.clone())
+        own_x, own_y, cross_x, cross_y = (u.new_empty(0) for _ in range(4))
         if own:
-            of_own = through_centring(of_units[0], None if y is None else of_units[1])
-        of_cross = through_centring(of_units[-2], of_units[-1]) if cross else (none.clone(), none.clone())
-        return values, *of_own, *of_cross
+            own_x, own_y = through_centring(of_units[0], None if y is None else of_units[1])
+        if cross:
+            cross_x, cross_y = through_centring(of_units[-2], of_units[-1])
+        return values, own_x, own_y, cross_x, cross_y
 
 
 @_p2p_values.register_fake

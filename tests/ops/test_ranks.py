@@ -1,11 +1,7 @@
-"""HyCon across ranks: 1 to 4 gloo processes with uneven batches against one process with the whole batch."""
+"""Ops across ranks: 1 to 4 gloo processes with uneven batches against one process with the whole batch."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +9,12 @@ import torch
 
 from allnc import _extension
 from allnc.ops._common import has_triton, triton_interprets
+from allnc.ops.all_around import all_around_reference
 from allnc.ops.hycon import hycon_reference
 from tests.cases import rounding_of, value_and_gradients
-from tests.ops._ranks_worker import CASES, SIZES, rows_and_options
-from tests.tolerances import assert_as_exact
+from tests.ops._ranks_worker import CASES, SIZES, all_around_case, class_means, rows_and_options
+from tests.processes import needs_gloo, run_ranks
+from tests.tolerances import assert_as_exact, assert_near
 
 WORLD = max(SIZES)
 BACKENDS = [
@@ -25,26 +23,13 @@ BACKENDS = [
     *(["triton"] if triton_interprets() and has_triton() else []),
 ]
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of the four processes saved."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.ops._ranks_worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([*command, str(rank), str(WORLD), str(folder), *BACKENDS], env=environment)
-        for rank in range(WORLD)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * WORLD
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return run_ranks("tests.ops._ranks_worker", WORLD, tmp_path_factory.mktemp("ranks"), *BACKENDS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,6 +52,34 @@ def test_equals_one_process(ranks: list[dict[Any, Any]], size: int, name: str, b
     assert totals.keys() == want.keys() - {"value"}
     for leaf, total in totals.items():
         assert_as_exact(total, eager[leaf], want[leaf], dtype=rounded or eager[leaf].dtype, growth=growth)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_around_equals_one_process(ranks: list[dict[Any, Any]], size: int) -> None:
+    rows, options = all_around_case()
+    want = value_and_gradients(all_around_reference, rows, **options)
+    together = [ranks[rank][size, "all_around"] for rank in range(size)]
+    for name, value in want.items():
+        if name.endswith(" loss"):
+            for of_rank in together:
+                assert_near(of_rank[name], value)
+        elif name == "z":
+            assert_near(torch.cat([of_rank[name] for of_rank in together]), value)
+        else:
+            assert_near(torch.stack([of_rank[name] for of_rank in together]).sum(0), value)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+@pytest.mark.parametrize("size", SIZES)
+def test_class_means_equal_one_process(ranks: list[dict[Any, Any]], size: int, gradient: str) -> None:
+    rows, _ = all_around_case()
+    want = class_means(rows["z"], rows["labels"], gradient=gradient)
+    together = [ranks[rank][size, gradient] for rank in range(size)]
+    for of_rank in together:
+        assert torch.equal(of_rank["means"], together[0]["means"]) and torch.equal(of_rank["seen"], want["seen"])
+        assert_near(of_rank["means"], want["means"])
+        assert_near(of_rank["value"], want["value"])
+    assert_near(torch.cat([of_rank["features"] for of_rank in together]), want["features"])
 
 
 def test_an_error_on_one_rank_is_an_error_on_all(ranks: list[dict[Any, Any]]) -> None:

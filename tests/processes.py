@@ -1,0 +1,51 @@
+"""Several gloo processes on this machine, for tests of what crosses ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+def run_ranks(module: str, world: int, folder: Path, *arguments: str) -> list[dict[Any, Any]]:
+    """What each of `world` processes `python -m MODULE RANK WORLD FOLDER ...` has passed to `save`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(rank), str(world), str(folder), *arguments], env=environment
+        )
+        for rank in range(world)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * world
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def rank_main(work: Callable[[int, int, list[str]], dict[Any, Any]]) -> None:
+    """Be one of those processes: join the others, work, save what `work(rank, world, arguments)` returns."""
+    rank, world, folder, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=(Path(folder) / "store").as_uri(),
+        rank=int(rank),
+        world_size=int(world),
+        timeout=timedelta(seconds=60),
+    )
+    torch.save(work(int(rank), int(world), arguments), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
