@@ -212,6 +212,11 @@ class LossConfig:
     horizon: float = 0.3
     backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
 
+    @property
+    def contrast(self) -> Literal["softmax", "cosine", "none"]:
+        """The form of HyCon that is computed: none where its weight is 0."""
+        return self.hycon if self.alpha * self.hycon_weight > 0 else "none"
+
     def __post_init__(self) -> None:
         _choices("loss", self)
         for name in _NOT_NEGATIVE:
@@ -314,7 +319,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_interval("seed", self.seed, 0, 2**32 - 1)
-        if self.loss.name == "allnc" and self.loss.hycon == "cosine" and self.data.views != 2:
+        if self.loss.name == "allnc" and self.loss.contrast == "cosine" and self.data.views != 2:
             raise ValueError(f"data.views must be 2 with loss.hycon cosine; got {self.data.views}")
 
 

@@ -22,7 +22,7 @@ from allnc.losses.gbbn import GBBN
 from allnc.losses.longtail import long_tail_loss
 from allnc.ops._common import check_floating, check_labels, check_shape, validated_labels
 from allnc.ops.all_around import all_around
-from allnc.ops.hycon_cosine import hycon_cosine
+from allnc.ops.hycon_cosine import check_views, hycon_cosine
 from allnc.ops.p2p.pairings import PAIRINGS, p2p_pairings
 from allnc.ops.ranks import Ranks, scale_gradient
 
@@ -99,9 +99,9 @@ class AllNC(nn.Module):
                 backend=config.backend,
             )
 
-        self.feature_means = class_means(feature_dim) if self.pairings or config.hycon == "cosine" else None
+        self.feature_means = class_means(feature_dim) if self.pairings or config.contrast == "cosine" else None
         self.projection_means = None
-        if config.hycon == "softmax":
+        if config.contrast == "softmax":
             if projection_dim is None:
                 raise ValueError("projection_dim must be given with hycon='softmax'; got None. It is the width of z")
             self.projection_means = class_means(projection_dim)
@@ -146,6 +146,8 @@ class AllNC(nn.Module):
             self._check(features, labels, weight, z, h)
             self.gbbn.eta(progress)
             if self.group is not None:  # found later, these would leave the other ranks waiting
+                if config.contrast == "cosine":
+                    check_views(labels, num_views)
                 validated_labels(labels, self.num_classes, IGNORE_INDEX)
                 checked_logits(*uniform, self.num_classes)
                 checked_logits(*rebalance, self.num_classes)
@@ -174,7 +176,7 @@ class AllNC(nn.Module):
             total = scale_gradient(total, ranks.size)  # gradients are averaged where shares have to be added
         p2p = p2p.detach()
         parts = {**output.parts, "p2p_means": p2p[0], "p2p_weights": p2p[1], "p2p_duality": p2p[2]}
-        if config.hycon != "none":
+        if config.contrast != "none":
             parts["hycon"] = hycon.detach()
         return LossOutput(total, parts)
 
@@ -219,7 +221,7 @@ class AllNC(nn.Module):
             backend = backend_for(config.backend, "cpp", "triton")
             p2p = p2p_pairings(means, weight, seen=seen, temperature=config.p2p_temperature, backend=backend, **options)
             p2p = p2p if ranks is None else ranks.replicated(p2p)
-        if config.hycon == "none":
+        if config.contrast == "none":
             return p2p.new_zeros(()), p2p
         assert h is not None
         settings = {"num_views": num_views, "seen": seen, "ignore_index": IGNORE_INDEX, "group": self.group}
@@ -237,7 +239,7 @@ class AllNC(nn.Module):
                 raise ValueError("z must be given with hycon='softmax'; got None. Give the model a projection head")
             check_floating("z", z)
             check_shape("z", z, (len(features), self.projection_means.dim))
-        if self.config.hycon == "cosine":
+        if self.config.contrast == "cosine":
             if h is None:
                 raise ValueError("h must be given with hycon='cosine'; got None. Give the model a predictor head")
             check_floating("h", h)
@@ -245,4 +247,4 @@ class AllNC(nn.Module):
 
     def extra_repr(self) -> str:
         config = self.config
-        return f"hycon={config.hycon!r}, hycon_weight={config.hycon_weight}, alpha={config.alpha}"
+        return f"hycon={config.contrast!r}, hycon_weight={config.hycon_weight}, alpha={config.alpha}"

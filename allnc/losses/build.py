@@ -82,7 +82,7 @@ def _long_tail(config, class_counts, feature_dim, projection_dim, group) -> Clas
 
 
 def _allnc_head(config: LossConfig) -> Head | None:
-    return {"softmax": "projection", "cosine": "predictor", "none": None}[config.hycon]
+    return {"softmax": "projection", "cosine": "predictor", "none": None}[config.contrast]
 
 
 # By the name that `LossConfig.name` takes. A new loss is an entry here and a name there.

@@ -225,7 +225,13 @@ def all_around(
         return resolve_backend(backend, op="all_around", device=z.device, dtype=dtype, supported=("cpp", "triton"))
 
     def facts() -> dict[str, float | None]:
-        return {**agreed_facts(batch, options), "F": means.shape[1], "p2p_temperature": p2p_temperature}
+        return {
+            **agreed_facts(batch, options),
+            "F": means.shape[1],
+            "p2p_temperature": p2p_temperature,
+            "target (auto 0, etf 1, softmax 2)": get_args(Target).index(target),
+            "pairings (the sum of means 1, weights 2, duality 4)": sum(1 << PAIRINGS.index(p) for p in set(pairings)),
+        }
 
     if group is not None and not isinstance(group, Ranks):
         group = Ranks(group, check, lambda: len(z), facts)

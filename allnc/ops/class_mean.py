@@ -257,6 +257,8 @@ def class_mean_ema(
 
     def check() -> str:
         _check(features, labels, means, seen, momentum, gradient)
+        if group is not None:  # found later, a wrong label would leave the other ranks waiting
+            validated_labels(labels, len(means), ignore_index)
         return resolve_backend(
             backend, op="class_mean_ema", device=features.device, dtype=features.dtype, supported=("cpp", "cuda")
         )

@@ -124,18 +124,12 @@ def hycon_cosine(
     check_shape("means", means, ("C", dim))
     if (num_rows == 0 and group is None) or dim == 0:
         raise ValueError(f"h must have at least one row and one column; got {list(h.shape)}")
-    check_integer("num_views", num_views, minimum=1)
-    if num_rows % num_views:
-        raise ValueError(
-            f"h must have a multiple of num_views = {num_views} rows; got {num_rows}. "
-            "Stack all images of view 0, then all images of view 1, and so on"
-        )
     check_labels(labels, num_rows)
     if seen is not None:
         check_seen(seen, len(means))
     check_same_device(h=h, f=f, labels=labels, means=means, seen=seen)
     labels = validated_labels(labels, len(means), ignore_index)
-    _check_views(labels, num_views)
+    check_views(labels, num_views)
 
     with torch.autocast(h.device.type, enabled=False):
         dtype = accumulation_dtype(torch.promote_types(h.dtype, f.dtype))
@@ -153,7 +147,14 @@ def hycon_cosine(
         return loss
 
 
-def _check_views(labels: Tensor, num_views: int) -> None:
+def check_views(labels: Tensor, num_views: int) -> None:
+    """Raise ValueError unless labels [N] are view-major: of a multiple of num_views rows, and alike (on the CPU)."""
+    check_integer("num_views", num_views, minimum=1)
+    if len(labels) % num_views:
+        raise ValueError(
+            f"h must have a multiple of num_views = {num_views} rows; got {len(labels)}. "
+            "Stack all images of view 0, then all images of view 1, and so on"
+        )
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return  # looking would wait for the device
     by_view = labels.unflatten(0, (num_views, len(labels) // num_views))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allnc.ops.hycon import hycon_reference
+from allnc.ops.hycon import fused, hycon_reference
 from tests.cases import generator_of, unit_rows
 from tests.launches import Dispatches
 from tests.poison import poisoned_memory
@@ -188,6 +188,7 @@ def test_one_program_forms_whole_rows_of_the_widest_gradient() -> None:
                 assert constants["blocks"].block_g >= MAX_DIM
     finally:
         torch.set_float32_matmul_precision(before)
+    assert MAX_DIM == fused.MAX_DIM  # which the op asks without importing Triton
     check(make_case(20, MAX_DIM, 3, torch.bfloat16))
 
 

@@ -66,7 +66,9 @@ class Model(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
 
 
-def step(model: Any, loss: nn.Module, images: Tensor, labels: Tensor, progress: float) -> dict[str, Tensor]:
+def step(
+    model: Any, loss: nn.Module, images: Tensor, labels: Tensor, progress: float, num_views: int = 2
+) -> dict[str, Tensor]:
     """Total and parts of one step; leaves gradients in the model. images [B, INPUT] are seen in two views."""
     rows = torch.cat([images, 1.1 * images + 0.1])
     labels = labels.repeat(2)
@@ -81,6 +83,7 @@ def step(model: Any, loss: nn.Module, images: Tensor, labels: Tensor, progress: 
         progress,
         z=F.normalize(features @ model.projection.T, dim=1),
         h=features @ model.predictor.T,
+        num_views=num_views,
     )
     output.total.backward()
     return {"total": output.total.detach(), **output.parts}
@@ -113,15 +116,17 @@ def train(config: LossConfig, own: slice, group: Any) -> dict[str, Any]:
 
 
 def wrong_call(rank: int, group: Any) -> list[str]:
-    """What a rank is told when rank 1 alone has a label out of range, and that the group works on."""
-    loss = build_loss(LossConfig(), class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM, group=group).double()
+    """What a rank is told when rank 1 alone has a label out of range or wrong views, and that the group works on."""
     told = []
-    for wrong in (True, False):
+    for wrong, form in (("label", "softmax"), ("views", "cosine"), ("", "cosine")):
+        config = LossConfig(hycon=form)  # pyright: ignore[reportArgumentType]
+        loss = build_loss(config, class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM, group=group).double()
         images, labels = batch(0)
-        if wrong and rank == 1:
+        if wrong == "label" and rank == 1:
             labels = torch.full_like(labels, C)
+        views = 4 if wrong == "views" and rank == 1 else 2
         try:
-            step(Model(), loss, images, labels, 0.1)
+            step(Model(), loss, images, labels, 0.1, num_views=views)
             told.append("no error")
         except (RuntimeError, ValueError) as error:
             told.append(f"{type(error).__name__}: {error}")

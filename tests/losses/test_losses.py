@@ -6,6 +6,7 @@ import doctest
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -312,6 +313,18 @@ def test_terms_of_weight_zero_are_not_computed(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("allnc.losses.allnc.p2p_pairings", lambda *_, **__: called.append("pairings"))
     output = _Batch().call(loss)
     assert called == [] and output.parts["p2p_means"] == 0 and output.total.isfinite()
+
+
+@pytest.mark.parametrize("off", ["alpha", "hycon_weight"])
+def test_a_contrast_of_weight_zero_is_not_computed(off: str) -> None:
+    """It needs no projection either; the total is that of the configuration without HyCon."""
+    config = replace(LossConfig(p2p_means=0.0, p2p_duality=0.0), **{off: 0.0})
+    assert LOSSES["allnc"].head(config) is None
+    loss, batch = AllNC(COUNTS, WIDTH, config=config).double(), _Batch()
+    output = batch.call(loss)
+    want = batch.call(AllNC(COUNTS, WIDTH, config=replace(config, hycon="none")).double())
+    assert loss.projection_means is None and "hycon" not in output.parts
+    assert torch.equal(output.total, want.total)
 
 
 def test_the_registry_is_the_configuration() -> None:

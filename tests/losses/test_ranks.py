@@ -64,8 +64,10 @@ def test_a_step_synchronises_once_at_most(ranks: list[dict[Any, Any]]) -> None:
 
 def test_a_wrong_argument_on_one_rank_is_an_error_on_all(ranks: list[dict[Any, Any]]) -> None:
     for rank, result in enumerate(ranks):
-        told, then = result["wrong call"]
+        told, of_views, then = result["wrong call"]
+        wrong_views = "ValueError: h must have a multiple of num_views = 4 rows; got 46."
         own = f"ValueError: labels must be in [0, {C}) or ignore_index (-100); got {len(COUNTS)}"
         other = "RuntimeError: rank 1 was given arguments it cannot take; its own error says which"
         assert told.startswith(own if rank == 1 else other)
+        assert of_views.startswith(wrong_views if rank == 1 else other)
         assert then == "no error"

@@ -80,6 +80,11 @@ def message_of(function, *arguments: Any, **keywords: Any) -> str:
     return "no error"
 
 
+def _all_around_with(target: Any, group: Any) -> None:
+    rows, options = all_around_case()
+    all_around(**rows, **options, target=target, group=group)
+
+
 def wrong_calls(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     """What each rank is told when rank 1 alone gives a wrong or another argument."""
     rows, options = rows_and_options("plain")
@@ -94,6 +99,8 @@ def wrong_calls(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
         "temperature": message_of(hycon, **rows, **unlike, group=group),
         "empty": message_of(hycon, rows["z"][:0], rows["labels"][:0], group=group),
         "not a group": message_of(hycon, rows["z"], rows["labels"], group="world"),
+        "class means": message_of(class_means, rows["z"], rows["labels"] + (100 if rank == 1 else 0), group),
+        "target": message_of(_all_around_with, "etf" if rank == 1 else "softmax", group),
         "still in step": message_of(hycon, **rows, **options, group=group),
     }
 

@@ -12,7 +12,7 @@ from allnc.ops._common import has_triton, triton_interprets
 from allnc.ops.all_around import all_around_reference
 from allnc.ops.hycon import hycon_reference
 from tests.cases import rounding_of, value_and_gradients
-from tests.ops._ranks_worker import CASES, SIZES, all_around_case, class_means, rows_and_options
+from tests.ops._ranks_worker import CASES, SIZES, C, all_around_case, class_means, rows_and_options
 from tests.processes import needs_gloo, run_ranks
 from tests.tolerances import assert_as_exact, assert_near
 
@@ -95,5 +95,8 @@ def test_an_error_on_one_rank_is_an_error_on_all(ranks: list[dict[Any, Any]]) ->
         assert told["empty"] == "ValueError: z must have at least one row on some rank; got none on all ranks"
         assert told["not a group"].startswith("TypeError: group must be a torch.distributed process group")
         assert told["not a group"].count("got str") == 1
+        wrong_label = f"ValueError: labels must be in [0, {C}) or ignore_index (-100); got "
+        assert told["class means"].startswith(wrong_label if rank == 1 else other)
+        assert told["target"].startswith("ValueError: target (auto 0, etf 1, softmax 2) must be the same on every rank")
         assert told["still in step"] == "no error"
     assert "the group of another process" in ranks[3]["outside"]
