@@ -1,11 +1,19 @@
 """allnc: All-around Neural Collapse for long-tailed image classification.
 
-`import allnc` needs only torch; Triton, CUDA and the compiled extension are loaded when an op first asks for them.
+`import allnc` is instant: torch is imported when a name below is first asked for; Triton, CUDA and the compiled
+extension when an op first needs them.
 """
 
-from allnc import losses, metrics
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from allnc._version import __version__
-from allnc.ops import AllAroundLosses, all_around, class_mean_ema, hycon, hycon_cosine, p2p
+
+if TYPE_CHECKING:
+    from allnc import losses, metrics
+    from allnc.ops import AllAroundLosses, all_around, class_mean_ema, hycon, hycon_cosine, p2p
 
 __all__ = [
     "AllAroundLosses",
@@ -18,3 +26,17 @@ __all__ = [
     "metrics",
     "p2p",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("losses", "metrics"):
+        return import_module(f"{__name__}.{name}")
+    value = getattr(import_module(f"{__name__}.ops"), name)
+    globals()[name] = value  # later accesses are those of a plain attribute
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

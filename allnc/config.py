@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from allnc._checks import check_interval
 
@@ -17,12 +18,32 @@ SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memor
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
 
 
-def _choices(section: str, config: Any) -> None:
-    """Check every Literal field, which only the command line's parser would check otherwise."""
+_KINDS: dict[Any, str] = {type(None): "null", tuple[int, ...]: "list of int"}
+_LARGEST_INT, _LARGEST_FLOAT = 2**32 - 1, 3e38  # of what seeds, sizes and float32 can hold
+
+
+def _check_fields(section: str, config: Any) -> None:
+    """Check the type of every field, whoever builds the configuration; the command line's parser is one of several."""
     for name, hint in get_type_hints(type(config)).items():
-        allowed = get_args(hint)
-        if getattr(hint, "__origin__", None) is Literal and getattr(config, name) not in allowed:
-            raise ValueError(f"{section}.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}")
+        value, kinds = getattr(config, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise ValueError(f"{section}.{name} must be one of {', '.join(get_args(hint))}; got {value!r}")
+        elif not any(_fits(value, kind) for kind in kinds):
+            wanted = " or ".join(_KINDS.get(kind, getattr(kind, "__name__", "")) for kind in kinds)
+            raise ValueError(f"{section}.{name} must be of type {wanted}; got {value!r}")
+        elif isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT:
+            raise ValueError(f"{section}.{name} must be a number that float32 holds; got {value}")
+        elif isinstance(value, int) and abs(value) > _LARGEST_INT:
+            raise ValueError(f"{section}.{name} must be at most {_LARGEST_INT}; got {value}")
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, int) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +91,7 @@ class DataConfig:
     workers: int = 4
 
     def __post_init__(self) -> None:
-        _choices("data", self)
+        _check_fields("data", self)
         check_interval("data.imbalance_ratio", self.imbalance_ratio, 1, math.inf)
         if self.max_per_class is not None:
             check_interval("data.max_per_class", self.max_per_class, 1, math.inf)
@@ -134,7 +155,7 @@ class ModelConfig:
     projection_dim: int = 128
 
     def __post_init__(self) -> None:
-        _choices("model", self)
+        _check_fields("model", self)
         check_interval("model.width", self.width, 1, math.inf)
         check_interval("model.classifier_scale", self.classifier_scale, 0, math.inf, open_low=True)
         if self.projection_hidden is not None:
@@ -218,7 +239,7 @@ class LossConfig:
         return self.hycon if self.alpha * self.hycon_weight > 0 else "none"
 
     def __post_init__(self) -> None:
-        _choices("loss", self)
+        _check_fields("loss", self)
         for name in _NOT_NEGATIVE:
             check_interval(f"loss.{name}", getattr(self, name), 0, math.inf)
         for name in ("temperature", "p2p_temperature", "gamma"):
@@ -274,8 +295,9 @@ class TrainConfig:
     collapse_every: int = 5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        _choices("train", self)
+        if isinstance(self.milestones, list):
+            object.__setattr__(self, "milestones", tuple(self.milestones))
+        _check_fields("train", self)
         check_interval("train.epochs", self.epochs, 1, math.inf)
         check_interval("train.batch_size", self.batch_size, 2, math.inf)
         check_interval("train.lr", self.lr, 0, math.inf, open_low=True)
@@ -318,6 +340,13 @@ class Config:
     out: str | None = None
 
     def __post_init__(self) -> None:
+        for name, section in SECTIONS.items():
+            if not isinstance(getattr(self, name), section):
+                raise ValueError(f"{name} must be a {section.__name__}; got {getattr(self, name)!r}")
+        if not (self.out is None or isinstance(self.out, str)):
+            raise ValueError(f"out must be of type str or null; got {self.out!r}")
+        if not _fits(self.seed, int):
+            raise ValueError(f"seed must be of type int; got {self.seed!r}")
         check_interval("seed", self.seed, 0, 2**32 - 1)
         if self.loss.name == "allnc" and self.loss.contrast == "cosine" and self.data.views != 2:
             raise ValueError(f"data.views must be 2 with loss.hycon cosine; got {self.data.views}")

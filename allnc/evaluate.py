@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from allnc._command import answer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,29 +18,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data.root", dest="root", help="folder of the images, where it is not the run's")
     parser.add_argument("--train.device", dest="device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
+    return answer("allnc.evaluate", lambda: _evaluate(options.run, options.root, options.device))
+
+
+def _evaluate(folder: Path, root: str | None, device: str) -> None:
+    from rich.console import Console
+
     from allnc.trainer.checkpoint import load_weights
     from allnc.trainer.loop import Run
     from allnc.trainer.runlog import final_table, finite
 
-    try:
-        config, epoch, weights = load_weights(options.run)
-        root = options.root or config.data.root
-        config = dataclasses.replace(
+    config, epoch, weights = load_weights(folder)
+    run = Run(
+        dataclasses.replace(
             config,
-            data=dataclasses.replace(config.data, root=root),
+            data=dataclasses.replace(config.data, root=root or config.data.root),
             model=dataclasses.replace(config.model, pretrained=False),  # the checkpoint has every weight
-            train=dataclasses.replace(config.train, device=options.device),
+            train=dataclasses.replace(config.train, device=device),
         )
-        run = Run(config)
-        run.model.load_state_dict(weights)
-        run.epoch = epoch
-        measured, _ = run.measure()
-    except ValueError as error:
-        message = f"allnc.evaluate: error: {error}"
-        Console(stderr=True).print(message, style="red", soft_wrap=True, markup=False, highlight=False)
-        return 2
+    )
+    run.load_model(weights, epoch)
+    measured, _ = run.measure()
     Console().print(final_table({**{k: finite(v) for k, v in measured.items()}, **run.conventions()}))
-    return 0
 
 
 if __name__ == "__main__":

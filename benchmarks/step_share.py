@@ -18,7 +18,7 @@ from rich.table import Table
 
 from allnc.config import Config, DataConfig
 from allnc.data import Batch, ImageSet
-from allnc.train import parse
+from allnc.trainer.command import parse
 from allnc.trainer.loop import Run, loss_of, train_step
 
 

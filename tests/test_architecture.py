@@ -16,6 +16,7 @@ DOORS: dict[str, set[str]] = {
     "_version": set(),
     "_extension": set(),
     "_checks": set(),
+    "_command": set(),
     "config": {"_checks"},
     "kernels": set(),
     "ops": {"_checks", "_extension", "kernels"},
@@ -25,8 +26,8 @@ DOORS: dict[str, set[str]] = {
     "models": {"config"},
     "trainer": {"ops", "losses", "metrics", "data", "models", "config", "_version"},
     "info": {"ops", "_extension", "_version"},
-    "train": {"trainer", "config"},
-    "evaluate": {"trainer", "config"},
+    "train": {"trainer", "_command"},
+    "evaluate": {"trainer", "_command"},
     "__init__": {"ops", "losses", "metrics", "_version"},
 }
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
-from allnc.train import main, parse, plan, recipe_names
+from allnc.train import main
+from allnc.trainer.command import parse, plan, recipe_names
+from allnc.trainer.manifest import Manifest
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
 
 RECIPES = ["cifar100_lt", "cifar10_lt", "digits_lt", "fashion_lt", "imagenet_lt", "inat18", "places_lt"]
@@ -99,8 +103,17 @@ def test_mistakes_are_answered_on_one_line(words: list[str], message: str, capsy
     [
         ("train:\n  epoch: 3\n", "train.epoch is not an option; did you mean train.epochs?"),
         ("trains:\n  epochs: 3\n", "trains.epochs is not an option; did you mean train.epochs?"),
-        ("train: [\n", "Problems parsing config"),
+        ("train: [\n", "must be YAML; it is not: while parsing"),
         ("loss:\n  ema_momentum: 3\n", "loss.ema_momentum must be in [0, 1); got 3"),
+        ("train:\n", "train must hold options, as `name: value`; got nothing"),
+        ("train: [1, 2]\n", "train must hold options, as `name: value`; got [1, 2]"),
+        ("", "must hold sections (data, model, loss, train); got nothing"),
+        ("- 1\n", "must hold sections (data, model, loss, train); got [1]"),
+        ("resume: true\n", "resume is an option of the command line alone"),
+        ("overwrite: false\n", "overwrite is an option of the command line alone"),
+        ("config: digits_lt\n", "config is an option of the command line alone"),
+        ("train:\n  lr: [1]\n", "train.lr must be"),
+        ("1: 2\n", "Key must be a string, got: 1"),
     ],
 )
 def test_mistakes_in_a_file_are_answered(text: str, message: str, tmp_path: Path) -> None:
@@ -113,24 +126,47 @@ def test_mistakes_in_a_file_are_answered(text: str, message: str, tmp_path: Path
 
 def test_run_folders_are_new_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert plan(["--seed", "3"])[1] == Path("runs/digits_lt-allnc-seed3")
     Path("runs/digits_lt-ce-seed0").mkdir(parents=True)
     assert plan(["--loss.name", "ce"])[1] == Path("runs/digits_lt-ce-seed0-2")
+    assert plan(["--out", "~/x"])[1:] == (tmp_path / "home" / "x", "new")
     run = Path("mine")
     run.mkdir()
     assert plan(["--out", "mine"])[1] == run
-    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(Config(seed=7))))
-    (run / "notes.txt").write_text("kept")
+    config = Config(seed=7)
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with pytest.raises(ValueError, match="holds a run: give --resume to continue it"):
         plan(["--out", "mine"])
-    config, folder, resume = plan(["--out", "mine", "--resume"])
-    assert (config.seed, config.out, folder, resume) == (7, "mine", run, True)
-    with pytest.raises(ValueError, match=r"own config\.yaml; remove --seed"):
-        plan(["--out", "mine", "--resume", "--seed", "1"])
-    plan(["--out", "mine", "--overwrite"])
-    assert [p.name for p in run.iterdir()] == ["notes.txt"]
-    with pytest.raises(ValueError, match="holds other files"):
-        plan(["--out", "mine"])
+    with pytest.raises(ValueError, match="has none yet: --overwrite starts the run again"):
+        plan(["--out", "mine", "--resume"])
+    assert plan(["--out", "mine", "--overwrite"])[1:] == (run, "overwrite")
+    (run / "checkpoint.json").write_text(json.dumps(Manifest(epoch=3, config=config, files={}).to_json()))
+    assert plan(["--resume", "--out=mine"]) == (dataclasses.replace(config, out="mine"), run, "resume")
+
+
+def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
+    config = Config(seed=7)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    (tmp_path / "checkpoint.json").write_text(json.dumps(Manifest(epoch=3, config=config, files={}).to_json()))
+    words = ["--resume", "--out", str(tmp_path)]
+    changed = plan([*words, "--train.lr", "0.01", "--train.epochs=40", "--loss.backend", "eager"]).config
+    assert (changed.train.lr, changed.train.epochs, changed.loss.backend, changed.seed) == (0.01, 40, "eager", 7)
+    for more, message in (
+        (["--seed", "1"], r"must keep seed 7 \(now 1\)"),
+        (["--loss.alpha", "0"], r"must keep loss\.alpha 1\.0 \(now 0\.0\)"),
+        (["--train.epochs", "2"], r"train\.epochs must be >= 3, the epochs done; got 2"),
+        (["--config", "digits_lt"], "remove --config"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan([*words, *more])
+    edited = to_dict(config) | {"model": {"width": 8}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(edited))
+    with pytest.raises(ValueError, match=r"must keep model\.width 16 \(now 8\)"):
+        plan(words)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"has no config\.yaml of a run"):
+        plan(words)
 
 
 def test_ignored_options_are_real_options() -> None:
@@ -154,3 +190,26 @@ def test_from_dict_refuses_unknown_keys() -> None:
 def test_literals_are_checked_without_the_parser() -> None:
     with pytest.raises(ValueError, match=r"train\.precision must be one of auto, fp32, bf16, fp16; got 'fp8'"):
         TrainConfig(precision="fp8")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TrainConfig(lr="a"), "train.lr must be of type float; got 'a'"),
+        (lambda: TrainConfig(lr=1e300), "train.lr must be a number that float32 holds; got 1e+300"),
+        (lambda: TrainConfig(lr=float("nan")), "train.lr must be a number that float32 holds; got nan"),
+        (lambda: TrainConfig(epochs=2.5), "train.epochs must be of type int; got 2.5"),
+        (lambda: TrainConfig(epochs=10**30), "train.epochs must be at most 4294967295"),
+        (lambda: TrainConfig(milestones=("a",)), "train.milestones must be of type list of int; got ('a',)"),
+        (lambda: TrainConfig(threads=True), "train.threads must be of type int or null; got True"),
+        (lambda: DataConfig(root=3), "data.root must be of type str or null; got 3"),
+        (lambda: Config(data=None), "data must be a DataConfig; got None"),
+        (lambda: Config(seed="x"), "seed must be of type int; got 'x'"),
+        (lambda: from_dict({"train": None}), "train must hold options, as `name: value`; got None"),
+        (lambda: from_dict([]), "a configuration must hold sections, as `name: value`; got []"),
+    ],
+)
+def test_types_are_checked_whoever_builds(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build()
+    assert message in str(caught.value)

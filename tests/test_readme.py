@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from allnc.train import parse
+from allnc.trainer.command import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

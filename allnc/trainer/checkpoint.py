@@ -1,48 +1,48 @@
-"""Checkpoints that are whole or absent: written beside their place, synced, then moved there.
+"""Checkpoints: two files that belong together, and one that says so.
 
-last.safetensors holds the model alone with its configuration, for evaluation and other programs. state.pt
-holds all
-that training needs, the model included: an interruption between the two files then cannot mix two epochs.
+last.safetensors holds the model with its configuration, for evaluation and other programs; state.pt what only a
+resumed training needs. checkpoint.json names the epoch and the SHA-256 of both, and makes the checkpoint exist:
+
+    1. both files are written beside their places and are on the disk;
+    2. checkpoint.json is replaced in one step: before it the old checkpoint counts, from here on the new one;
+    3. both files are moved to their places.
+
+Whoever reads after a death between 2 and 3 finds the new files beside their places, and `roll_forward` finishes step 3.
+A file that is damaged, or of another epoch, has another sum and is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from allnc.config import Config
+from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
+from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
 
-WEIGHTS, STATE = "last.safetensors", "state.pt"
+_READS = 5  # a run may save while another program reads: then the description has changed, and both are read again
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then put it in the place of `path` in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON that a reader never sees half of."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(values, indent=2) + "\n"))
-
-
-def save(folder: Path, config: Config, *, epoch: int, model: dict[str, Tensor], training: dict[str, Any]) -> None:
-    """Write the checkpoint of an epoch.
+def save(
+    folder: Path,
+    config: Config,
+    *,
+    epoch: int,
+    model: dict[str, Tensor],
+    training: dict[str, Any],
+    changes: tuple[dict[str, Any], ...] = (),
+) -> None:
+    """Write the checkpoint of an epoch; at whatever moment the process dies, the folder has this one or the last.
 
     Args:
         folder: run folder.
@@ -50,44 +50,102 @@ def save(folder: Path, config: Config, *, epoch: int, model: dict[str, Tensor], 
         epoch: epochs done.
         model: the model's state.
         training: everything else that `resume` needs: tensors, numbers, strings and containers of them.
+        changes: options changed on resuming, see `Manifest`.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.items()}
+    state = io.BytesIO()  # torch's own writer would turn a full disk into a RuntimeError
+    torch.save(training, state)
     notes = {"config": json.dumps(to_dict(config)), "epoch": str(epoch)}
-    state = {"epoch": epoch, "model": tensors, **training}
-    write_atomic(folder / STATE, lambda p: torch.save(state, p))
-    write_atomic(folder / WEIGHTS, lambda p: p.write_bytes(to_bytes(tensors, notes)))
+    files = {WEIGHTS: to_bytes(tensors, notes), STATE: state.getvalue()}
+    for name, data in files.items():
+        write_temporary(folder / name, data)
+    sync(folder)
+    sums = {name: _sum(data) for name, data in files.items()}
+    manifest = Manifest(epoch=epoch, config=config, files=sums, changes=changes)
+    write_json(folder / CHECKPOINT, manifest.to_json())
+    for name in files:
+        temporary_of(folder / name).replace(folder / name)
+    sync(folder)
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """Return what `save` wrote for training.
+def roll_forward(folder: Path, manifest: Manifest) -> None:
+    """Move the files of a checkpoint to their places, where a process died before it did."""
+    for name, wanted in manifest.files.items():
+        waiting = temporary_of(folder / name)
+        if waiting.is_file() and _sum(waiting.read_bytes()) == wanted:
+            waiting.replace(folder / name)
+    sync(folder)
+
+
+def load(folder: Path) -> tuple[Manifest, dict[str, Tensor], dict[str, Any]]:
+    """Return description, model state and training state of a run folder's checkpoint.
 
     Raises:
-        ValueError: there is no checkpoint, or it is broken.
+        ValueError: there is no checkpoint, or it is damaged.
     """
-    path = folder / STATE
-    if not path.is_file():
-        raise ValueError(f"out must be a run folder with a checkpoint to resume; got {folder} without {STATE}")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        older = f": an older version of allnc wrote {STATE}" if (folder / STATE).is_file() else ""
+        raise ValueError(
+            f"out must be a run folder with a checkpoint to resume; got {folder} without {CHECKPOINT}{older}; "
+            "--overwrite starts the run again"
+        )
+    _, _, model = _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
+    data = _read(folder, STATE, manifest)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return manifest, model, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle raises whatever its bytes happen to mean
-        raise ValueError(f"{path} must be a checkpoint; it cannot be read: {error}") from error
+        raise ValueError(f"{folder / STATE} must be a checkpoint; it cannot be read: {error}") from error
 
 
 def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
-    """Return configuration, epochs done and model state of a run folder.
+    """Return configuration, epochs done and model state of a run folder, or of one with last.safetensors alone.
 
     Raises:
-        ValueError: there is no checkpoint, or it is broken.
+        ValueError: there is no such file, or it is damaged.
     """
+    for _ in range(_READS):
+        manifest = read_manifest(folder)
+        try:
+            if manifest is not None:
+                return _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
+            break
+        except ValueError:
+            if manifest == read_manifest(folder):
+                raise
     path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(f"RUN_DIR must be a run folder with {WEIGHTS}; got {folder} without it")
+    return _model(path, path.read_bytes())
+
+
+def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """Return the bytes of a file of the checkpoint, from its place or from beside it."""
+    path = folder / name
+    there = [p for p in (path, temporary_of(path)) if p.is_file()]
+    for candidate in there:
+        data = candidate.read_bytes()
+        if _sum(data) == manifest.files.get(name):
+            return data
+    fault = "is damaged, or of another epoch (its SHA-256 differs)" if there else "is missing"
+    raise ValueError(f"{path} {fault}; {CHECKPOINT} names the file of epoch {manifest.epoch}")
+
+
+def _model(path: Path, data: bytes) -> tuple[Config, int, dict[str, Tensor]]:
+    """Return configuration, epochs done and model state from the bytes of last.safetensors."""
     try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
+        tensors = from_bytes(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format's own layout
+        notes = header.get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} must be a checkpoint; it cannot be read: {error}") from error
-    if "config" not in notes:
+    if not {"config", "epoch"} <= set(notes):
         raise ValueError(f"{path} must hold a configuration in its metadata; it does not: another program wrote it")
-    return from_dict(json.loads(notes["config"])), int(notes["epoch"]), tensors
+    try:
+        return from_dict(json.loads(notes["config"])), int(notes["epoch"]), tensors
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must hold a configuration in its metadata; it cannot be read: {error}") from error
+
+
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

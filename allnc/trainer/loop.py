@@ -17,11 +17,14 @@ from allnc.losses.build import LOSSES, build_loss
 from allnc.metrics.plots import plot_angles, plot_curves
 from allnc.models import ModelOutput, build_model
 from allnc.trainer import checkpoint
+from allnc.trainer.folder import ANGLES, CONFIG, CURVES, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
+from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.measure import accuracy, neural_collapse
-from allnc.trainer.optim import build_optimizer, learning_rate
+from allnc.trainer.optim import build_optimizer, configure, learning_rate
 from allnc.trainer.options import to_dict
 from allnc.trainer.runlog import RunLog, final_table, finite
 from allnc.trainer.runtime import (
+    check_single_process,
     git_commit,
     pick_device,
     pick_matmul_precision,
@@ -33,11 +36,10 @@ from allnc.trainer.runtime import (
 )
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for a GPU
-SUMMARY, CONFIG, PLOTS = "summary.json", "config.yaml", "plots"
 
 
 class DivergenceError(ValueError):
-    """The loss stopped being a number."""
+    """The loss or the weights stopped being numbers."""
 
 
 class Run:
@@ -97,6 +99,7 @@ class Run:
         self.epoch = 0  # epochs done
         self.seconds = {"total": 0.0, "training": 0.0}
         self.best = 0.0
+        self.changes: tuple[dict[str, Any], ...] = ()  # options changed on resuming
         self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
 
     def autocast(self) -> torch.autocast:
@@ -110,20 +113,57 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
+            "class_counts": self.counts,
             "seconds": self.seconds,
             "best": self.best,
         }
-        checkpoint.save(folder, self.config, epoch=self.epoch, model=self.model.state_dict(), training=training)
+        model = self.model.state_dict()
+        checkpoint.save(folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes)
 
     def restore(self, folder: Path) -> None:
-        """Continue from the checkpoint in a run folder."""
-        state = checkpoint.load_state(folder)
-        self.model.load_state_dict(state["model"])
+        """Continue from the checkpoint in a run folder.
+
+        Raises:
+            ValueError: there is none, it is damaged, or configuration or training set are not those of the run.
+        """
+        manifest, weights, state = checkpoint.load(folder)
+        checkpoint.roll_forward(folder, manifest)
+        self.changes = (*manifest.changes, *changes_on_resuming(manifest, self.config))
+        if not torch.equal(state["class_counts"], self.counts):
+            wrong = int((state["class_counts"] != self.counts).nonzero()[0])
+            raise ValueError(
+                f"a resumed run must have the training images it began with; class {wrong} has "
+                f"{int(self.counts[wrong])}, and had {int(state['class_counts'][wrong])}"
+            )
+        self.load_model(weights, manifest.epoch)
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        configure(self.optimizer, self.config.train)  # the state has the old settings
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         restore_random_state(state["random"])
-        self.epoch, self.seconds, self.best = state["epoch"], state["seconds"], state["best"]
+        self.seconds, self.best = state["seconds"], state["best"]
+
+    def load_model(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
+        """Take the weights that a checkpoint has after an epoch."""
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:  # torch lists every name and shape
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None
+        self.epoch = epoch
+
+    def check_weights(self) -> None:
+        """Raise DivergenceError unless all of the model, of the class means and of the optimiser is finite."""
+        tensors = {**self.model.state_dict(), **{f"loss.{n}": t for n, t in self.loss.state_dict().items()}}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{n}": t for n, t in values.items() if isinstance(t, torch.Tensor)}
+        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+        if broken:
+            raise DivergenceError(
+                f"the weights must stay finite; after epoch {self.epoch}, {len(broken)} of {len(tensors)} tensors are "
+                f"not ({broken[0]} ...)"
+            )
 
     def measure(self) -> tuple[dict[str, Any], torch.Tensor]:
         """Return accuracy by shot (test set) with collapse (training set), and the class means [C, F]."""
@@ -136,44 +176,76 @@ class Run:
         return {"epochs": self.epoch, "many_above": self.config.data.many, "few_below": self.config.data.few}
 
 
-def train(config: Config, folder: Path, console: Console, *, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new") -> dict[str, Any]:
     """Train, measure and leave a run folder.
 
     Args:
         config: the configuration.
-        folder: run folder, made when it does not exist.
+        folder: run folder, made when it does not exist, and written by this process alone.
         console: where lines, the progress bar and the table go.
-        resume: continue from the folder's checkpoint.
+        mode: new, resume (continue from the folder's checkpoint) or overwrite (delete the run that is there, once
+            data and model of the new one stand).
 
     Returns:
         What summary.json holds.
 
     Raises:
-        ValueError: the configuration asks for what is not there; DivergenceError when the loss is not finite.
-        KeyboardInterrupt: passed on; the checkpoint of the last whole epoch is in the folder.
+        ValueError: the configuration asks for what is not there, or the folder is not to be had; DivergenceError when
+            loss or weights are not finite.
+        KeyboardInterrupt: with a line that says what can be resumed.
     """
-    run = Run(config)
-    if resume:
-        run.restore(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(folder / CONFIG, lambda p: p.write_text(yaml.safe_dump(to_dict(config), sort_keys=False)))
-    console.print(_headline(run, folder), soft_wrap=True, highlight=False)
+    check_single_process()
+    with RunFolder(folder, mode) as files:
+        try:
+            return _train(config, files, console)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {_what_remains(files)}") from None
+        except DivergenceError as error:
+            raise DivergenceError(
+                f"{error}: lower train.lr, lengthen train.warmup_epochs, set train.grad_clip, or use train.precision "
+                f"fp32; {_what_remains(files)}"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the GPU's memory is too small: lower train.batch_size, data.views or data.image_size ({error})"
+            ) from None
 
-    with RunLog(folder, console, epochs=config.train.epochs, done=run.epoch) as log:
+
+def _train(config: Config, files: RunFolder, console: Console) -> dict[str, Any]:
+    run = Run(config)
+    if files.mode == "resume":
+        run.restore(files.path)
+    else:
+        files.start()
+    write_whole(files / CONFIG, _config_text(run).encode())
+    for line in _headlines(run, files):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    with RunLog(files.path, console, epochs=config.train.epochs, done=run.epoch) as log:
         while run.epoch < config.train.epochs:
             started = time.perf_counter()
             record: dict[str, Any] = {"epoch": run.epoch + 1}
             record |= train_epoch(run, log)
             run.seconds["training"] += time.perf_counter() - started
             run.epoch += 1
+            run.check_weights()  # before they are measured and take the place of the last checkpoint
             record |= _measurements(run)
             run.best = max(run.best, record.get("accuracy", 0.0))
             record["seconds"] = time.perf_counter() - started
             run.seconds["total"] += record["seconds"]
             log.epoch(record)  # before the checkpoint: a record too many is dropped on resuming, one too few is lost
-            run.save(folder)
+            run.save(files.path)
         records = log.records
-    return _finish(run, folder, records, console)
+    return _finish(run, files, records, console)
+
+
+def _what_remains(files: RunFolder) -> str:
+    """Say what of a run that stopped early can be continued."""
+    manifest = read_manifest(files.path)
+    if manifest is None or not (files / CONFIG).is_file():
+        return "there is no checkpoint yet: --overwrite starts the run again"
+    last = f"epoch {manifest.epoch} of {manifest.config.train.epochs}"
+    return f"--resume --out {files} continues after {last}, with other options of train.* if you give them"
 
 
 def _measurements(run: Run) -> dict[str, Any]:
@@ -255,26 +327,37 @@ def _check_finite(sums: dict[str, torch.Tensor], epoch: int, step: int) -> None:
     broken = [name for name, value in sums.items() if name != "loss" and not torch.isfinite(torch.as_tensor(value))]
     raise DivergenceError(
         f"the loss must stay finite; got {float(sums['loss'])} by epoch {epoch}, step {step}"
-        f"{' in ' + ', '.join(broken) if broken else ''}: lower train.lr, lengthen train.warmup_epochs, set "
-        "train.grad_clip, or use train.precision fp32"
+        f"{' in ' + ', '.join(broken) if broken else ''}"
     )
 
 
-def _headline(run: Run, folder: Path) -> str:
+def _config_text(run: Run) -> str:
+    """Return the text of config.yaml; what was changed on resuming stands in its head."""
+    head = [f"# since epoch {c['epoch'] + 1}: {c['option']} {c['from']} -> {c['to']}" for c in run.changes]
+    return "".join(f"{line}\n" for line in head) + yaml.safe_dump(to_dict(run.config), sort_keys=False)
+
+
+def _headlines(run: Run, files: RunFolder) -> list[str]:
     config, counts = run.config, run.counts
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     number = str(run.dtype).removeprefix("torch.")
-    return (
-        f"{config.data.name}: {len(run.train_set)} training images ({int(counts.max())} to "
-        f"{int(counts.min())} a class), "
-        f"{len(run.test_set)} test images; {config.model.name}, {parameters:.2f} M parameters; loss "
-        f"{config.loss.name}; "
-        f"{run.device.type}, {number}; {folder}"
-    )
+    lines = [
+        f"{config.data.name}: {len(run.train_set)} training images ({int(counts.max())} to {int(counts.min())} a "
+        f"class), {len(run.test_set)} test images; {config.model.name}, {parameters:.2f} M parameters; loss "
+        f"{config.loss.name}; {run.device.type}, {number}; {files}"
+    ]
+    if run.epoch:
+        lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")
+    lines += [
+        f"changed: {c['option']} {c['from']} -> {c['to']}" for c in run.changes if run.epoch and c["epoch"] == run.epoch
+    ]
+    if not files.locked:
+        lines.append(f"warning: the file system of {files} has no locks; do not start a second run in it")
+    return lines
 
 
-def _finish(run: Run, folder: Path, records: list[dict[str, Any]], console: Console) -> dict[str, Any]:
-    """Write summary and plots of the last epoch."""
+def _finish(run: Run, files: RunFolder, records: list[dict[str, Any]], console: Console) -> dict[str, Any]:
+    """Write the summary of the last epoch, then draw."""
     config = run.config
     measured, means = run.final or run.measure()  # a finished run that is resumed has not measured yet
     images = config.train.epochs * len(run.loader) * run.loader.batch_size
@@ -286,27 +369,22 @@ def _finish(run: Run, folder: Path, records: list[dict[str, Any]], console: Cons
         "seed": config.seed,
         **run.conventions(),
         "class_counts": run.counts.tolist(),
+        "changes": list(run.changes),
         "device": run.device.type,
         "precision": str(run.dtype).removeprefix("torch."),
         "versions": versions(),
         "commit": git_commit(),
     }
-    plots = folder / PLOTS
-    plots.mkdir(exist_ok=True)
-    plot_angles(
-        means,
-        run.model.classifier_weight.detach(),
-        plots / "angles.png",
-        class_counts=run.counts,
-        many=config.data.many,
-        few=config.data.few,
-    )
-    plot_curves(records, plots / "curves.png")
-    checkpoint.write_json(folder / SUMMARY, summary)
+    write_json(files / SUMMARY, summary)
     console.print(final_table(summary))
+    (files / PLOTS).mkdir(exist_ok=True)
+    weight, data = run.model.classifier_weight.detach(), config.data
+    plot_angles(means, weight, files / ANGLES, class_counts=run.counts, many=data.many, few=data.few)
+    plot_curves(records, files / CURVES)
     console.print(
-        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s in training; all of it in {folder}",
+        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s in training; all of it in {files}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
     return summary

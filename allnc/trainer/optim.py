@@ -14,11 +14,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum; weight decay acts on matrices and kernels only."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]  # biases and normalisation
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    optimizer = torch.optim.SGD([{"params": decayed}, {"params": plain}], lr=config.lr)
+    configure(optimizer, config)
+    return optimizer
+
+
+def configure(optimizer: torch.optim.SGD, config: TrainConfig) -> None:
+    """Give the two parameter groups of `build_optimizer` the settings of a configuration."""
+    for group, weight_decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
+        group |= {"momentum": config.momentum, "nesterov": config.momentum > 0, "weight_decay": weight_decay}
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -72,15 +72,20 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """Build a configuration from what `to_dict` returned.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one) or a value out of range.
+        ValueError: not a mapping, an unknown key (with the nearest known one), a wrong type or a value out of range.
     """
-    arguments: dict[str, Any] = dict(values)
-    _known("", Config, arguments)
+    arguments = _known("", Config, values)
     for name, section in SECTIONS.items():
         if name in arguments:
-            _known(f"{name}.", section, arguments[name])
-            arguments[name] = section(**arguments[name])
+            arguments[name] = section(**_known(f"{name}.", section, arguments[name]))
     return Config(**arguments)
+
+
+def dotted(config: Config) -> dict[str, Any]:
+    """Return every option in dotted form, such as `train.epochs`, with its value."""
+    values = to_dict(config)
+    flat = {"seed": values["seed"], "out": values["out"]}
+    return flat | {f"{name}.{key}": value for name in SECTIONS for key, value in values[name].items()}
 
 
 def option_names() -> list[str]:
@@ -91,10 +96,15 @@ def option_names() -> list[str]:
     return names
 
 
-def _known(prefix: str, cls: type, values: Mapping[str, Any]) -> None:
+def _known(prefix: str, cls: type, values: Any) -> dict[str, Any]:
+    """Return the values of a section, whose keys must be options."""
+    if not isinstance(values, Mapping):
+        what = f"{prefix.rstrip('.')} must hold options" if prefix else "a configuration must hold sections"
+        raise ValueError(f"{what}, as `name: value`; got {values!r}")
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
+            near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"{prefix}{key} is not an option{hint}")
+    return dict(values)

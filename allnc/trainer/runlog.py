@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from allnc.trainer.folder import METRICS, write_whole
+
 Record = dict[str, Any]
-METRICS = "metrics.jsonl"
 PARTS = (  # short labels on the console; the files have the whole names
     {"loss_cls": "cls", "loss_uniform": "uniform", "loss_rebalance": "rebalance"},
     {"loss_hycon": "hycon"},
@@ -41,8 +42,7 @@ class RunLog:
 
     def __init__(self, folder: Path, console: Console, *, epochs: int, done: int = 0) -> None:
         self.path, self.console, self.epochs = folder / METRICS, console, epochs
-        self.records: list[Record] = [r for r in read_records(self.path) if r["epoch"] <= done]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self.records = self._continue(done)
         self.board = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -53,6 +53,21 @@ class RunLog:
             transient=True,
         )
         self.task = self.progress.add_task("training", total=None)
+
+    def _continue(self, done: int) -> list[Record]:
+        """Keep what the file has of the epochs done, line by line; return the records among it."""
+        lines = read_lines(self.path)
+        kept = [line for line in lines if line.record is None or line.record["epoch"] <= done]
+        damaged = [str(line.number) for line in kept if line.record is None]
+        if damaged:
+            self.console.print(
+                f"warning: {self.path} has no record of an epoch in line {', '.join(damaged)}; kept as it is",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+        write_whole(self.path, b"".join(line.text + b"\n" for line in kept))
+        return [line.record for line in kept if line.record is not None]
 
     def __enter__(self) -> RunLog:
         self.progress.start()
@@ -82,15 +97,29 @@ class RunLog:
         self.console.print(epoch_line(record, self.epochs), soft_wrap=True, highlight=False)
 
 
-def read_records(path: Path) -> list[Record]:
-    """Return the whole lines of metrics.jsonl (an interruption may have left half a line)."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+class Line(NamedTuple):
+    """A line of metrics.jsonl: its number from 1, its bytes, and the record, or None where it holds none."""
+
+    number: int
+    text: bytes
+    record: Record | None
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines of metrics.jsonl, without a last one that an interruption has cut in half."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole, _, half = data.rpartition(b"\n")
+    lines = [Line(number, text, _record(text)) for number, text in enumerate(whole.split(b"\n") if whole else [], 1)]
+    last = _record(half)
+    return lines if last is None else [*lines, Line(len(lines) + 1, half, last)]
+
+
+def _record(text: bytes) -> Record | None:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("epoch"), int) else None
 
 
 def epoch_line(record: Record, epochs: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import nn
 
 from allnc.config import Config, TrainConfig
 from allnc.trainer import checkpoint
+from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, write_whole
 from allnc.trainer.optim import build_optimizer, learning_rate
-from allnc.trainer.runlog import epoch_line, finite, read_records
+from allnc.trainer.runlog import epoch_line, finite, read_lines
 from allnc.trainer.runtime import (
     pick_device,
     pick_precision,
@@ -76,16 +78,16 @@ def test_random_state_survives_a_file(tmp_path: Path) -> None:
     assert draws() == first
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    checkpoint.write_atomic(path, lambda p: p.write_text("old"))
+    write_whole(path, b"old")
 
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
+    def full(_: int) -> None:
         raise OSError("no space left")
 
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.write_atomic(path, fail)
+        write_whole(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -95,28 +97,36 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, config, epoch=4, model=model, training={"best": 1.5})
     again, epoch, weights = checkpoint.load_weights(tmp_path)
     assert again == config and epoch == 4
-    state = checkpoint.load_state(tmp_path)
-    assert state["epoch"] == 4 and state["best"] == 1.5
-    for tensors in (weights, state["model"]):
+    manifest, again_weights, state = checkpoint.load(tmp_path)
+    assert manifest.epoch == 4 and manifest.config == config and state == {"best": 1.5}
+    for tensors in (weights, again_weights):
         assert all(torch.equal(tensors[name], value) for name, value in model.items())
 
 
-def test_missing_and_broken_checkpoints(tmp_path: Path) -> None:
-    for load in (checkpoint.load_state, checkpoint.load_weights):
-        with pytest.raises(ValueError, match="must be a run folder with"):
-            load(tmp_path)
-    (tmp_path / checkpoint.STATE).write_bytes(b"half of it")
-    (tmp_path / checkpoint.WEIGHTS).write_bytes(b"half of it")
-    for load in (checkpoint.load_state, checkpoint.load_weights):
-        with pytest.raises(ValueError, match="must be a checkpoint; it cannot be read"):
+def test_missing_and_damaged_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"with a checkpoint to resume; got .* without checkpoint\.json; --overwrite"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(ValueError, match=r"must be a run folder with last\.safetensors"):
+        checkpoint.load_weights(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(b"half of it")
+    with pytest.raises(ValueError, match="must be a checkpoint; it cannot be read"):
+        checkpoint.load_weights(tmp_path)
+    (tmp_path / STATE).write_bytes(b"half of it")
+    with pytest.raises(ValueError, match=r"an older version of allnc wrote state\.pt"):
+        checkpoint.load(tmp_path)
+    (tmp_path / CHECKPOINT).write_text("{}")
+    for load in (checkpoint.load, checkpoint.load_weights):
+        with pytest.raises(ValueError, match=r"checkpoint\.json must be the description of a checkpoint"):
             load(tmp_path)
 
 
-def test_half_a_record_is_left_out(tmp_path: Path) -> None:
+def test_half_a_record_is_left_out_and_a_damaged_line_is_not(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert read_records(path) == []
-    path.write_text(json.dumps({"epoch": 1}) + '\n{"epoch": 2, "lo')
-    assert read_records(path) == [{"epoch": 1}]
+    assert read_lines(path) == []
+    path.write_text(json.dumps({"epoch": 1}) + '\n\n{"epoch": "x"}\n[1]\n{"epoch": 2}\n{"epoch": 3, "lo')
+    lines = read_lines(path)
+    assert [line.record for line in lines] == [{"epoch": 1}, None, None, None, {"epoch": 2}]
+    assert [line.number for line in lines] == [1, 2, 3, 4, 5] and lines[2].text == b'{"epoch": "x"}'
 
 
 def test_numbers_that_json_cannot_hold() -> None:

@@ -13,7 +13,7 @@ import torch
 from allnc import _extension
 from allnc.config import Config, DataConfig
 from allnc.data import Batch, ImageSet
-from allnc.train import parse
+from allnc.trainer.command import parse
 from allnc.trainer.loop import Run, train_step
 from tests.backends import needs_interpreter
 from tests.launches import Dispatches, count_launches

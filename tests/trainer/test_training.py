@@ -73,7 +73,7 @@ def test_resuming_gives_the_same_bits(loss: LossConfig, tmp_path: Path, monkeypa
         loop.train(config, tmp_path / "parts", quiet())
     assert load_weights(tmp_path / "parts")[1] == 2
     torch.rand(7)  # a new process would have another global state, too
-    resumed = loop.train(config, tmp_path / "parts", quiet(), resume=True)
+    resumed = loop.train(config, tmp_path / "parts", quiet(), mode="resume")
 
     (_, _, ours), (_, _, theirs) = load_weights(tmp_path / "straight"), load_weights(tmp_path / "parts")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -86,7 +86,7 @@ def test_resuming_gives_the_same_bits(loss: LossConfig, tmp_path: Path, monkeypa
 def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:
     config = changed(TINY, train={"epochs": 1})
     first = loop.train(config, tmp_path, quiet())
-    again = loop.train(config, tmp_path, quiet(), resume=True)
+    again = loop.train(config, tmp_path, quiet(), mode="resume")
     assert first == again and len(records(tmp_path)) == 1
 
 
@@ -102,7 +102,7 @@ def test_a_record_without_its_checkpoint_is_written_anew(tmp_path: Path, monkeyp
         patch.setattr(loop.Run, "save", killed)
         loop.train(TINY, tmp_path, quiet())
     assert [r["epoch"] for r in records(tmp_path)] == [1, 2, 3]
-    loop.train(TINY, tmp_path, quiet(), resume=True)
+    loop.train(TINY, tmp_path, quiet(), mode="resume")
     assert [r["epoch"] for r in records(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         assert main(words) == 130
-    assert "--resume continues" in capsys.readouterr().err
+    assert f"stopped; --resume --out {folder} continues after epoch 1 of 2" in capsys.readouterr().err
     assert evaluate.main([folder]) == 0
     assert "epoch 1, the last one" in capsys.readouterr().out
     assert main(["--resume", "--out", folder]) == 0
@@ -213,6 +213,6 @@ def test_a_gpu_trains_and_resumes(hycon: str, tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(3, patch)
         loop.train(config, tmp_path, quiet())
-    summary = loop.train(config, tmp_path, quiet(), resume=True)
+    summary = loop.train(config, tmp_path, quiet(), mode="resume")
     assert summary["device"] == "cuda" and summary["accuracy"] > 20
     assert [r["epoch"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,50 @@
+"""How allnc's programs end: with an exit status and, for whatever a person can mend, one line instead of a traceback.
+
+Only the standard library is imported, so that Ctrl-C is answered from the first moment on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+DONE, MISTAKE, INTERRUPTED = 0, 2, 130
+
+
+def answer(program: str, body: Callable[[], None]) -> int:
+    """Run a program and return its exit status.
+
+    ValueError and OSError are what a person can mend (an option, a file, a full disk): one line on standard error and
+    2. Ctrl-C gives the line that whoever was interrupted put into the exception, and 130. All other exceptions are
+    faults of allnc and keep their traceback.
+
+    Args:
+        program: name that the line begins with.
+        body: the program; it imports what it needs itself.
+    """
+    try:
+        body()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone: nobody is left to tell
+        sys.stdout = None
+        return MISTAKE
+    except OSError as error:
+        return _mistake(program, _reason(error))
+    except ValueError as error:
+        return _mistake(program, str(error))
+    except KeyboardInterrupt as stop:
+        print(f"{program}: {stop if stop.args else 'stopped'}", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+def _reason(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names)}: {error.strerror}" if names else error.strerror
+
+
+def _mistake(program: str, message: str) -> int:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    return MISTAKE

@@ -1,0 +1,231 @@
+"""The command line of training: from words to a configuration and a run folder, every mistake on one line.
+
+Neither torch nor numpy is imported: mistakes are answered before they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from allnc.config import SECTIONS, Config
+from allnc.trainer.folder import CONFIG, Mode, check_folder, new_folder
+from allnc.trainer.manifest import changes_on_resuming, read_manifest
+from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+DEFAULT_RECIPE = "digits_lt"
+FLAGS: dict[str, str] = {
+    "resume": "continue the run in --out DIR with its own configuration; train.* and where the data lie may change",
+    "overwrite": "start again in --out DIR, deleting the files of the run that is there",
+}
+
+
+class Plan(NamedTuple):
+    """What a command line asks for."""
+
+    config: Config
+    folder: Path
+    mode: Mode
+
+
+def plan(words: Sequence[str]) -> Plan:
+    """Return configuration, run folder and what to do with it, from the words of a command line.
+
+    A folder without a name is made at once, so that no other process takes the same.
+
+    Raises:
+        ValueError: options that contradict each other, the folder or the configuration.
+        OSError: the folder cannot be made.
+    """
+    given = [flag for flag in FLAGS if f"--{flag}" in words]
+    words = [word for word in words if word not in [f"--{flag}" for flag in FLAGS]]
+    if len(given) == 2:
+        raise ValueError("--resume and --overwrite exclude each other: choose one")
+    if given == ["resume"]:
+        return _resumed(words)
+    config, recipe = parse(words)
+    if given and config.out is None:
+        raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
+    if config.out is None:
+        folder = new_folder(f"{recipe}-{config.loss.name}-seed{config.seed}")
+        return Plan(dataclasses.replace(config, out=str(folder)), folder, "new")
+    folder = _path(config.out)
+    mode: Mode = "overwrite" if given else "new"
+    check_folder(folder, mode)
+    return Plan(dataclasses.replace(config, out=str(folder)), folder, mode)
+
+
+def print_config(words: Sequence[str]) -> None:
+    """Print the whole configuration of a command line as YAML."""
+    config, _ = parse([word for word in words if word != "--print_config"])
+    print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+
+
+def parse(words: Sequence[str]) -> tuple[Config, str]:
+    """Return the configuration of a command line without flags, and the name of its recipe.
+
+    Raises:
+        ValueError: an unknown option or recipe, a value that does not fit, an option that would be ignored.
+        SystemExit: after --help.
+    """
+    given = _given(words)
+    names, rest = _take(words, "config")  # recipes come first whatever the order: every override wins over them
+    recipes = [_recipe_path(name) for name in names or [DEFAULT_RECIPE]]
+    for recipe in recipes:
+        _check_recipe(recipe)
+    parser = _parser(recipes)
+    try:
+        values = parser.parse_args(rest).as_dict()
+    except ArgumentError as error:
+        raise ValueError(_readable(error)) from None
+    config = from_dict({name: value for name, value in values.items() if name in (*SECTIONS, "seed", "out")})
+    ignored = ignored_options(config)
+    for name in given:
+        if name in ignored:
+            raise ValueError(f"--{name} would be ignored: {ignored[name]}; remove it")
+    return config, recipes[-1].stem
+
+
+def _parser(recipes: list[Path]) -> ArgumentParser:
+    """Return a parser whose defaults are those of the recipes, the last one first."""
+    parser = ArgumentParser(
+        prog="python -m allnc.train",
+        description="Train a model. Every option of a configuration can be given by its dotted name.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_config_files=[str(path) for path in recipes],
+    )
+    known = ", ".join(recipe_names())
+    parser.add_argument("--config", help=f"recipe ({known}) or YAML file; default {DEFAULT_RECIPE}")
+    parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
+    parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
+    for flag, meaning in FLAGS.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+def recipe_names() -> list[str]:
+    """Return the names that --config knows without a path."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _given(words: Sequence[str]) -> list[str]:
+    """Return the options that were given, and refuse unknown ones with the nearest known name."""
+    known = [*option_names(), *SECTIONS, *FLAGS, "config", "help"]
+    given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{name} is not an option{_nearest(name, known, '--')}; --help lists them")
+    return given
+
+
+def _take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """Take every `--option X` and `--option=X` out of the words; return the values and the other words."""
+    values, rest = [], []
+    remaining = iter(words)
+    for word in remaining:
+        if word == f"--{option}":
+            value = next(remaining, None)
+            if value is None:
+                needs = f"a recipe ({', '.join(recipe_names())}) or a YAML file" if option == "config" else "a value"
+                raise ValueError(f"--{option} needs {needs}")
+            values.append(value)
+        elif word.startswith(f"--{option}="):
+            values.append(word.split("=", 1)[1])
+        else:
+            rest.append(word)
+    return values, rest
+
+
+def _recipe_path(name: str) -> Path:
+    path = RECIPES / f"{name}.yaml"
+    if path.is_file():
+        return path
+    if not Path(name).is_file():
+        known = recipe_names()
+        raise ValueError(
+            f"--config must be a YAML file or one of {', '.join(known)}; got {name!r}{_nearest(name, known)}"
+        )
+    return Path(name)
+
+
+def _check_recipe(path: Path) -> None:
+    """Raise ValueError unless a file holds sections of options, and nothing that only the command line knows."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be YAML in UTF-8; {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML; it is not: {error}") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} must hold sections ({', '.join(SECTIONS)}); got {_shown(values)}")
+    for flag in {*FLAGS, "config", "print_config"} & {*values}:
+        raise ValueError(f"{path}: {flag} is an option of the command line alone; remove it there and give --{flag}")
+    for name in SECTIONS:
+        if name in values and not isinstance(values[name], Mapping):
+            raise ValueError(f"{path}: {name} must hold options, as `name: value`; got {_shown(values[name])}")
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:60]
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _readable(error: ArgumentError) -> str:
+    """Put the parser's message on one line in a reader's words; name the nearest option to an unknown key."""
+    message = " ".join(str(error).split())
+    unknown = re.search(r"Group '(\w+)' does not accept option '(\w+)'|Option '([\w.]+)' is not accepted", message)
+    if unknown:
+        name = unknown[3] or f"{unknown[1]}.{unknown[2]}"
+        return f"{name} is not an option{_nearest(name, option_names())}"
+    wrong = re.search(r'key "([\w.]+)": Expected an? (.+)\. Got value: (.*)', message)
+    union = re.search(r'key "([\w.]+)": .*Subtypes: (\[.*?\]) Errors:.*Given value: (.*)', message)
+    if union:
+        types = " or ".join(re.findall(r"'(\w+)'", union[2])).replace("NoneType", "null")
+        return f"{union[1]} must be of type {types}; got {union[3]}"
+    if wrong:
+        wanted = re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2])
+        wanted = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted)
+        return f"{wrong[1]} must be {wanted}; got {wrong[3]}"
+    return message
+
+
+def _resumed(words: Sequence[str]) -> Plan:
+    """Plan to continue a run: its own configuration, with what the words change."""
+    outs, rest = _take(words, "out")
+    if not outs:
+        raise ValueError("--resume needs --out DIR, the folder of the run")
+    folder = _path(outs[-1])
+    check_folder(folder, "resume")
+    if _take(rest, "config")[0]:
+        raise ValueError(f"--resume continues {folder} with its own {CONFIG}; remove --config")
+    config, _ = parse(["--config", str(folder / CONFIG), *rest])
+    config = dataclasses.replace(config, out=str(folder))
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(
+            f"--resume needs a run with a checkpoint; {folder} has none yet: --overwrite starts the run again"
+        )
+    changes_on_resuming(manifest, config)
+    return Plan(config, folder, "resume")
+
+
+def _path(name: str) -> Path:
+    if "\0" in name or not name:
+        raise ValueError(f"--out must be a folder's name; got {name!r}")
+    return Path(name).expanduser()

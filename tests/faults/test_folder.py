@@ -1,0 +1,232 @@
+"""Who may write a run folder, and what of it may be deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from allnc.trainer import folder as folders
+from allnc.trainer import loop
+from allnc.trainer.folder import LOCK, RunFolder, check_folder, is_run, new_folder, own_files
+from allnc.trainer.options import to_dict
+from tests.faults.runs import TINY, WORDS, command, one_line, quiet, start
+
+
+def make_run(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(TINY)))
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with RunFolder(tmp_path):
+        with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on .*: wait for it, stop it, or give"):
+            RunFolder(tmp_path)
+        if (child := os.fork()) == 0:  # as a worker of a loader, which may outlive its parent by seconds
+            signal.pause()
+    with RunFolder(tmp_path):  # free again, although the child lives
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    if (child := os.fork()) == 0:
+        RunFolder(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert (tmp_path / LOCK).is_file()
+    RunFolder(tmp_path).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(folders.fcntl, "flock", no_locks)
+    console = quiet()
+    loop.train(TINY, tmp_path / "run", console)
+    assert "has no locks; do not start a second run in it" in console.file.getvalue()  # pyright: ignore
+
+
+def test_two_commands_in_one_folder(tmp_path: Path) -> None:
+    first = start(*WORDS, "--train.epochs", "400", "--out", str(tmp_path / "run"))
+    assert first.stdout is not None and "training images" in first.stdout.readline()
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        words = [] if flags == ["--resume"] else WORDS
+        status, errors = command(*words, *flags, "--out", str(tmp_path / "run"))
+        wanted = "holds a run" if not flags else f"in use by process {first.pid}"
+        assert status == 2 and (wanted in one_line(errors) or "has none yet" in errors)
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 130 and one_line(errors).startswith("allnc.train: stopped; ")
+
+
+def test_default_names_are_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    taken = [new_folder("x") for _ in range(3)]
+    assert taken == [Path("runs/x"), Path("runs/x-2"), Path("runs/x-3")] and all(path.is_dir() for path in taken)
+    processes = [start(*WORDS, "--train.epochs", "1") for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    names = {path.name for path in Path("runs").iterdir() if path.name.startswith("digits_lt")}
+    assert names == {"digits_lt-allnc-seed0", "digits_lt-allnc-seed0-2", "digits_lt-allnc-seed0-3"}
+    assert all((Path("runs") / name / "summary.json").is_file() for name in names)
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    loop.train(TINY, run, quiet())
+    ours = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(run)) for path in own_files(run)} == ours
+    mine = ("notes.txt", "events.csv", "plots/mine.png", "events.log", "best.safetensors", ".hidden")
+    for name in mine:
+        (run / name).write_text("mine")
+    with RunFolder(run, "overwrite") as files:
+        files.start()
+    assert {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} == set(mine)
+
+
+@pytest.mark.parametrize("config", ["", "data: 1\nmy: own\n", "- 1\n", "\x00", "train: {}\n", "a: [\n"])
+def test_somebodys_own_folder_is_not_touched(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config)
+    assert not is_run(tmp_path)
+    for mode in ("new", "overwrite"):
+        with pytest.raises(ValueError, match="holds other files"):
+            check_folder(tmp_path, mode)
+    assert (tmp_path / "config.yaml").read_text() == config
+
+
+def test_the_old_run_goes_last(tmp_path: Path) -> None:
+    """A mistake in the new run must not cost the old one."""
+    run = tmp_path / "run"
+    loop.train(TINY, run, quiet())
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for words in (["--config", "fashion_lt", "--data.root", "/nowhere"], ["--train.batch_size", "4000"]):
+        assert command(*words, "--overwrite", "--out", str(run))[0] == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_leftovers_of_a_killed_run_are_known(tmp_path: Path) -> None:
+    for name in (".config.yaml.tmp", ".last.safetensors.tmp", ".state.pt.tmp", LOCK):
+        (tmp_path / name).write_text("half")
+    for mode in ("new", "overwrite"):
+        check_folder(tmp_path, mode)
+    with RunFolder(tmp_path) as files:
+        files.start()
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_folders_that_cannot_be_had(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    loop_name = tmp_path / "loop"
+    loop_name.symlink_to(loop_name)
+    for out, message in (
+        (tmp_path / "file", "must be a folder; got the file"),
+        (tmp_path / "file" / "run", "file"),
+        (tmp_path / "link", "which is missing"),
+        (loop_name, "loop"),
+        (tmp_path / ("n" * 300), "File name too long"),
+        ("/proc/run", "/proc"),
+    ):
+        status, errors = command(*WORDS, "--out", str(out))
+        assert status == 2 and message in one_line(errors), errors
+
+
+def test_a_folder_deleted_in_mid_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(*WORDS, "--train.epochs", "4000", "--out", str(run))
+    assert process.stdout is not None and "training images" in process.stdout.readline()
+    assert " 1/4000" in process.stdout.readline()
+    for path in sorted(run.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+    run.rename(tmp_path / "elsewhere")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "No such file or directory" in one_line(errors) and str(run) in errors
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """The shell's limit on the size of a file stands for it: writing fails in the middle of the checkpoint."""
+    run = tmp_path / "run"
+    status, errors = command(*WORDS, "--model.width", "16", "--out", str(run), largest_file=100_000)
+    assert status == 2 and "File too large" in one_line(errors)
+    assert not (run / "checkpoint.json").exists()
+
+
+def test_a_launcher_of_several_processes_is_refused(tmp_path: Path) -> None:
+    status, errors = command(*WORDS, "--out", str(tmp_path / "run"), WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    assert status == 2 and "runs as one process; got WORLD_SIZE 2" in one_line(errors)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_before_the_first_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("--config", "digits_lt", "--data.views", "64", "--model.width", "64", "--out", str(run))
+    assert process.stdout is not None and "training images" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert one_line(errors) == "allnc.train: stopped; there is no checkpoint yet: --overwrite starts the run again"
+    assert command("--resume", "--out", str(run))[0] == 2
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.3, 0.8, 1.5])
+def test_ctrl_c_in_the_first_seconds(delay: float, tmp_path: Path) -> None:
+    process = start(*WORDS, "--train.epochs", "4000", "--out", str(tmp_path / "run"))
+    try:
+        process.wait(delay)
+    except Exception:
+        pass
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and one_line(errors).startswith("allnc.train: stopped")
+
+
+def test_a_damaged_line_of_the_metrics_is_kept_and_said(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    loop.train(TINY, run, quiet())
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], "", '{"epoch": 2, "lo', lines[2]]) + "\n")
+    console = quiet()
+    loop.train(TINY, run, console, mode="resume")
+    shown = console.file.getvalue()  # pyright: ignore
+    assert "has no record of an epoch in line 2, 3; kept as it is" in shown
+    assert (run / "metrics.jsonl").read_text().splitlines() == [lines[0], "", '{"epoch": 2, "lo', lines[2]]
+
+
+def test_a_checkpoint_with_flipped_bits_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    loop.train(TINY, run, quiet())
+    random = torch.Generator().manual_seed(0)
+    for name in ("state.pt", "last.safetensors"):
+        good = (run / name).read_bytes()
+        for _ in range(20):
+            data = bytearray(good)
+            position = int(torch.randint(len(data), (), generator=random))
+            data[position] ^= 1 << int(torch.randint(8, (), generator=random))
+            (run / name).write_bytes(data)
+            with pytest.raises(ValueError, match=rf"{name} is damaged, or of another epoch"):
+                loop.train(TINY, run, quiet(), mode="resume")
+        (run / name).write_bytes(good)
+    loop.train(TINY, run, quiet(), mode="resume")
+
+
+def test_other_training_images_are_not_resumed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    loop.train(TINY, run, quiet())
+    state = torch.load(run / "state.pt", weights_only=True)
+    state["class_counts"][4] += 1
+    torch.save(state, run / "state.pt")
+    from hashlib import sha256
+
+    values = json.loads((run / "checkpoint.json").read_text())
+    values["files"]["state.pt"] = sha256((run / "state.pt").read_bytes()).hexdigest()
+    (run / "checkpoint.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"must have the training images it began with; class 4 has"):
+        loop.train(TINY, run, quiet(), mode="resume")
