@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -193,23 +193,27 @@ def test_literals_are_checked_without_the_parser() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("section", "values", "message"),
     [
-        (lambda: TrainConfig(lr="a"), "train.lr must be of type float; got 'a'"),
-        (lambda: TrainConfig(lr=1e300), "train.lr must be a number that float32 holds; got 1e+300"),
-        (lambda: TrainConfig(lr=float("nan")), "train.lr must be a number that float32 holds; got nan"),
-        (lambda: TrainConfig(epochs=2.5), "train.epochs must be of type int; got 2.5"),
-        (lambda: TrainConfig(epochs=10**30), "train.epochs must be at most 4294967295"),
-        (lambda: TrainConfig(milestones=("a",)), "train.milestones must be of type list of int; got ('a',)"),
-        (lambda: TrainConfig(threads=True), "train.threads must be of type int or null; got True"),
-        (lambda: DataConfig(root=3), "data.root must be of type str or null; got 3"),
-        (lambda: Config(data=None), "data must be a DataConfig; got None"),
-        (lambda: Config(seed="x"), "seed must be of type int; got 'x'"),
-        (lambda: from_dict({"train": None}), "train must hold options, as `name: value`; got None"),
-        (lambda: from_dict([]), "a configuration must hold sections, as `name: value`; got []"),
+        (TrainConfig, {"lr": "a"}, "train.lr must be of type float; got 'a'"),
+        (TrainConfig, {"lr": 1e300}, "train.lr must be a number that float32 holds; got 1e+300"),
+        (TrainConfig, {"lr": float("nan")}, "train.lr must be a number that float32 holds; got nan"),
+        (TrainConfig, {"epochs": 2.5}, "train.epochs must be of type int; got 2.5"),
+        (TrainConfig, {"epochs": 10**30}, "train.epochs must be at most 4294967295"),
+        (TrainConfig, {"milestones": ("a",)}, "train.milestones must be of type list of int; got ('a',)"),
+        (TrainConfig, {"threads": True}, "train.threads must be of type int or null; got True"),
+        (DataConfig, {"root": 3}, "data.root must be of type str or null; got 3"),
+        (Config, {"data": None}, "data must be a DataConfig; got None"),
+        (Config, {"seed": "x"}, "seed must be of type int; got 'x'"),
     ],
 )
-def test_types_are_checked_whoever_builds(build: Callable[[], object], message: str) -> None:
+def test_types_are_checked_whoever_builds(section: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        build()
+        section(**values)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"train": None}, {"model": [1]}, [], None, "x"])
+def test_from_dict_wants_mappings(values: Any) -> None:
+    with pytest.raises(ValueError, match=r"must hold (options|sections), as `name: value`; got"):
+        from_dict(values)

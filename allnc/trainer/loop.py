@@ -24,6 +24,7 @@ from allnc.trainer.optim import build_optimizer, configure, learning_rate
 from allnc.trainer.options import to_dict
 from allnc.trainer.runlog import RunLog, final_table, finite
 from allnc.trainer.runtime import (
+    check_backend,
     check_single_process,
     git_commit,
     pick_device,
@@ -56,6 +57,8 @@ class Run:
     def __init__(self, config: Config, images: tuple[ImageSet, ImageSet] | None = None) -> None:
         self.config = config
         self.device = pick_device(config.train)
+        if config.loss.name == "allnc":
+            check_backend(config.loss.backend, self.device)
         torch.set_float32_matmul_precision(pick_matmul_precision(config.train, self.device))
         self.dtype = pick_precision(config.train, self.device)
         if self.device.type == "cpu":

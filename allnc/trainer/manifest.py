@@ -91,4 +91,11 @@ def changes_on_resuming(before: Manifest, after: Config) -> list[dict[str, Any]]
         raise ValueError(f"a resumed run must keep {listing}; only train.* and where the data lie may change")
     if after.train.epochs < before.epoch:
         raise ValueError(f"train.epochs must be >= {before.epoch}, the epochs done; got {after.train.epochs}")
+    if after.train.epochs == before.epoch:  # nothing is left to train
+        idle = [name for name in changed if name.startswith("train.") and name not in ("train.device", "train.threads")]
+        if idle:
+            raise ValueError(
+                f"the run has done its {before.epoch} epochs: raise train.epochs, or remove {', '.join(idle)}"
+            )
+        return []
     return [{"epoch": before.epoch, "option": name, "from": old[name], "to": new[name]} for name in changed]

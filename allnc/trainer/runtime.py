@@ -14,6 +14,7 @@ import torch
 
 from allnc._version import __version__
 from allnc.config import TrainConfig
+from allnc.ops._common import Backend, resolve_backend
 
 
 def check_single_process() -> None:
@@ -39,6 +40,16 @@ def pick_device(config: TrainConfig) -> torch.device:
         raise ValueError("train.device must be cpu or auto here; got cuda, and torch sees no usable GPU")
     use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def check_backend(backend: Backend, device: torch.device) -> None:
+    """Raise ValueError when the ops' backend cannot run here, before there is a batch to run it on."""
+    try:
+        resolve_backend(
+            backend, op="loss.backend", device=device, dtype=torch.float32, supported=("cpp", "triton", "cuda")
+        )
+    except RuntimeError as error:  # built without it, or without Triton
+        raise ValueError(str(error)) from error
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:

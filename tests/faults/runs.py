@@ -30,6 +30,12 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+def shown(console: Console) -> str:
+    """Return what a quiet console was told."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def start(*words: str, program: str = "allnc.train", largest_file: int | None = None, **environment: str) -> Process:
     """Start the command in a process of its own, which can write no file of more than so many bytes."""
     return subprocess.Popen(
