@@ -145,7 +145,12 @@ def new_folder(stem: str) -> Path:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Put a file in the place of `path` in one step, on the disk for good."""
-    write_temporary(path, data).replace(path)
+    temporary = write_temporary(path, data)
+    try:
+        temporary.replace(path)
+    except OSError:  # a folder has its name
+        temporary.unlink()
+        raise
     sync(path.parent)
 
 

@@ -5,6 +5,7 @@ The command line reads it before torch is imported.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,15 @@ class Manifest:
     changes: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        """Return what checkpoint.json holds, with the SHA-256 of all the rest of it."""
+        values = {
             "format": FORMAT,
             "epoch": self.epoch,
             "files": self.files,
             "changes": list(self.changes),
             "config": to_dict(self.config),
         }
+        return values | {"sha256": _sum(values)}
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -61,20 +64,27 @@ def read_manifest(folder: Path) -> Manifest | None:
         ValueError: the file is damaged, or of another version.
     """
     path = folder / CHECKPOINT
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         values = json.loads(path.read_bytes())
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}, and this version of allnc reads {FORMAT}")
+        if values.pop("sha256") != _sum(values):
+            raise ValueError("its SHA-256 differs from the one it names")
         return Manifest(
             epoch=int(values["epoch"]),
             config=from_dict(values["config"]),
-            files={str(name): str(digest) for name, digest in values["files"].items()},
-            changes=tuple(dict(change) for change in values["changes"]),
+            files=dict(values["files"]),
+            changes=tuple(values["changes"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must be the description of a checkpoint; it cannot be read: {error!r}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} must be the description of a checkpoint; it cannot be read: {reason}") from error
+
+
+def _sum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def changes_on_resuming(before: Manifest, after: Config) -> list[dict[str, Any]]:

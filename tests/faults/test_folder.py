@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import signal
 import subprocess
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,7 +18,18 @@ import yaml
 
 from allnc.trainer import folder as folders
 from allnc.trainer import loop
-from allnc.trainer.folder import LOCK, RunFolder, check_folder, is_run, new_folder, own_files
+from allnc.trainer.folder import (
+    CHECKPOINT,
+    LOCK,
+    STATE,
+    WEIGHTS,
+    RunFolder,
+    check_folder,
+    is_run,
+    new_folder,
+    own_files,
+)
+from allnc.trainer.manifest import read_manifest
 from allnc.trainer.options import to_dict
 from tests.faults.runs import TINY, WORDS, command, one_line, quiet, shown, start
 
@@ -153,12 +167,24 @@ def test_a_folder_deleted_in_mid_run(tmp_path: Path) -> None:
     assert process.returncode == 2 and "No such file or directory" in one_line(errors) and str(run) in errors
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    """The shell's limit on the size of a file stands for it: writing fails in the middle of the checkpoint."""
+@pytest.mark.parametrize("largest_file", [40, 1000, 3000, 100_000])
+def test_a_full_disk(largest_file: int, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for it: the lock, config.yaml, the events or the checkpoint cannot grow."""
     run = tmp_path / "run"
-    status, errors = command(*WORDS, "--model.width", "16", "--out", str(run), largest_file=100_000)
+    words = [*WORDS, "--model.width", "16", "--train.epochs", "40", "--out", str(run)]
+    status, errors = command(*words, largest_file=largest_file)
     assert status == 2 and "File too large" in one_line(errors)
-    assert not (run / "checkpoint.json").exists()
+    assert not (run / "checkpoint.json").exists() and not list(run.glob(".*.tmp"))
+
+
+def test_the_summary_does_not_wait_for_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "plot_angles", killed)
+    with pytest.raises(KeyboardInterrupt, match="continues after epoch 3 of 3"):
+        loop.train(TINY, tmp_path, quiet())
+    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 3
 
 
 def test_a_launcher_of_several_processes_is_refused(tmp_path: Path) -> None:
@@ -200,20 +226,23 @@ def test_a_damaged_line_of_the_metrics_is_kept_and_said(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_flipped_bits_is_refused(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    loop.train(TINY, run, quiet())
-    random = torch.Generator().manual_seed(0)
-    for name in ("state.pt", "last.safetensors"):
-        good = (run / name).read_bytes()
-        for _ in range(20):
+    loop.train(TINY, tmp_path, quiet())
+    resumed, random = loop.Run(TINY), Random(0)
+    damaged = "is damaged, or of another epoch"
+    for name, message in (
+        (STATE, damaged),
+        (WEIGHTS, damaged),
+        (CHECKPOINT, "must be the description of a checkpoint"),
+    ):
+        good = (tmp_path / name).read_bytes()
+        for _ in range(40):
             data = bytearray(good)
-            position = int(torch.randint(len(data), (), generator=random))
-            data[position] ^= 1 << int(torch.randint(8, (), generator=random))
-            (run / name).write_bytes(data)
-            with pytest.raises(ValueError, match=rf"{name} is damaged, or of another epoch"):
-                loop.train(TINY, run, quiet(), mode="resume")
-        (run / name).write_bytes(good)
-    loop.train(TINY, run, quiet(), mode="resume")
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+            (tmp_path / name).write_bytes(data)
+            with pytest.raises(ValueError, match=f"{name} {message}"):
+                resumed.restore(tmp_path)
+        (tmp_path / name).write_bytes(good)
+    resumed.restore(tmp_path)
 
 
 def test_other_training_images_are_not_resumed(tmp_path: Path) -> None:
@@ -222,10 +251,9 @@ def test_other_training_images_are_not_resumed(tmp_path: Path) -> None:
     state = torch.load(run / "state.pt", weights_only=True)
     state["class_counts"][4] += 1
     torch.save(state, run / "state.pt")
-    from hashlib import sha256
-
-    values = json.loads((run / "checkpoint.json").read_text())
-    values["files"]["state.pt"] = sha256((run / "state.pt").read_bytes()).hexdigest()
-    (run / "checkpoint.json").write_text(json.dumps(values))
+    manifest = read_manifest(run)
+    assert manifest is not None
+    sums = manifest.files | {"state.pt": hashlib.sha256((run / "state.pt").read_bytes()).hexdigest()}
+    (run / "checkpoint.json").write_text(json.dumps(dataclasses.replace(manifest, files=sums).to_json()))
     with pytest.raises(ValueError, match=r"must have the training images it began with; class 4 has"):
         loop.train(TINY, run, quiet(), mode="resume")
