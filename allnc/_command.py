@@ -5,6 +5,7 @@ Only the standard library is imported, so that Ctrl-C is answered from the first
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -14,14 +15,17 @@ DONE, MISTAKE, INTERRUPTED = 0, 2, 130
 def answer(program: str, body: Callable[[], None]) -> int:
     """Run a program and return its exit status.
 
-    ValueError and OSError are what a person can mend (an option, a file, a full disk): one line on standard error and
-    2. Ctrl-C gives the line that whoever was interrupted put into the exception, and 130. All other exceptions are
-    faults of allnc and keep their traceback.
+    ValueError, OSError and too little memory are what a person can mend (an option, a file, a full disk): one line on
+    standard error and 2. Ctrl-C gives the line that whoever was interrupted put into the exception, and 130. All other
+    exceptions are faults of allnc and keep their traceback.
 
     Args:
         program: name that the line begins with.
         body: the program; it imports what it needs itself.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without η shows its number; the training goes on
+            stream.reconfigure(errors="backslashreplace")
     try:
         body()
         sys.stdout.flush()
@@ -32,6 +36,11 @@ def answer(program: str, body: Callable[[], None]) -> int:
         return _mistake(program, _reason(error))
     except ValueError as error:
         return _mistake(program, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        smaller = "lower train.batch_size, data.views, data.image_size or the model's size"
+        return _mistake(program, f"not enough memory: {smaller} ({error or 'MemoryError'})")
     except KeyboardInterrupt as stop:
         print(f"{program}: {stop if stop.args else 'stopped'}", file=sys.stderr)
         return INTERRUPTED
@@ -43,6 +52,12 @@ def _reason(error: OSError) -> str:
         return str(error)
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return f"{' -> '.join(names)}: {error.strerror}" if names else error.strerror
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch says so by RuntimeError on a CPU and by a class of its own on a GPU."""
+    torch_says = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or torch_says
 
 
 def _mistake(program: str, message: str) -> int:

@@ -268,7 +268,7 @@ class TrainConfig:
         matmul_precision: how float32 matrices are multiplied, in torch's words: highest (float32), high (TF32 on a
             GPU), medium (bfloat16 where the hardware has it); auto takes high on a GPU and highest on a CPU.
         device: auto takes a GPU when there is one.
-        threads: CPU threads of torch, >= 1; None takes one a core. A small network is as fast with one, and
+        threads: CPU threads of torch, in [1, 1024]; None takes one a core. A small network is as fast with one, and
             much faster when other programs want the cores, too; results depend on the number in the last bits.
         channels_last: memory order of the images; faster for convolutions on CPU and GPU.
         eval_every: epochs between measurements of the test accuracy, >= 1 (the last epoch is always
@@ -307,7 +307,7 @@ class TrainConfig:
         if self.grad_clip is not None:
             check_interval("train.grad_clip", self.grad_clip, 0, math.inf, open_low=True)
         if self.threads is not None:
-            check_interval("train.threads", self.threads, 1, math.inf)
+            check_interval("train.threads", self.threads, 1, 1024)  # more cannot be started
         check_interval("train.eval_every", self.eval_every, 1, math.inf)
         check_interval("train.collapse_every", self.collapse_every, 0, math.inf)
         if (self.schedule == "step") != bool(self.milestones):

@@ -103,7 +103,7 @@ def test_mistakes_are_answered_on_one_line(words: list[str], message: str, capsy
     [
         ("train:\n  epoch: 3\n", "train.epoch is not an option; did you mean train.epochs?"),
         ("trains:\n  epochs: 3\n", "trains.epochs is not an option; did you mean train.epochs?"),
-        ("train: [\n", "must be YAML; it is not: while parsing"),
+        ("train: [\n", "must be YAML of sections and options; it is not: while parsing"),
         ("loss:\n  ema_momentum: 3\n", "loss.ema_momentum must be in [0, 1); got 3"),
         ("train:\n", "train must hold options, as `name: value`; got nothing"),
         ("train: [1, 2]\n", "train must hold options, as `name: value`; got [1, 2]"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, sync, temporary_of,
 from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
 
-_READS = 5  # a run may save while another program reads: then the description has changed, and both are read again
+_READS = 5  # tries: a run may save between the moments at which another program reads its two files
 
 
 def save(
@@ -104,15 +105,16 @@ def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
     Raises:
         ValueError: there is no such file, or it is damaged.
     """
-    for _ in range(_READS):
+    for attempt in range(_READS):
         manifest = read_manifest(folder)
-        try:
-            if manifest is not None:
-                return _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
+        if manifest is None:
             break
-        except ValueError:
-            if manifest == read_manifest(folder):
+        try:
+            return _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
+        except (ValueError, FileNotFoundError):
+            if attempt == _READS - 1:
                 raise
+            time.sleep(0.05)
     path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(f"RUN_DIR must be a run folder with {WEIGHTS}; got {folder} without it")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,11 +164,14 @@ def _recipe_path(name: str) -> Path:
 def _check_recipe(path: Path) -> None:
     """Raise ValueError unless a file holds sections of options, and nothing that only the command line knows."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few can stand for gigabytes
+            raise ValueError(f"{path} must write out what it repeats; got an alias (*name)")
+        values = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be YAML in UTF-8; {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML; it is not: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} must be YAML of sections and options; it is not: {error}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must hold sections ({', '.join(SECTIONS)}); got {_shown(values)}")
     for flag in {*FLAGS, "config", "print_config"} & {*values}:
@@ -226,6 +230,7 @@ def _resumed(words: Sequence[str]) -> Plan:
 
 
 def _path(name: str) -> Path:
-    if "\0" in name or not name:
-        raise ValueError(f"--out must be a folder's name; got {name!r}")
-    return Path(name).expanduser()
+    expanded = os.path.expanduser(name)
+    if not name or "\0" in name or expanded.startswith("~"):
+        raise ValueError(f"--out must be the name of a folder, or ~ or ~user before one; got {name!r}")
+    return Path(expanded)

@@ -11,6 +11,7 @@ Neither torch nor numpy is imported: the command line answers mistakes before th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -50,6 +51,8 @@ class RunFolder:
 
     def __init__(self, path: Path, mode: Mode = "new") -> None:
         check_folder(path, mode)
+        if not path.exists():
+            _made.add(path)
         path.mkdir(parents=True, exist_ok=True)
         self.path, self.mode = path, mode
         self._lock: int | None
@@ -81,12 +84,15 @@ class RunFolder:
                 path.unlink()
 
     def release(self) -> None:
-        """Let others write the folder."""
+        """Let others write the folder; a folder that was made for this run and has stayed empty goes."""
         if self._lock is not None:
             (self.path / LOCK).unlink(missing_ok=True)  # before the lock goes: nobody else can be holding it
             _held.discard(self._lock)
             os.close(self._lock)
             self._lock = None
+            if self.path in _made:
+                with contextlib.suppress(OSError):  # it holds something, as it should
+                    self.path.rmdir()
 
 
 def check_folder(path: Path, mode: Mode) -> None:
@@ -115,7 +121,7 @@ def is_run(path: Path) -> bool:
     """Whether a folder holds a run: its config.yaml has the sections of a configuration and no others."""
     try:
         values = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(values, dict) and {*SECTIONS} <= {*values} <= {*SECTIONS, "seed", "out"}
 
@@ -139,6 +145,7 @@ def new_folder(stem: str) -> Path:
             (parent / name).mkdir()
         except FileExistsError:
             continue
+        _made.add(parent / name)
         return parent / name
     raise ValueError(f"--out must be given: runs/ holds 10,000 folders {stem}")
 
@@ -186,6 +193,7 @@ def write_json(path: Path, values: Any) -> None:
     write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
+_made: set[Path] = set()  # folders that this process has made
 _held: set[int] = set()  # descriptors of locks; a forked worker of a loader must not keep its parent's
 
 

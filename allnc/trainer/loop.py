@@ -19,7 +19,7 @@ from allnc.models import ModelOutput, build_model
 from allnc.trainer import checkpoint
 from allnc.trainer.folder import ANGLES, CONFIG, CURVES, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
-from allnc.trainer.measure import accuracy, neural_collapse
+from allnc.trainer.measure import accuracy, check_images_fit, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure, learning_rate
 from allnc.trainer.options import to_dict
 from allnc.trainer.runlog import RunLog, final_table, finite
@@ -91,6 +91,7 @@ class Run:
         )
         self.memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory)
+        check_images_fit(self.model, self.train_set, config.data)
         self.loss = build_loss(
             config.loss,
             class_counts=self.counts,
@@ -208,10 +209,6 @@ def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new")
                 f"{error}: lower train.lr, lengthen train.warmup_epochs, set train.grad_clip, or use train.precision "
                 f"fp32; {_what_remains(files)}"
             ) from error
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the GPU's memory is too small: lower train.batch_size, data.views or data.image_size ({error})"
-            ) from None
 
 
 def _train(config: Config, files: RunFolder, console: Console) -> dict[str, Any]:

@@ -31,6 +31,25 @@ def outputs(
     model.train(was_training)
 
 
+@torch.inference_mode()
+def check_images_fit(model: LongTailModel, images: ImageSet, config: DataConfig) -> None:
+    """Raise ValueError unless the model takes images of the size that it will see; models say so in many ways."""
+    side = config.image_size if images.images is None else images.images.shape[-1]
+    first = next(model.parameters())
+    was_training = model.training
+    model.eval()
+    try:
+        model(torch.zeros(1, images.channels, side, side, dtype=first.dtype, device=first.device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise ValueError(
+            f"model.name must be a model for {images.channels} x {side} x {side} images, or data.image_size of the "
+            f"model's size; it fails: {error}"
+        ) from error
+    model.train(was_training)
+
+
 def accuracy(
     model: LongTailModel, test: ImageSet, class_counts: Tensor, config: DataConfig, device: torch.device
 ) -> dict[str, float | None]:
