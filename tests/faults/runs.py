@@ -38,13 +38,18 @@ def shown(console: Console) -> str:
 
 def start(*words: str, program: str = "allnc.train", largest_file: int | None = None, **environment: str) -> Process:
     """Start the command in a process of its own, which can write no file of more than so many bytes."""
+
+    def limit() -> None:
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     return subprocess.Popen(
         [sys.executable, "-m", program, *words],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))),
+        preexec_fn=limit,
     )
 
 
