@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -134,3 +141,40 @@ def test_an_unreadable_image_is_named(workers: int, tmp_path: Path) -> None:
     config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=workers)
     with pytest.raises(ValueError, match=r"^\S+4\.png must be a readable image"):
         list(plain_batches(images, config, 6, CPU))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_whatever_its_name(workers: int, tmp_path: Path) -> None:
+    images = _on_disk(tmp_path)
+    broken = tmp_path / "two\nlines.png"
+    shutil.copy(images.paths[0], broken)
+    broken.write_bytes(broken.read_bytes()[:60])
+    images = dataclasses.replace(images, paths=(*images.paths[:5], str(broken)))
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=workers)
+    with pytest.raises(ValueError) as caught:
+        list(plain_batches(images, config, 6, CPU))
+    message = str(caught.value)
+    assert not multiprocessing.active_children()  # the error keeps no worker alive
+    assert message.startswith("'") and r"two\nlines.png' must be a readable image" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
+def test_a_killed_worker_is_one_line_and_no_wait(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    images, config = (
+        _on_disk(tmp_path),
+        DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=2),
+    )
+    images = images.select(np.arange(6).repeat(200))
+    batches = plain_batches(images, config, 2, CPU)
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    assert worker.pid is not None
+    os.kill(worker.pid, number)
+    time.sleep(0.5)  # an error here, far from the loader, is what torch's own handler of the signal would raise
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"^a process that reads images was ended by {number.name}; .*data.workers"):
+        for _ in batches:
+            pass
+    assert time.monotonic() - started < 30 and not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGCHLD) == before
