@@ -30,12 +30,15 @@ class DataConfig:
     """Which images, how many of each class, and how they are viewed and sampled.
 
     Args:
-        name: data set; image_list reads `relative/path label` lines, image_folder torchvision's ImageFolder.
+        name: data set; image_list reads `relative/path label` lines, image_folder a folder for each class, as
+            torchvision's ImageFolder.
         root: folder of the images or of the data set's own files; None looks in the usual places.
         train_list: text file with the training images (image_list only).
         test_list: text file with the test images (image_list only).
         download: let torchvision download the files when they are not there.
-        imbalance: profile of the class sizes; none takes every training image.
+        imbalance: profile of the class sizes that are cut out of the training images; none takes every image; auto
+            takes exponential for the balanced small sets (digits, fashion_mnist, cifar10, cifar100) and none for
+            image_list and image_folder, whose class sizes are their own.
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
         subset_seed: which images make the long-tailed subset, independent of the run's seed.
@@ -55,7 +58,7 @@ class DataConfig:
     train_list: str | None = None
     test_list: str | None = None
     download: bool = False
-    imbalance: Literal["exponential", "step", "none"] = "exponential"
+    imbalance: Literal["auto", "exponential", "step", "none"] = "auto"
     imbalance_ratio: float = 20.0
     max_per_class: int | None = None
     subset_seed: int = 0
@@ -68,6 +71,13 @@ class DataConfig:
     many: int = 100
     few: int = 20
     workers: int = 4
+
+    @property
+    def profile(self) -> Literal["exponential", "step", "none"]:
+        """The profile of the class sizes: what `imbalance` says, or what auto stands for."""
+        if self.imbalance != "auto":
+            return self.imbalance
+        return "exponential" if self.name in SMALL_SETS else "none"
 
     def __post_init__(self) -> None:
         _choices("data", self)

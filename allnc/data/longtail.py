@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
+PROFILES = ("exponential", "step")
 IndexArray = npt.NDArray[np.int64]
 
 
@@ -31,18 +34,67 @@ def class_sizes(num_classes: int, largest: int, ratio: float, profile: str = "ex
             f"num_classes, largest and ratio must be >= 1; got num_classes {num_classes}, largest "
             f"{largest}, ratio {ratio}"
         )
-    if profile == "exponential":
-        sizes = [int(largest * ratio ** (-i / max(1, num_classes - 1))) for i in range(num_classes)]
-    elif profile == "step":
-        half = num_classes - num_classes // 2  # an odd number of classes has one more large class
-        sizes = [largest] * half + [int(largest / ratio)] * (num_classes - half)
-    else:
-        raise ValueError(f"profile must be exponential or step; got {profile!r}")
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be {' or '.join(PROFILES)}; got {profile!r}")
+    sizes = _sizes(num_classes, largest, ratio, profile)
     if sizes[-1] < 1:
         raise ValueError(
             f"imbalance_ratio must leave an image in the smallest class; got {ratio:g} with {largest} in the largest"
         )
     return sizes
+
+
+def _sizes(num_classes: int, largest: int, ratio: float, profile: str) -> list[int]:
+    if profile == "exponential":
+        return [int(largest * ratio ** (-i / max(1, num_classes - 1))) for i in range(num_classes)]
+    half = num_classes - num_classes // 2  # an odd number of classes has one more large class
+    return [largest] * half + [int(largest / ratio)] * (num_classes - half)
+
+
+def sizes_within(
+    counts: Sequence[int], largest: int | None, ratio: float, profile: str, names: Sequence[str] = ()
+) -> list[int]:
+    """Return the class sizes of a profile, which the images at hand must fill.
+
+    Args:
+        counts: images at hand, by class, [C].
+        largest: size of the first class; None takes the smallest of `counts`.
+        ratio: largest over smallest class size, >= 1.
+        profile: exponential or step, as in `class_sizes`.
+        names: of the classes, for the message, [C]; empty when they have none.
+
+    Returns:
+        C sizes, each >= 1 and within `counts`.
+
+    Raises:
+        ValueError: a class has fewer images than the profile asks for, or the profile leaves it without any. The
+            message names the options, the class with its count, and what would do.
+    """
+
+    def fits(sizes: list[int]) -> bool:
+        return all(1 <= size <= count for size, count in zip(sizes, counts, strict=True))
+
+    first = min(counts) if largest is None else largest
+    sizes = _sizes(len(counts), first, ratio, profile)
+    if fits(sizes):
+        return class_sizes(len(counts), first, ratio, profile)
+    lacking = max(range(len(counts)), key=lambda c: sizes[c] - counts[c])
+    if sizes[lacking] <= counts[lacking]:
+        lacking = len(counts) - 1
+    name = f"class {lacking} ({names[lacking]})" if names else f"class {lacking}"
+    # Sizes grow with that of the first class, so that the largest that can be filled is found by bisection.
+    low, high = 0, max(counts)
+    while low < high:
+        middle = (low + high + 1) // 2
+        short = any(a > b for a, b in zip(_sizes(len(counts), middle, ratio, profile), counts, strict=True))
+        low, high = (low, middle - 1) if short else (middle, high)
+    possible = fits(_sizes(len(counts), low, ratio, profile))
+    raise ValueError(
+        f"data.imbalance {profile} asks for {sizes[lacking]} images of {name}, which has {counts[lacking]}: "
+        f"data.max_per_class is {first}{' (the smallest class)' if largest is None else ''} and data.imbalance_ratio "
+        f"{ratio:g}; take every image with data.imbalance none, or set "
+        f"{f'data.max_per_class {low}' if possible else 'a smaller data.imbalance_ratio'}"
+    )
 
 
 def shuffled_by_class(labels: IndexArray, num_classes: int, seed: int) -> list[IndexArray]:

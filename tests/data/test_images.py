@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import resource
 import struct
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(image)
 
 
-def saved(path: Path, image: Image.Image, **options: object) -> Path:
+def saved(path: Path, image: Image.Image, **options: Any) -> Path:
     image.save(path, **options)
     return path
 
@@ -90,6 +90,7 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
             assert np.array_equal(pixels(path), np.asarray(upright)), (ending, value)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_broken_exif_costs_the_orientation_not_the_image(tmp_path: Path) -> None:
     image = Image.fromarray(np.repeat(GREY[:, :, None], 3, 2))
     for exif in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 40):
@@ -201,7 +202,24 @@ def broken_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-NAMES = "empty text cut chunk avif dds ppm sgi tif folder fifo device missing dangling loop postscript".split()
+NAMES = [
+    "empty",
+    "text",
+    "cut",
+    "chunk",
+    "avif",
+    "dds",
+    "ppm",
+    "sgi",
+    "tif",
+    "folder",
+    "fifo",
+    "device",
+    "missing",
+    "dangling",
+    "loop",
+    "postscript",
+]
 
 
 @pytest.mark.parametrize("kind", [*NAMES, "too long"])
@@ -243,8 +261,8 @@ def test_nothing_is_printed(tmp_path: Path) -> None:
         large_png(tmp_path / "large.png", 9600),  # PIL warns from 89 million pixels
         tmp_path / "tags.tif",
     ]
-    raw = bytearray(saved(files[-1], noise, tiffinfo={270: "x" * 100}).read_bytes())
-    files[-1].write_bytes(raw.replace(b"x" * 100, b"") + b"")
+    raw = saved(files[-1], noise, tiffinfo={270: "x" * 100}).read_bytes()
+    files[-1].write_bytes(raw.replace(struct.pack("<HHI", 270, 2, 101), struct.pack("<HHI", 270, 2, 10**6)))
     program = (
         "import sys; from allnc.data.images import read_image\n"
         "for path in sys.argv[1:]:\n"
@@ -275,4 +293,3 @@ def test_mutated_files_are_an_image_or_a_named_error(tmp_path: Path) -> None:
 
     report = fuzz([images], tmp_path, cases=1500, seed=1)
     assert report.cases == 1500 and not report.faults, report.faults[:3]
-    assert random.random() is not None
