@@ -284,12 +284,3 @@ def test_nothing_is_printed(tmp_path: Path) -> None:
 def test_one_pixel_and_extreme_shapes(tmp_path: Path) -> None:
     for size in ((1, 1), (1, 3000), (3000, 1)):
         assert read_image(str(saved(tmp_path / "a.png", Image.new("L", size, 7)))).size == size
-
-
-@pytest.mark.slow
-def test_mutated_files_are_an_image_or_a_named_error(tmp_path: Path) -> None:
-    """The command benchmarks/fuzz.py does the same for as long as one likes."""
-    from benchmarks.fuzz import fuzz, images
-
-    report = fuzz([images], tmp_path, cases=1500, seed=1)
-    assert report.cases == 1500 and not report.faults, report.faults[:3]
