@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from allnc._checks import check_interval
+from allnc._checks import check_integer, check_interval
 
 SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memory as one uint8 tensor
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
@@ -83,13 +83,11 @@ class DataConfig:
         _choices("data", self)
         check_interval("data.imbalance_ratio", self.imbalance_ratio, 1, math.inf)
         if self.max_per_class is not None:
-            check_interval("data.max_per_class", self.max_per_class, 1, math.inf)
+            check_integer("data.max_per_class", self.max_per_class, minimum=1)
+        for name, least in (("subset_seed", 0), ("image_size", 8), ("views", 1), ("workers", 0), ("few", 0)):
+            check_integer(f"data.{name}", getattr(self, name), minimum=least)
         check_interval("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
-        check_interval("data.image_size", self.image_size, 8, math.inf)
-        check_interval("data.views", self.views, 1, math.inf)
-        check_interval("data.workers", self.workers, 0, math.inf)
-        check_interval("data.few", self.few, 0, math.inf)
-        check_interval("data.many", self.many, self.few, math.inf)
+        check_integer("data.many", self.many, minimum=self.few)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
         if self.name == "image_folder" and not self.root:

@@ -161,7 +161,8 @@ def _from_workers(
     """Yield the batches [n, V, c, H, W] of a plan of (index, seed) pairs.
 
     Raises:
-        ValueError: an image that cannot be read, or a worker process that was killed.
+        ValueError: an image that cannot be read, a worker process that was killed, or too little shared memory or too
+            few files for the workers.
     """
     loader = DataLoader(
         dataset,
@@ -184,9 +185,16 @@ def _from_workers(
         error.__traceback__ = None
     except RuntimeError as error:
         codes = [process.exitcode for process in processes if process.exitcode]
-        if not codes or "DataLoader worker" not in str(error):
+        line = str(error).strip().splitlines()[-1]
+        if codes and "DataLoader worker" in str(error):
+            problem = _ended(codes[0])
+        elif "No space left on device" in line or "shared memory" in line:
+            problem = "shared memory is too small for the workers' batches: enlarge /dev/shm or lower data.workers"
+        elif "Too many open files" in line:
+            problem = "the workers have too many files open: raise the limit (ulimit -n) or lower data.workers"
+        else:
             raise
-        problem = f"{_ended(codes[0])}; got data.workers {workers}"
+        problem += f"; got data.workers {workers}"
         error.__traceback__ = None
     if problem is not None:
         # Raised here, and without the first error's traceback, so that nothing refers to the iterator: it ends its

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 PROFILES = ("exponential", "step")
+ROUNDING = 1e-9  # 49 * 49 ** -1.0 is below 1
 IndexArray = npt.NDArray[np.int64]
 
 
@@ -29,9 +31,9 @@ def class_sizes(num_classes: int, largest: int, ratio: float, profile: str = "ex
 
     Source: Cao et al., LDAM (NeurIPS 2019), whose CIFAR subsets these are.
     """
-    if num_classes < 1 or largest < 1 or ratio < 1:
+    if not (num_classes >= 1 and largest >= 1 and 1 <= ratio < math.inf):  # a NaN is none of these
         raise ValueError(
-            f"num_classes, largest and ratio must be >= 1; got num_classes {num_classes}, largest "
+            f"num_classes, largest and ratio must be >= 1 and finite; got num_classes {num_classes}, largest "
             f"{largest}, ratio {ratio}"
         )
     if profile not in PROFILES:
@@ -46,9 +48,11 @@ def class_sizes(num_classes: int, largest: int, ratio: float, profile: str = "ex
 
 def _sizes(num_classes: int, largest: int, ratio: float, profile: str) -> list[int]:
     if profile == "exponential":
-        return [int(largest * ratio ** (-i / max(1, num_classes - 1))) for i in range(num_classes)]
-    half = num_classes - num_classes // 2  # an odd number of classes has one more large class
-    return [largest] * half + [int(largest / ratio)] * (num_classes - half)
+        sizes = [largest * ratio ** (-i / max(1, num_classes - 1)) for i in range(num_classes)]
+    else:
+        half = num_classes - num_classes // 2  # an odd number of classes has one more large class
+        sizes = [largest] * half + [largest / ratio] * (num_classes - half)
+    return [int(size + ROUNDING) for size in sizes]
 
 
 def sizes_within(

@@ -178,3 +178,25 @@ def test_a_killed_worker_is_one_line_and_no_wait(number: signal.Signals, tmp_pat
             pass
     assert time.monotonic() - started < 30 and not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_workers_without_shared_memory_or_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raised with a /dev/shm of 4 MB and with 60 open files."""
+    images = _on_disk(tmp_path)
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=2)
+    full = "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to write to file </torch_1_2_3>: "
+    for text, message in (
+        (full + "No space left on device (28)", r"^shared memory .* enlarge /dev/shm .*; got data\.workers 2$"),
+        ("Too many open files. Communication with ...", r"^the workers have .* \(ulimit -n\) .*; got data\.workers 2$"),
+    ):
+
+        def fail(*_: object, text: str = text, **__: object) -> None:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(torch.Tensor, "to", fail)
+        with pytest.raises(ValueError, match=message):
+            list(plain_batches(images, config, 6, CPU))
+        monkeypatch.undo()
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(plain_batches(images, config, 6, CPU))
