@@ -158,7 +158,10 @@ class _Reader:
         place = os.path.realpath(folder)
         while (parent := os.path.dirname(place)) != place:
             place = parent
-            key = _key(os.stat(place))
+            try:
+                key = _key(os.stat(place))
+            except OSError:  # a mount that shows itself to its owner alone: no link leads there, either
+                return
             if key in self.around:
                 return
             self.around[key] = f"holds {shown(folder)}"

@@ -172,8 +172,11 @@ def _from_workers(
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
     )
     others = set(multiprocessing.active_children())
-    with _own_signal_handler():
-        batches = iter(loader)
+    try:
+        with _own_signal_handler():
+            batches = iter(loader)
+    except OSError as error:
+        raise ValueError(f"data.workers must be processes that can be started; got {workers}: {error}") from error
     processes = set(multiprocessing.active_children()) - others
     problem = None
     try:
@@ -215,8 +218,11 @@ def _own_signal_handler() -> Iterator[None]:
         yield
         return
     handler = signal.getsignal(signal.SIGCHLD)
-    yield
-    signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield
+    finally:
+        if handler is not None:  # None is one that was not set from Python and could not be set again
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _ended(code: int) -> str:

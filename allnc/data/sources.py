@@ -219,7 +219,8 @@ def _download(dataset: str, root: str) -> None:
     try:
         getattr(datasets, dataset)(root, download=True)
     except Exception as error:  # torchvision raises whatever its mirrors and urllib raise
-        raise ValueError(f"data.download could not fetch {dataset} into {root}: {error}") from error
+        problem = " ".join(str(error).split())
+        raise ValueError(f"data.download could not fetch {dataset} into {shown(root)}: {problem}") from error
 
 
 def _cifar(config: DataConfig) -> tuple[ImageSet, ImageSet]:

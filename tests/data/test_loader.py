@@ -200,3 +200,15 @@ def test_workers_without_shared_memory_or_files_are_one_line(tmp_path: Path, mon
     monkeypatch.setattr(torch.Tensor, "to", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(plain_batches(images, config, 6, CPU))
+
+
+def test_workers_that_cannot_be_started_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=9)
+    with pytest.raises(ValueError, match=r"^data\.workers must be .* can be started; got 9: .*temporarily unavailable"):
+        list(plain_batches(_on_disk(tmp_path), config, 6, CPU))
+    assert signal.getsignal(signal.SIGCHLD) == before
