@@ -61,7 +61,7 @@ def sizes_within(
     """Return the class sizes of a profile, which the images at hand must fill.
 
     Args:
-        counts: images at hand, by class, [C].
+        counts: images at hand, by class, [C], each >= 1.
         largest: size of the first class; None takes the smallest of `counts`.
         ratio: largest over smallest class size, >= 1.
         profile: exponential or step, as in `class_sizes`.
@@ -78,6 +78,8 @@ def sizes_within(
     def fits(sizes: list[int]) -> bool:
         return all(1 <= size <= count for size, count in zip(sizes, counts, strict=True))
 
+    if min(counts) < 1:
+        raise ValueError(f"every class must have an image; class {counts.index(min(counts))} has none")
     first = min(counts) if largest is None else largest
     sizes = _sizes(len(counts), first, ratio, profile)
     if fits(sizes):
@@ -92,12 +94,15 @@ def sizes_within(
         middle = (low + high + 1) // 2
         short = any(a > b for a, b in zip(_sizes(len(counts), middle, ratio, profile), counts, strict=True))
         low, high = (low, middle - 1) if short else (middle, high)
-    possible = fits(_sizes(len(counts), low, ratio, profile))
+    if fits(_sizes(len(counts), low, ratio, profile)):
+        remedy = f"data.max_per_class {low}"
+    else:
+        remedy = f"data.max_per_class {min(counts)} and data.imbalance_ratio {min(counts)} or less"
+    asked = f"asks for {sizes[lacking]} images of" if sizes[lacking] else "leaves no image of"
     raise ValueError(
-        f"data.imbalance {profile} asks for {sizes[lacking]} images of {name}, which has {counts[lacking]}: "
-        f"data.max_per_class is {first}{' (the smallest class)' if largest is None else ''} and data.imbalance_ratio "
-        f"{ratio:g}; take every image with data.imbalance none, or set "
-        f"{f'data.max_per_class {low}' if possible else 'a smaller data.imbalance_ratio'}"
+        f"data.imbalance {profile} {asked} {name}, which has {counts[lacking]}: data.max_per_class is {first}"
+        f"{' (the smallest class)' if largest is None else ''} and data.imbalance_ratio {ratio:g}; take every image "
+        f"with data.imbalance none, or set {remedy}"
     )
 
 

@@ -95,15 +95,17 @@ def test_the_size_that_is_proposed_fits_and_the_next_does_not() -> None:
             sizes = sizes_within(counts, largest, ratio, profile)
             assert all(1 <= size <= count for size, count in zip(sizes, counts, strict=True))
         except ValueError as error:
-            found = re.search(r"or set data\.max_per_class (\d+)$", str(error))
-            if found:
-                proposed += 1
-                sizes_within(counts, int(found[1]), ratio, profile)
-                with pytest.raises(ValueError):
-                    sizes_within(counts, int(found[1]) + 1, ratio, profile)
-            else:
-                assert str(error).endswith("or set a smaller data.imbalance_ratio")
+            found = re.search(
+                r"or set data\.max_per_class (\d+)(?: and data\.imbalance_ratio (\d+) or less)?$", str(error)
+            )
+            assert found, error
+            proposed += 1
+            sizes_within(counts, int(found[1]), float(found[2] or ratio), profile)
+            if found[2]:
                 for size in range(1, 80):
                     with pytest.raises(ValueError):
                         sizes_within(counts, size, ratio, profile)
-    assert proposed > 50
+            else:
+                with pytest.raises(ValueError):
+                    sizes_within(counts, int(found[1]) + 1, ratio, profile)
+    assert proposed > 100
