@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from allnc._checks import check_interval
+from allnc._checks import check_integer, check_interval
 
 SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memory as one uint8 tensor
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
@@ -51,12 +51,15 @@ class DataConfig:
     """Which images, how many of each class, and how they are viewed and sampled.
 
     Args:
-        name: data set; image_list reads `relative/path label` lines, image_folder torchvision's ImageFolder.
+        name: data set; image_list reads `relative/path label` lines, image_folder a folder for each class, as
+            torchvision's ImageFolder.
         root: folder of the images or of the data set's own files; None looks in the usual places.
         train_list: text file with the training images (image_list only).
         test_list: text file with the test images (image_list only).
         download: let torchvision download the files when they are not there.
-        imbalance: profile of the class sizes; none takes every training image.
+        imbalance: profile of the class sizes that are cut out of the training images; none takes every image; auto
+            takes exponential for the balanced small sets (digits, fashion_mnist, cifar10, cifar100) and none for
+            image_list and image_folder, whose class sizes are their own.
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
         subset_seed: which images make the long-tailed subset, independent of the run's seed.
@@ -76,7 +79,7 @@ class DataConfig:
     train_list: str | None = None
     test_list: str | None = None
     download: bool = False
-    imbalance: Literal["exponential", "step", "none"] = "exponential"
+    imbalance: Literal["auto", "exponential", "step", "none"] = "auto"
     imbalance_ratio: float = 20.0
     max_per_class: int | None = None
     subset_seed: int = 0
@@ -90,17 +93,22 @@ class DataConfig:
     few: int = 20
     workers: int = 4
 
+    @property
+    def profile(self) -> Literal["exponential", "step", "none"]:
+        """The profile of the class sizes: what `imbalance` says, or what auto stands for."""
+        if self.imbalance != "auto":
+            return self.imbalance
+        return "exponential" if self.name in SMALL_SETS else "none"
+
     def __post_init__(self) -> None:
         _check_fields("data", self)
         check_interval("data.imbalance_ratio", self.imbalance_ratio, 1, math.inf)
         if self.max_per_class is not None:
-            check_interval("data.max_per_class", self.max_per_class, 1, math.inf)
+            check_integer("data.max_per_class", self.max_per_class, minimum=1)
+        for name, least in (("subset_seed", 0), ("image_size", 8), ("views", 1), ("workers", 0), ("few", 0)):
+            check_integer(f"data.{name}", getattr(self, name), minimum=least)
         check_interval("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
-        check_interval("data.image_size", self.image_size, 8, math.inf)
-        check_interval("data.views", self.views, 1, math.inf)
-        check_interval("data.workers", self.workers, 0, math.inf)
-        check_interval("data.few", self.few, 0, math.inf)
-        check_interval("data.many", self.many, self.few, math.inf)
+        check_integer("data.many", self.many, minimum=self.few)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
         if self.name == "image_folder" and not self.root:

@@ -8,7 +8,11 @@ images come first.
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from allnc.config import BATCH_AUGMENTATIONS, DataConfig
+from allnc.data.images import read_image
 from allnc.data.samplers import generator, rebalanced_order, uniform_order
 from allnc.data.sources import ImageSet
 from allnc.data.views import augment_batch, image_transforms, normalise
@@ -147,30 +152,86 @@ class _ViewDataset(Dataset[Tensor]):
             return torch.stack([(self.first if v == 0 else self.others)(image) for v in range(self.num_views)])
 
     def _read(self, index: int) -> Tensor | Image.Image:
-        if self.set.images is not None:
-            return self.set.images[index]
-        path = self.set.paths[index]
-        try:
-            with Image.open(path) as file:
-                return file.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{path} must be a readable image; got: {error}") from error
+        return read_image(self.set.paths[index]) if self.set.images is None else self.set.images[index]
 
 
 def _from_workers(
     dataset: _ViewDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yield the batches [n, V, c, H, W] of a plan of (index, seed) pairs."""
-    batches = DataLoader(
+    """Yield the batches [n, V, c, H, W] of a plan of (index, seed) pairs.
+
+    Raises:
+        ValueError: an image that cannot be read, a worker process that was killed, or too little shared memory or too
+            few files for the workers.
+    """
+    loader = DataLoader(
         dataset,
         batch_sampler=plan,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
     )
+    others = set(multiprocessing.active_children())
+    try:
+        with _own_signal_handler():
+            batches = iter(loader)
+    except OSError as error:
+        raise ValueError(f"data.workers must be processes that can be started; got {workers}: {error}") from error
+    processes = set(multiprocessing.active_children()) - others
+    problem = None
     try:
         for batch in batches:
             yield batch.to(device, non_blocking=True)
     except ValueError as error:
         # A worker wraps its error in the text of a traceback, of which a user needs the last line.
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        error.__traceback__ = None
+    except RuntimeError as error:
+        codes = [process.exitcode for process in processes if process.exitcode]
+        line = str(error).strip().splitlines()[-1]
+        if codes and "DataLoader worker" in str(error):
+            problem = _ended(codes[0])
+        elif "No space left on device" in line or "shared memory" in line:
+            problem = "shared memory is too small for the workers' batches: enlarge /dev/shm or lower data.workers"
+        elif "Too many open files" in line:
+            problem = "the workers have too many files open: raise the limit (ulimit -n) or lower data.workers"
+        else:
+            raise
+        problem += f"; got data.workers {workers}"
+        error.__traceback__ = None
+    if problem is not None:
+        # Raised here, and without the first error's traceback, so that nothing refers to the iterator: it ends its
+        # workers when the last reference goes. One that lives on is copied into the workers of the next iterator,
+        # where it waits for five seconds and complains of processes that are not its own.
+        del batches
+        raise ValueError(problem)
+
+
+@contextmanager
+def _own_signal_handler() -> Iterator[None]:
+    """Keep the handler of SIGCHLD as it is.
+
+    torch sets one that raises in the main process at whatever line it is when a worker dies, in the midst of a
+    checkpoint maybe. The loader looks after its workers by itself when it waits for a batch, every five seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if handler is not None:  # None is one that was not set from Python and could not be set again
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _ended(code: int) -> str:
+    """Say in one line how a worker process ended and what helps."""
+    if code > 0:
+        return f"a process that reads images ended with status {code}; data.workers 0 shows where"
+    name = signal.Signals(-code).name
+    help_ = {
+        "SIGKILL": "most often the machine ran out of memory: lower data.workers or free memory",
+        "SIGBUS": "most often shared memory is too small: enlarge /dev/shm or lower data.workers",
+    }.get(name, "data.workers 0 reads in the main process and shows where")
+    return f"a process that reads images was ended by {name}; {help_}"

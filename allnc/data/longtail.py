@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
+PROFILES = ("exponential", "step")
+ROUNDING = 1e-9  # 49 * 49 ** -1.0 is below 1
 IndexArray = npt.NDArray[np.int64]
 
 
@@ -26,23 +31,79 @@ def class_sizes(num_classes: int, largest: int, ratio: float, profile: str = "ex
 
     Source: Cao et al., LDAM (NeurIPS 2019), whose CIFAR subsets these are.
     """
-    if num_classes < 1 or largest < 1 or ratio < 1:
+    if not (num_classes >= 1 and largest >= 1 and 1 <= ratio < math.inf):  # a NaN is none of these
         raise ValueError(
-            f"num_classes, largest and ratio must be >= 1; got num_classes {num_classes}, largest "
+            f"num_classes, largest and ratio must be >= 1 and finite; got num_classes {num_classes}, largest "
             f"{largest}, ratio {ratio}"
         )
-    if profile == "exponential":
-        sizes = [int(largest * ratio ** (-i / max(1, num_classes - 1))) for i in range(num_classes)]
-    elif profile == "step":
-        half = num_classes - num_classes // 2  # an odd number of classes has one more large class
-        sizes = [largest] * half + [int(largest / ratio)] * (num_classes - half)
-    else:
-        raise ValueError(f"profile must be exponential or step; got {profile!r}")
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be {' or '.join(PROFILES)}; got {profile!r}")
+    sizes = _sizes(num_classes, largest, ratio, profile)
     if sizes[-1] < 1:
         raise ValueError(
             f"imbalance_ratio must leave an image in the smallest class; got {ratio:g} with {largest} in the largest"
         )
     return sizes
+
+
+def _sizes(num_classes: int, largest: int, ratio: float, profile: str) -> list[int]:
+    if profile == "exponential":
+        sizes = [largest * ratio ** (-i / max(1, num_classes - 1)) for i in range(num_classes)]
+    else:
+        half = num_classes - num_classes // 2  # an odd number of classes has one more large class
+        sizes = [largest] * half + [largest / ratio] * (num_classes - half)
+    return [int(size + ROUNDING) for size in sizes]
+
+
+def sizes_within(
+    counts: Sequence[int], largest: int | None, ratio: float, profile: str, names: Sequence[str] = ()
+) -> list[int]:
+    """Return the class sizes of a profile, which the images at hand must fill.
+
+    Args:
+        counts: images at hand, by class, [C], each >= 1.
+        largest: size of the first class; None takes the smallest of `counts`.
+        ratio: largest over smallest class size, >= 1.
+        profile: exponential or step, as in `class_sizes`.
+        names: of the classes, for the message, [C]; empty when they have none.
+
+    Returns:
+        C sizes, each >= 1 and within `counts`.
+
+    Raises:
+        ValueError: a class has fewer images than the profile asks for, or the profile leaves it without any. The
+            message names the options, the class with its count, and what would do.
+    """
+
+    def fits(sizes: list[int]) -> bool:
+        return all(1 <= size <= count for size, count in zip(sizes, counts, strict=True))
+
+    if min(counts) < 1:
+        raise ValueError(f"every class must have an image; class {counts.index(min(counts))} has none")
+    first = min(counts) if largest is None else largest
+    sizes = _sizes(len(counts), first, ratio, profile)
+    if fits(sizes):
+        return class_sizes(len(counts), first, ratio, profile)
+    lacking = max(range(len(counts)), key=lambda c: sizes[c] - counts[c])
+    if sizes[lacking] <= counts[lacking]:
+        lacking = len(counts) - 1
+    name = f"class {lacking} ({names[lacking]})" if names else f"class {lacking}"
+    # Sizes grow with that of the first class, so that the largest that can be filled is found by bisection.
+    low, high = 0, max(counts)
+    while low < high:
+        middle = (low + high + 1) // 2
+        short = any(a > b for a, b in zip(_sizes(len(counts), middle, ratio, profile), counts, strict=True))
+        low, high = (low, middle - 1) if short else (middle, high)
+    if fits(_sizes(len(counts), low, ratio, profile)):
+        remedy = f"data.max_per_class {low}"
+    else:
+        remedy = f"data.max_per_class {min(counts)} and data.imbalance_ratio {min(counts)} or less"
+    asked = f"asks for {sizes[lacking]} images of" if sizes[lacking] else "leaves no image of"
+    raise ValueError(
+        f"data.imbalance {profile} {asked} {name}, which has {counts[lacking]}: data.max_per_class is {first}"
+        f"{' (the smallest class)' if largest is None else ''} and data.imbalance_ratio {ratio:g}; take every image "
+        f"with data.imbalance none, or set {remedy}"
+    )
 
 
 def shuffled_by_class(labels: IndexArray, num_classes: int, seed: int) -> list[IndexArray]:

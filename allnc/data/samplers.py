@@ -30,13 +30,15 @@ def class_probabilities(class_counts: Tensor, sampler: str) -> Tensor:
         Probabilities, [C], float64, summing to 1; 0 for a class without images.
 
     Raises:
-        ValueError: an unknown sampler.
+        ValueError: an unknown sampler, or counts that are negative or all zero.
 
     Source: reversed: Zhou et al., BBN (CVPR 2020); square_root: Mahajan et al. (ECCV 2018).
     """
     powers = {"uniform": 1.0, "reversed": -1.0, "class_balanced": 0.0, "square_root": 0.5}
     if sampler not in powers:
         raise ValueError(f"sampler must be one of {', '.join(powers)}; got {sampler!r}")
+    if not len(class_counts) or int(class_counts.min()) < 0 or int(class_counts.max()) == 0:
+        raise ValueError(f"class_counts must be >= 0, one of them > 0; got {class_counts.tolist()[:20]}")
     counts = class_counts.double()
     weight = torch.where(counts > 0, counts.clamp(min=1) ** powers[sampler], 0.0)  # [C]
     return weight / weight.sum()

@@ -1,13 +1,17 @@
 """Where images come from: digits, Fashion-MNIST, CIFAR, image lists, image folders.
 
-Small sets are one uint8 tensor in memory; large ones are paths that worker processes decode. What is
-missing is said before a run starts.
+Small sets are one uint8 tensor in memory; large ones are paths that worker processes decode. What is missing, damaged
+or contradictory is said before a run starts.
 """
 
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,10 @@ import torch
 from torch import Tensor
 
 from allnc.config import DataConfig
-from allnc.data.longtail import class_sizes, shuffled_by_class, subset
+from allnc.data.folders import read_folders
+from allnc.data.images import shown
+from allnc.data.lists import read_lists
+from allnc.data.longtail import shuffled_by_class, sizes_within, subset
 
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,7 +33,6 @@ MEAN_STD = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 DIGITS_TEST_PER_CLASS = 50
-CHECKED_FILES = 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +44,13 @@ class ImageSet:
         num_classes: number of classes C.
         mean, std: of the pixels scaled to [0, 1], by channel.
         images: [n, channels, height, width], uint8; None when the images are on disk.
-        paths: files of the images; empty when they are in memory.
+        paths: files of the images, [n]; empty when they are in memory.
+        classes: names of the classes, [C]; empty when they have none.
+        available: images of the set from which this one was cut, >= n; None stands for n.
+        notes: sentences for whoever starts a run: what was left out or looks wrong.
+
+    Raises:
+        ValueError: sizes that do not fit, or labels outside of 0 to C - 1.
     """
 
     labels: Tensor
@@ -47,6 +59,26 @@ class ImageSet:
     std: tuple[float, ...]
     images: Tensor | None = None
     paths: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    available: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        number = len(self.paths) if self.images is None else len(self.images)
+        if self.labels.shape != (number,) or self.labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be [{number}], int64, one for each image; got {list(self.labels.shape)}, "
+                f"{self.labels.dtype}"
+            )
+        if number and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < self.num_classes):
+            raise ValueError(
+                f"labels must be 0 to {self.num_classes - 1}; got {int(self.labels.min())} to {int(self.labels.max())}"
+            )
+        if self.images is not None and (self.images.dtype != torch.uint8 or self.images.ndim != 4):
+            raise ValueError(
+                f"images must be [n, channels, height, width], uint8; got {list(self.images.shape)}, "
+                f"{self.images.dtype}"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,14 +91,17 @@ class ImageSet:
     def class_counts(self) -> Tensor:
         return torch.bincount(self.labels, minlength=self.num_classes)  # [C]
 
+    @property
+    def count_text(self) -> str:
+        """The number of images, as `186 of 520` when some were left out."""
+        return f"{len(self)}" if self.available in (None, len(self)) else f"{len(self)} of {self.available}"
+
     def select(self, positions: np.ndarray) -> ImageSet:
         """Return the set of the images at `positions`, in that order."""
         index = torch.from_numpy(np.asarray(positions, dtype=np.int64))
-        return ImageSet(
+        return replace(
+            self,
             labels=self.labels[index],
-            num_classes=self.num_classes,
-            mean=self.mean,
-            std=self.std,
             images=None if self.images is None else self.images[index],
             paths=tuple(self.paths[i] for i in index.tolist()) if self.paths else (),
         )
@@ -78,6 +113,8 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     Raises:
         ValueError: files are missing or do not hold what they should; the message says what to do.
     """
+    places = {name: getattr(config, name) for name in ("root", "train_list", "test_list")}
+    config = replace(config, **{name: os.path.expanduser(place) for name, place in places.items() if place})
     if config.name == "digits":
         train, test = _digits(config.subset_seed)
     elif config.name == "fashion_mnist":
@@ -88,11 +125,11 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         train, test = _image_lists(config)
     else:
         train, test = _image_folder(config)
-    if config.imbalance != "none":
-        available = int(train.class_counts.min())
-        largest = config.max_per_class if config.max_per_class is not None else available
-        sizes = class_sizes(train.num_classes, largest, config.imbalance_ratio, config.imbalance)
-        train = train.select(subset(train.labels.numpy(), sizes, config.subset_seed))
+    if config.profile != "none":
+        ratio = config.imbalance_ratio
+        sizes = sizes_within(train.class_counts.tolist(), config.max_per_class, ratio, config.profile, train.classes)
+        chosen = train.select(subset(train.labels.numpy(), sizes, config.subset_seed))
+        train = replace(chosen, available=len(train))
     return train, test
 
 
@@ -109,18 +146,43 @@ def _digits(seed: int) -> tuple[ImageSet, ImageSet]:
     return digits.select(train), digits.select(test)
 
 
-def _read_idx(folder: Path, name: str, magic: bytes) -> np.ndarray:
+def _read_idx(path: Path, magic: bytes) -> np.ndarray:
     """Read one file of MNIST's idx format, gzipped or not."""
-    path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if raw[:4] != magic:
-        raise ValueError(f"{path} must be an idx file of type {magic.hex()}; got {raw[:4].hex()}: download it again")
+    packed = path.suffix == ".gz"
     rank = magic[3]
-    shape = np.frombuffer(raw, ">u4", count=rank, offset=4).astype(int)
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    if values.size != shape.prod():
-        raise ValueError(f"{path} must hold {shape.prod()} bytes; got {values.size}: download it again")
-    return values.reshape(shape).copy()
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            head = file.read(4 + 4 * rank)
+            if head[:4] != magic:
+                got = head[:4].hex() or "nothing"
+                raise ValueError(f"{path} must be an idx file of type {magic.hex()}; got {got}: download it again")
+            shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, len(head), 4)]
+            wanted = math.prod(shape)
+            # A damaged size can ask for more memory than there is; deflate packs 1,032 bytes into one at best.
+            possible = path.stat().st_size * (1032 if packed else 1)
+            raw = file.read(min(wanted, possible) + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} must be a whole idx file; got: {error}: download it again") from error
+    if len(head) < 4 + 4 * rank or len(raw) != wanted or wanted == 0:
+        got = f"{len(raw)}" if len(raw) <= wanted else "more"
+        raise ValueError(f"{path} must hold {wanted or 'some'} bytes; got {got}: download it again")
+    return np.frombuffer(raw, np.uint8).reshape(shape).copy()
+
+
+def _idx_part(folder: Path, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the images [n, 1, 28, 28] and labels [n] of Fashion-MNIST's training or test part."""
+    names = [folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte"]
+    image_file, label_file = [path if path.is_file() else path.with_name(f"{path.name}.gz") for path in names]
+    images, labels = _read_idx(image_file, b"\x00\x00\x08\x03"), _read_idx(label_file, b"\x00\x00\x08\x01")
+    if images.shape[1:] != (28, 28):
+        raise ValueError(f"{image_file} must hold images of 28 x 28; got {images.shape[1]} x {images.shape[2]}")
+    if len(images) != len(labels):
+        raise ValueError(
+            f"{label_file} must have {len(images)} labels, one for each image of {image_file.name}; got {len(labels)}"
+        )
+    if labels.max() > 9:
+        raise ValueError(f"{label_file} must hold labels 0 to 9; got {labels.max()}: download it again")
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
 
 def _fashion_mnist(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -146,8 +208,7 @@ def _fashion_mnist(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     mean, std = MEAN_STD["fashion_mnist"]
     sets = []
     for part in ("train", "t10k"):
-        images = torch.from_numpy(_read_idx(found, f"{part}-images-idx3-ubyte", b"\x00\x00\x08\x03"))[:, None]
-        labels = torch.from_numpy(_read_idx(found, f"{part}-labels-idx1-ubyte", b"\x00\x00\x08\x01")).long()
+        images, labels = _idx_part(found, part)
         sets.append(ImageSet(labels=labels, num_classes=10, mean=mean, std=std, images=images))
     return sets[0], sets[1]
 
@@ -158,7 +219,8 @@ def _download(dataset: str, root: str) -> None:
     try:
         getattr(datasets, dataset)(root, download=True)
     except Exception as error:  # torchvision raises whatever its mirrors and urllib raise
-        raise ValueError(f"data.download could not fetch {dataset} into {root}: {error}") from error
+        problem = " ".join(str(error).split())
+        raise ValueError(f"data.download could not fetch {dataset} into {shown(root)}: {problem}") from error
 
 
 def _cifar(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -173,10 +235,10 @@ def _cifar(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     for is_train in (True, False):
         try:
             part = getattr(datasets, dataset)(root, train=is_train)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"{dataset}'s Python files must be in {root}; got none or broken ones: give data.root or "
-                "pass --data.download true"
+                f"{dataset}'s Python files must be in {shown(root)}; got {_unsound_file(dataset, root)}: give "
+                "data.root or pass --data.download true"
             ) from error
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()  # [n, 3, 32, 32]
         labels = torch.tensor(part.targets)
@@ -184,76 +246,57 @@ def _cifar(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     return sets[0], sets[1]
 
 
-def _read_list(option: str, list_path: str, root: Path) -> tuple[list[str], list[int]]:
-    """Read `relative/path label` lines; a path may hold spaces."""
-    if not Path(list_path).is_file():
-        raise ValueError(
-            f"{option} must be a text file of `relative/path label` lines; got {list_path}, which is missing"
-        )
-    paths, labels = [], []
-    for number, line in enumerate(Path(list_path).read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdecimal():
-            raise ValueError(f"{list_path}:{number} must be `relative/path label`; got {line!r}")
-        paths.append(str(root / path))
-        labels.append(int(label))
-    if not paths:
-        raise ValueError(f"{option} must name images; got the empty list {list_path}")
-    # One look at every file of a million would take minutes on a network disk.
-    for path in paths[:: max(1, len(paths) // CHECKED_FILES)]:
-        if not Path(path).is_file():
-            raise ValueError(
-                f"{option} names {path}, which is missing: data.root must be the folder its paths start "
-                f"from; got {root}"
-            )
-    return paths, labels
+def _unsound_file(dataset: str, root: str) -> str:
+    """Name the first file of a CIFAR set whose checksum is not the published one."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    source = getattr(datasets, dataset)
+    meta = (source.meta["filename"], source.meta["md5"])
+    for name, checksum in (*source.train_list, *source.test_list, meta):
+        path = os.path.join(root, source.base_folder, name)
+        if not os.path.exists(path):
+            return f"{shown(path)}, which is missing"
+        if not (os.access(path, os.R_OK) and check_integrity(path, checksum)):
+            return f"{shown(path)}, which is damaged or cannot be read"
+    return "files that torchvision cannot read"
 
 
 def _image_lists(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     assert config.root and config.train_list and config.test_list  # DataConfig has checked
-    root = Path(config.root)
-    if not root.is_dir():
-        raise ValueError(f"data.root must be the folder of the images; got {root}, which is missing")
-    train_paths, train_labels = _read_list("data.train_list", config.train_list, root)
-    test_paths, test_labels = _read_list("data.test_list", config.test_list, root)
-    num_classes = max(train_labels) + 1
-    if max(test_labels) >= num_classes:
-        raise ValueError(
-            f"data.test_list must have labels below {num_classes}, as data.train_list; got {max(test_labels)}"
-        )
-    return _on_disk(train_paths, train_labels, num_classes), _on_disk(test_paths, test_labels, num_classes)
+    if not os.path.isdir(config.root):
+        raise ValueError(f"data.root must be the folder of the images; got {shown(config.root)}, which is no folder")
+    train, test, num_classes, notes = read_lists(config.train_list, config.test_list, config.root)
+    sets = [_on_disk(part.paths, part.labels, num_classes) for part in (train, test)]
+    return sets[0], replace(sets[1], notes=tuple(notes))
 
 
 def _image_folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    from torchvision.datasets import ImageFolder
-
     assert config.root  # DataConfig has checked
-    root = Path(config.root)
-    test_folder = next((root / n for n in ("test", "val") if (root / n).is_dir()), root / "val")
-    for folder in (root / "train", test_folder):
-        if not folder.is_dir():
+    tests = [os.path.join(config.root, name) for name in ("test", "val")]
+    folders = os.path.join(config.root, "train"), next((path for path in tests if os.path.isdir(path)), tests[-1])
+    for folder in folders:
+        if not os.path.isdir(folder):
             raise ValueError(
-                f"data.root must hold train/ and val/ or test/ with a folder for each class; {folder} is missing"
+                f"data.root must hold train/ and val/ or test/ with a folder for each class; {shown(folder)} is missing"
             )
-    try:
-        train, test = ImageFolder(str(root / "train")), ImageFolder(str(test_folder))
-    except FileNotFoundError as error:  # no class folders, or a class without an image
-        raise ValueError(f"data.root must hold a folder of images for each class; got {root}: {error}") from error
+    train, test = read_folders(folders)
     if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[:3]
+        odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(
-            f"{test_folder} must have the classes of {root / 'train'}; they differ in {', '.join(odd)} ..."
+            f"{shown(test.folder)} must have the classes of {shown(train.folder)}; they differ in "
+            f"{', '.join(map(shown, odd[:3]))}{' ...' if len(odd) > 3 else ''}"
         )
-    num_classes = len(train.classes)
-    train_paths, test_paths = [p for p, _ in train.samples], [p for p, _ in test.samples]
-    return _on_disk(train_paths, train.targets, num_classes), _on_disk(test_paths, test.targets, num_classes)
+    sets = [_on_disk(part.paths, part.labels, len(part.classes)) for part in (train, test)]
+    return (
+        replace(sets[0], classes=train.classes, notes=tuple(train.notes)),
+        replace(sets[1], classes=test.classes, notes=tuple(test.notes)),
+    )
 
 
-def _on_disk(paths: list[str], labels: list[int], num_classes: int) -> ImageSet:
+def _on_disk(paths: Sequence[str], labels: Sequence[int], num_classes: int) -> ImageSet:
     return ImageSet(
-        labels=torch.tensor(labels),
+        labels=torch.from_numpy(np.array(labels, np.int64)),
         num_classes=num_classes,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,

@@ -6,12 +6,14 @@ Legend: N images or views in a batch, c channels, H, W height and width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PADDING = 4  # pixels, for images of 28 or 32
 CUTOUT = 0.5  # side of the square that is cut out, as a share of the image's
+LONGEST = 8  # sides of an image that is resized whole, the shorter as 1
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -27,7 +29,7 @@ def augment_batch(
     """Augment and normalise a batch of small images, each in its own random way.
 
     Args:
-        images: [N, c, H, W], uint8, on any device.
+        images: [N, c, H, W], uint8, on any device, N >= 1.
         kind: none, shift_rotate (shift by up to a pixel in eight, rotate by up to 15 degrees, scale by up
             to a tenth) or crop_flip_cutout (shift by up to 4 pixels, mirror, blank a square of half the
             side).
@@ -106,7 +108,7 @@ def image_transforms(
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     jitter = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
     if not train or kind == "none":
-        plain = v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), *last])
+        plain = v2.Compose([v2.Lambda(_middle), v2.Resize(size * 8 // 7), v2.CenterCrop(size), *last])
         return plain, plain
     if kind == "autoaugment":
         policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
@@ -122,3 +124,19 @@ def image_transforms(
     if kind != "randaugment":
         raise ValueError(f"kind must be none, autoaugment, resized_crop or randaugment; got {kind!r}")
     return v2.Compose([*crop, *jitter, v2.RandAugment(num_ops=2, magnitude=10), *last]), second
+
+
+def _middle(image: Any) -> Any:
+    """Cut the ends off an image that is longer than 8 squares, of which the centre crop sees one.
+
+    Resized whole, 1 x 20,000 pixels would take 4 GB.
+    """
+    from torchvision.transforms.v2 import functional
+
+    height, width = functional.get_size(image)
+    longest = LONGEST * min(height, width)
+    return (
+        image
+        if max(height, width) <= longest
+        else functional.center_crop(image, [min(height, longest), min(width, longest)])
+    )

@@ -47,7 +47,7 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("model", "width shortcut", f"model.name is {model.name}")
     if model.classifier == "linear":
         drop("model", "classifier_scale", "model.classifier is linear")
-    if data.imbalance == "none":
+    if data.profile == "none":
         drop("data", "imbalance_ratio max_per_class subset_seed", "data.imbalance is none")
     if data.name == "digits":
         drop("data", "root", "the digits come with scikit-learn")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -134,3 +141,74 @@ def test_an_unreadable_image_is_named(workers: int, tmp_path: Path) -> None:
     config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=workers)
     with pytest.raises(ValueError, match=r"^\S+4\.png must be a readable image"):
         list(plain_batches(images, config, 6, CPU))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_whatever_its_name(workers: int, tmp_path: Path) -> None:
+    images = _on_disk(tmp_path)
+    broken = tmp_path / "two\nlines.png"
+    shutil.copy(images.paths[0], broken)
+    broken.write_bytes(broken.read_bytes()[:60])
+    images = dataclasses.replace(images, paths=(*images.paths[:5], str(broken)))
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=workers)
+    with pytest.raises(ValueError) as caught:
+        list(plain_batches(images, config, 6, CPU))
+    message = str(caught.value)
+    assert not multiprocessing.active_children()  # the error keeps no worker alive
+    assert message.startswith("'") and r"two\nlines.png' must be a readable image" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
+def test_a_killed_worker_is_one_line_and_no_wait(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    images, config = (
+        _on_disk(tmp_path),
+        DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=2),
+    )
+    images = images.select(np.arange(6).repeat(200))
+    batches = plain_batches(images, config, 2, CPU)
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    assert worker.pid is not None
+    os.kill(worker.pid, number)
+    time.sleep(0.5)  # an error here, far from the loader, is what torch's own handler of the signal would raise
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"^a process that reads images was ended by {number.name}; .*data.workers"):
+        for _ in batches:
+            pass
+    assert time.monotonic() - started < 30 and not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_workers_without_shared_memory_or_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raised with a /dev/shm of 4 MB and with 60 open files."""
+    images = _on_disk(tmp_path)
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=2)
+    full = "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to write to file </torch_1_2_3>: "
+    for text, message in (
+        (full + "No space left on device (28)", r"^shared memory .* enlarge /dev/shm .*; got data\.workers 2$"),
+        ("Too many open files. Communication with ...", r"^the workers have .* \(ulimit -n\) .*; got data\.workers 2$"),
+    ):
+
+        def fail(*_: object, text: str = text, **__: object) -> None:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(torch.Tensor, "to", fail)
+        with pytest.raises(ValueError, match=message):
+            list(plain_batches(images, config, 6, CPU))
+        monkeypatch.undo()
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(plain_batches(images, config, 6, CPU))
+
+
+def test_workers_that_cannot_be_started_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=9)
+    with pytest.raises(ValueError, match=r"^data\.workers must be .* can be started; got 9: .*temporarily unavailable"):
+        list(plain_batches(_on_disk(tmp_path), config, 6, CPU))
+    assert signal.getsignal(signal.SIGCHLD) == before

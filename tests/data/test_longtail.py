@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import numpy as np
 import pytest
 
-from allnc.data.longtail import class_sizes, subset
+from allnc.data.longtail import class_sizes, sizes_within, subset
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,50 @@ def test_a_class_too_small_is_named() -> None:
     labels = np.array([0, 0, 0, 1], dtype=np.int64)
     with pytest.raises(ValueError, match="class 1 has 1, 2 asked for"):
         subset(labels, [3, 2], seed=0)
+
+
+def test_a_ratio_that_floats_do_not_hold_exactly_leaves_the_whole_number() -> None:
+    for ratio in range(1, 3000):
+        assert class_sizes(2, ratio, ratio)[-1] == class_sizes(2, ratio, ratio, "step")[-1] == 1
+        assert class_sizes(3, 7 * ratio, ratio)[-1] == 7
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("ratio", [10, 20, 50, 100, 200])
+def test_sizes_of_the_published_cifar_subsets(classes: int, ratio: int) -> None:
+    largest = 50_000 // classes
+    published = [int(largest * (1 / ratio) ** (i / (classes - 1))) for i in range(classes)]  # LDAM's own expression
+    assert class_sizes(classes, largest, ratio) == published
+
+
+@pytest.mark.parametrize("ratio", [math.nan, math.inf, 0.5, -1.0])
+def test_ratios_that_are_none(ratio: float) -> None:
+    with pytest.raises(ValueError, match="must be >= 1 and finite"):
+        class_sizes(3, 10, ratio)
+
+
+def test_the_size_that_is_proposed_fits_and_the_next_does_not() -> None:
+    generator = np.random.default_rng(0)
+    proposed = 0
+    for _ in range(300):
+        counts = generator.integers(1, 60, generator.integers(1, 6)).tolist()
+        ratio, profile = float(generator.uniform(1, 12)), str(generator.choice(["exponential", "step"]))
+        largest = None if generator.random() < 0.3 else int(generator.integers(1, 80))
+        try:
+            sizes = sizes_within(counts, largest, ratio, profile)
+            assert all(1 <= size <= count for size, count in zip(sizes, counts, strict=True))
+        except ValueError as error:
+            found = re.search(
+                r"or set data\.max_per_class (\d+)(?: and data\.imbalance_ratio (\d+) or less)?$", str(error)
+            )
+            assert found, error
+            proposed += 1
+            sizes_within(counts, int(found[1]), float(found[2] or ratio), profile)
+            if found[2]:
+                for size in range(1, 80):
+                    with pytest.raises(ValueError):
+                        sizes_within(counts, size, ratio, profile)
+            else:
+                with pytest.raises(ValueError):
+                    sizes_within(counts, int(found[1]) + 1, ratio, profile)
+    assert proposed > 100

@@ -62,3 +62,9 @@ def test_orders_depend_on_seed_and_epoch_only() -> None:
 def test_streams_differ() -> None:
     draws = [torch.rand(4, generator=generator(0, s, 0)) for s in ("uniform", "rebalance", "augment")]
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
+
+
+@pytest.mark.parametrize("counts", [[], [0, 0], [3, -1]])
+def test_counts_of_which_nothing_can_be_drawn(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match="class_counts must be >= 0, one of them > 0"):
+        class_probabilities(torch.tensor(counts, dtype=torch.int64), "reversed")

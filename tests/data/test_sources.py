@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from allnc.config import DataConfig
-from allnc.data import load
+from allnc.config import Config, DataConfig
+from allnc.data import ImageSet, load
 from allnc.data.sources import FASHION_FOLDERS
+from allnc.trainer.options import ignored_options
 
 
 def test_digits_are_long_tailed_with_a_balanced_test() -> None:
@@ -90,6 +92,8 @@ def test_cifar_through_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Fake:
         classes = ("a", "b")
+        base_folder, meta = "cifar", {"filename": "meta", "md5": "0"}
+        train_list, test_list = (("batch", "0"),), ()
 
         def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
             if root == "empty":
@@ -108,61 +112,126 @@ def test_cifar_through_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
         load(DataConfig(name="cifar10", root="empty", augmentation="autoaugment"))
 
 
-def _picture(path: Path, value: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (20, 16), (value, 0, 0)).save(path)
-
-
-def _lists(folder: Path, train: str, test: str) -> DataConfig:
-    (folder / "train.txt").write_text(train)
-    (folder / "test.txt").write_text(test)
-    return DataConfig(
-        name="image_list",
-        root=str(folder),
-        train_list=str(folder / "train.txt"),
-        test_list=str(folder / "test.txt"),
-        imbalance="none",
-        augmentation="none",
-    )
-
-
-def test_image_lists(tmp_path: Path) -> None:
-    _picture(tmp_path / "a/one two.png", 1)
-    _picture(tmp_path / "b/three.png", 2)
-    train, test = load(_lists(tmp_path, "a/one two.png 0\nb/three.png 1\n\n", "b/three.png 1\n"))
-    assert train.paths == (str(tmp_path / "a/one two.png"), str(tmp_path / "b/three.png"))
-    assert (train.labels.tolist(), test.labels.tolist(), train.num_classes) == ([0, 1], [1], 2)
+def _fashion(folder: Path, images: np.ndarray | None = None, labels: np.ndarray | None = None) -> DataConfig:
+    """Four idx files; the training part's can be given."""
+    images = np.zeros((20, 28, 28), np.uint8) if images is None else images
+    labels = np.arange(20, dtype=np.uint8) % 10 if labels is None else labels
+    _idx(folder / "train-images-idx3-ubyte", images, False)
+    _idx(folder / "train-labels-idx1-ubyte", labels, True)
+    _idx(folder / "t10k-images-idx3-ubyte", np.zeros((10, 28, 28), np.uint8), False)
+    _idx(folder / "t10k-labels-idx1-ubyte", np.arange(10, dtype=np.uint8), False)
+    return DataConfig(name="fashion_mnist", root=str(folder), augmentation="none", imbalance="none")
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "message"),
+    ("file", "raw", "message"),
     [
-        ("a.png 0\ngone.png 1\n", "a.png 0\n", "gone.png, which is missing: data.root must be the folder"),
-        ("a.png\n", "a.png 0\n", r"train.txt:1 must be `relative/path label`; got 'a.png'"),
-        ("", "a.png 0\n", "data.train_list must name images; got the empty list"),
-        ("a.png 0\n", "a.png 1\n", "data.test_list must have labels below 1, as data.train_list; got 1"),
+        ("train-images-idx3-ubyte", b"", "must be an idx file of type 00000803; got nothing: download it again"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x01" + bytes(99), "must be an idx file of type 00000803; got 00000801"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0", "must hold some bytes; got 0: download it again"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 12 + b"123", "must hold 7922816245.* bytes; got 3:"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0\0\1\0\0\0\1\0\0\0\1ab", "must hold 1 bytes; got more:"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + bytes(12), "must hold some bytes; got 0"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0\0\1\0\0\0\1\0\0\0\1a", "must hold images of 28 x 28; got 1 x 1"),
+        ("train-labels-idx1-ubyte.gz", b"", "must be an idx file of type 00000801; got nothing"),
+        ("train-labels-idx1-ubyte.gz", b"not gzip", "must be a whole idx file; got: Not a gzipped file"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(bytes(99))[:-9], "must be .*idx file"),
+        (
+            "train-labels-idx1-ubyte.gz",
+            gzip.compress(b"\0\0\x08\x01\0\0\0\x14" + bytes(20))[:-12],
+            "must be a whole idx file",
+        ),
+        (
+            "train-labels-idx1-ubyte.gz",
+            gzip.compress(b"\0\0\x08\x01\xff\xff\xff\xff" + bytes(20)),
+            "must hold 4294967295",
+        ),
     ],
 )
-def test_broken_lists_are_refused_before_training(train: str, test: str, message: str, tmp_path: Path) -> None:
-    _picture(tmp_path / "a.png", 1)
+def test_damaged_idx_files_are_named(file: str, raw: bytes, message: str, tmp_path: Path) -> None:
+    config = _fashion(tmp_path)
+    (tmp_path / file).write_bytes(raw)
+    with pytest.raises(ValueError, match=f"{file} {message}"):
+        load(config)
+
+
+def test_a_flipped_bit_in_a_gzipped_file_is_found(tmp_path: Path) -> None:
+    config = _fashion(tmp_path)
+    path = tmp_path / "train-labels-idx1-ubyte.gz"
+    whole = path.read_bytes()
+    for at in range(10, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz must"):
+            load(config)
+
+
+def test_labels_and_images_of_idx_files_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz must have 20 labels, .*; got 19"):
+        load(_fashion(tmp_path, labels=np.zeros(19, np.uint8)))
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz must hold labels 0 to 9; got 77"):
+        load(_fashion(tmp_path, labels=np.full(20, 77, np.uint8)))
+
+
+def test_a_class_without_an_image_cannot_be_cut(tmp_path: Path) -> None:
+    config = _fashion(tmp_path, labels=np.arange(20, dtype=np.uint8) % 9)
+    with pytest.raises(ValueError, match="every class must have an image; class 9 has none"):
+        load(dataclasses.replace(config, imbalance="auto"))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_missing_and_broken_cifar_files_are_named(name: str, tmp_path: Path) -> None:
+    config = DataConfig(name=name, root=str(tmp_path), augmentation="autoaugment")  # pyright: ignore[reportArgumentType]
+    folder, first = {"cifar10": ("cifar-10-batches-py", "data_batch_1"), "cifar100": ("cifar-100-python", "train")}[
+        name
+    ]
+    with pytest.raises(ValueError, match=rf"{folder}/{first}, which is missing: give"):
+        load(config)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / first).write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=rf"{folder}/{first}, which is damaged .*download"):
+        load(config)
+    (tmp_path / folder / first).unlink()
+    (tmp_path / folder / first).mkdir()
+    with pytest.raises(ValueError, match=rf"{folder}/{first}, which is damaged"):
+        load(config)
+
+
+def test_auto_cuts_balanced_sets_only() -> None:
+    assert DataConfig().imbalance == "auto"
+    for name in ("digits", "fashion_mnist", "cifar10", "cifar100"):
+        assert DataConfig(name=name).profile == "exponential"
+    files: dict[str, Any] = {"root": "x", "augmentation": "none"}
+    folder = DataConfig(name="image_folder", **files)
+    assert folder.profile == "none"
+    assert DataConfig(name="image_list", train_list="a", test_list="b", **files).profile == "none"
+    assert dataclasses.replace(folder, imbalance="step").profile == "step"
+    assert DataConfig(imbalance="none").profile == "none"
+    assert "data.imbalance_ratio" in ignored_options(Config(data=folder))
+    assert "data.imbalance_ratio" not in ignored_options(Config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": torch.tensor([0, 1])}, r"labels must be \[3\], int64"),
+        ({"labels": torch.tensor([0, 1, 2])}, "labels must be 0 to 1; got 0 to 2"),
+        ({"labels": torch.tensor([0, 1, -1])}, "labels must be 0 to 1; got -1 to 1"),
+        ({"labels": torch.tensor([0.0, 1.0, 1.0])}, "int64.*float32"),
+        ({"images": torch.zeros(3, 1, 4, 4)}, "uint8; got .*float32"),
+        ({"images": torch.zeros(3, 4, 4, dtype=torch.uint8)}, r"images must be \[n, channels, height, width\]"),
+    ],
+)
+def test_an_image_set_fits_together(changes: dict[str, Any], message: str) -> None:
+    values: dict[str, Any] = {
+        "labels": torch.tensor([0, 1, 1]),
+        "images": torch.zeros(3, 1, 4, 4, dtype=torch.uint8),
+        **changes,
+    }
     with pytest.raises(ValueError, match=message):
-        load(_lists(tmp_path, train, test))
+        ImageSet(num_classes=2, mean=(0.5,), std=(0.5,), **values)
 
 
-def test_image_folder(tmp_path: Path) -> None:
-    config = DataConfig(name="image_folder", root=str(tmp_path), imbalance="none", augmentation="none")
-    with pytest.raises(ValueError, match="train is missing"):
-        load(config)
-    for part, label, number in (
-        ("train", "cat", 3),
-        ("train", "dog", 2),
-        ("val", "cat", 1),
-        ("val", "dog", 1),
-    ):
-        for i in range(number):
-            _picture(tmp_path / part / label / f"{i}.png", i)
-    train, test = load(config)
-    assert train.class_counts.tolist() == [3, 2] and test.class_counts.tolist() == [1, 1]
-    _picture(tmp_path / "val" / "emu" / "0.png", 0)
-    with pytest.raises(ValueError, match="they differ in emu"):
-        load(config)
+def test_a_cut_set_knows_what_it_was_cut_from() -> None:
+    train, test = load(DataConfig(max_per_class=40, imbalance_ratio=4))
+    assert train.count_text == f"{len(train)} of 1297" and test.count_text == "500"
+    assert load(DataConfig(imbalance="none"))[0].count_text == "1297"

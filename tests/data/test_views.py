@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from allnc.data.views import PADDING, augment_batch, image_transforms, normalise
@@ -96,3 +100,30 @@ def test_unknown_kinds() -> None:
         augment_batch(pictures(1), "blur", MEAN, STD, random())
     with pytest.raises(ValueError, match="kind must be none, autoaugment"):
         image_transforms("blur", 32, MEAN, STD, train=True)
+
+
+@pytest.mark.parametrize("kind", ["none", "shift_rotate", "crop_flip_cutout"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 9), (3, 1, 7, 2)])
+def test_whole_batches_of_odd_sizes(kind: str, shape: tuple[int, int, int, int]) -> None:
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    channels = shape[1]
+    views = augment_batch(images, kind, (0.5,) * channels, (0.5,) * channels, torch.Generator().manual_seed(0))
+    assert views.shape == shape and torch.isfinite(views).all()
+
+
+@pytest.mark.parametrize("kind", ["none", "resized_crop", "randaugment"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (3, 5), (15, 16)])
+def test_images_of_extreme_shapes_cost_no_more_than_others(kind: str, size: tuple[int, int]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for train in (False, True):
+        for view in image_transforms(kind, 64, (0.5,) * 3, (0.5,) * 3, train=train):
+            assert view(Image.new("RGB", size, (255, 0, 0))).shape == (3, 64, 64)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB; whole, it took 400 MB and more
+
+
+def test_a_long_image_is_seen_as_if_it_were_resized_whole() -> None:
+    colours = np.zeros((4, 400, 3), np.uint8)
+    colours[:, :, 0] = np.arange(400) % 256
+    plain, _ = image_transforms("none", 56, (0.0,) * 3, (1.0,) * 3, train=False)
+    whole = v2.Compose([v2.Resize(64), v2.CenterCrop(56), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    assert torch.equal(plain(Image.fromarray(colours)), whole(Image.fromarray(colours)))
