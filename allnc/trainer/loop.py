@@ -342,10 +342,11 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     number = str(run.dtype).removeprefix("torch.")
     lines = [
-        f"{config.data.name}: {len(run.train_set)} training images ({int(counts.max())} to {int(counts.min())} a "
+        f"{config.data.name}: {run.train_set.count_text} training images ({int(counts.max())} to {int(counts.min())} a "
         f"class), {len(run.test_set)} test images; {config.model.name}, {parameters:.2f} M parameters; loss "
         f"{config.loss.name}; {run.device.type}, {number}; {files}"
     ]
+    lines += [f"note: {note}" for part in (run.train_set, run.test_set) for note in part.notes]
     if run.epoch:
         lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")
     lines += [
