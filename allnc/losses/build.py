@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from allnc.config import LossConfig
 from allnc.losses.allnc import AllNC
-from allnc.losses.base import LossOutput
+from allnc.losses.base import LossOutput, checked_logits
 from allnc.losses.longtail import LONG_TAIL, CrossEntropy, long_tail_loss
-from allnc.ops.ranks import scale_gradient
+from allnc.ops.ranks import Ranks, scale_gradient
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,7 +55,10 @@ class Classification(nn.Module):
         num_views: int = 2,
     ) -> LossOutput:
         """Return the loss of the uniform branch, with parts "cls" and "uniform"."""
-        total = self.loss(*uniform)
+        logits, targets = uniform
+        if self.group is not None:  # a wrong argument on one rank is an error on all, instead of a wait
+            Ranks(self.group, lambda: checked_logits(logits, targets, len(weight)), lambda: len(logits), dict)
+        total = self.loss(logits, targets)
         parts = {"cls": total.detach(), "uniform": total.detach()}
         return LossOutput(total if self.group is None else scale_gradient(total, self.group.size()), parts)
 

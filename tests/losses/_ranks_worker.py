@@ -118,8 +118,8 @@ def train(config: LossConfig, own: slice, group: Any) -> dict[str, Any]:
 def wrong_call(rank: int, group: Any) -> list[str]:
     """What a rank is told when rank 1 alone has a label out of range or wrong views, and that the group works on."""
     told = []
-    for wrong, form in (("label", "softmax"), ("views", "cosine"), ("", "cosine")):
-        config = LossConfig(hycon=form)  # pyright: ignore[reportArgumentType]
+    softmax, cosine, baseline = LossConfig(), LossConfig(hycon="cosine"), LossConfig(name="class_balanced")
+    for wrong, config in (("label", softmax), ("views", cosine), ("label", baseline), ("", cosine)):
         loss = build_loss(config, class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM, group=group).double()
         images, labels = batch(0)
         if wrong == "label" and rank == 1:
