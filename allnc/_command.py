@@ -35,7 +35,8 @@ def answer(program: str, body: Callable[[], None]) -> int:
     except OSError as error:
         return _mistake(program, _reason(error))
     except ValueError as error:
-        return _mistake(program, str(error))
+        # Of several processes, one says it.
+        return MISTAKE if getattr(error, "said_elsewhere", False) else _mistake(program, str(error))
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise

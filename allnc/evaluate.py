@@ -26,8 +26,11 @@ def _evaluate(folder: Path, root: str | None, device: str) -> None:
 
     from allnc.trainer.checkpoint import load_weights
     from allnc.trainer.loop import Run
+    from allnc.trainer.processes import world_size
     from allnc.trainer.runlog import final_table, finite
 
+    if world_size() > 1:
+        raise ValueError("allnc.evaluate runs as one process: start it without a launcher such as torchrun")
     config, epoch, weights = load_weights(folder)
     run = Run(
         dataclasses.replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -26,12 +27,16 @@ def run_ranks(module: str, world: int, folder: Path, *arguments: str) -> list[di
         )
         for rank in range(world)
     ]
+    end = time.monotonic() + 240
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            if any(process.poll() for process in processes):  # the others would wait for it
+                break
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0] * world
+    assert [process.wait() for process in processes] == [0] * world
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 

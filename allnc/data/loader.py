@@ -11,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from allnc.config import BATCH_AUGMENTATIONS, DataConfig
 from allnc.data.images import read_image
 from allnc.data.samplers import generator, rebalanced_order, uniform_order
 from allnc.data.sources import ImageSet
-from allnc.data.views import augment_batch, image_transforms, normalise
+from allnc.data.views import Draws, augment_batch, image_transforms, normalise
 
 
 class Batch(NamedTuple):
@@ -53,6 +53,7 @@ class TrainLoader:
         seed: of the order and the augmentation.
         two_batches: draw a second batch of the same size for the re-balancing branch.
         device: where batches are wanted.
+        share: which of B images are this process's; the batches are those of one process with all of them.
 
     Raises:
         ValueError: fewer images than one batch (an incomplete last batch is left out).
@@ -67,6 +68,7 @@ class TrainLoader:
         seed: int,
         two_batches: bool,
         device: torch.device,
+        share: Callable[[int], slice] = slice,
     ) -> None:
         if len(images) < batch_size:
             raise ValueError(
@@ -74,6 +76,11 @@ class TrainLoader:
             )
         self.set, self.config, self.seed, self.device = images, config, seed, device
         self.batch_size, self.two_batches = batch_size, two_batches
+        own = torch.arange(batch_size)[share(batch_size)]
+        if not len(own):
+            raise ValueError(f"train.batch_size must be at least the number of processes; got {batch_size}")
+        self.own = torch.cat([own, batch_size + own]) if two_batches else own  # columns of `indices`
+        self.num_own = len(own)
         self.counts = images.class_counts
         self.in_memory = images.images is not None and config.augmentation in BATCH_AUGMENTATIONS
         self.pixels = images.images.to(device) if images.images is not None and self.in_memory else None
@@ -94,24 +101,28 @@ class TrainLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch (0-based), on the device."""
-        views, num_rebalance = self.config.views, self.batch_size if self.two_batches else 0
+        views, num_rebalance = self.config.views, self.num_own if self.two_batches else 0
         batches = self.indices(epoch)
         images = self._augmented(batches, epoch) if self.in_memory else self._decoded(batches, epoch)
         for index, pixels in zip(batches, images, strict=True):
-            labels = self.set.labels[index].repeat(views).to(self.device)
-            yield Batch(pixels, labels, self.batch_size, num_rebalance)
+            labels = self.set.labels[index[self.own]].repeat(views).to(self.device)
+            yield Batch(pixels, labels, self.num_own, num_rebalance)
 
     def _augmented(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
         assert self.pixels is not None
         random = generator(self.seed, "augment", epoch)
+        views, width = self.config.views, batches.shape[1]
+        rows = (width * torch.arange(views)[:, None] + self.own).flatten()  # of the whole batch's V (B + R)
         for index in batches:
-            repeated = self.pixels[index.to(self.device)].repeat(self.config.views, 1, 1, 1)
-            yield augment_batch(repeated, self.config.augmentation, self.set.mean, self.set.std, random)
+            repeated = self.pixels[index[self.own].to(self.device)].repeat(views, 1, 1, 1)
+            draws = Draws(random, views * width, rows)
+            yield augment_batch(repeated, self.config.augmentation, self.set.mean, self.set.std, draws)
 
     def _decoded(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
         assert self.workers is not None
         seeds = torch.randint(2**62, batches.shape, generator=generator(self.seed, "augment", epoch))
-        plan = [list(zip(i.tolist(), s.tolist(), strict=True)) for i, s in zip(batches, seeds, strict=True)]
+        own = zip(batches[:, self.own].tolist(), seeds[:, self.own].tolist(), strict=True)
+        plan = [list(zip(indices, of_batch, strict=True)) for indices, of_batch in own]
         for stacked in _from_workers(self.workers, plan, self.config.workers, self.device):
             yield stacked.transpose(0, 1).flatten(0, 1)  # [N, c, H, W]
 

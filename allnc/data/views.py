@@ -23,9 +23,28 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images.float() - shift) / scale  # [N, c, H, W]
 
 
-def augment_batch(
-    images: Tensor, kind: str, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator
-) -> Tensor:
+class Draws:
+    """Random numbers of a whole batch, of which a process takes those of its own rows: the same views on any number.
+
+    Args:
+        generator: CPU generator that decides everything, so that a GPU sees the same views.
+        total: rows of the whole batch.
+        rows: those that are augmented here, a slice or [N] positions.
+    """
+
+    def __init__(self, generator: torch.Generator, total: int, rows: slice | Tensor = slice(None)) -> None:
+        self.generator, self.total, self.rows = generator, total, rows
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1), [..., N]."""
+        return torch.rand(*shape, self.total, generator=self.generator)[..., self.rows]
+
+    def integers(self, stop: int, *shape: int) -> Tensor:
+        """Integers in [0, stop), [..., N]."""
+        return torch.randint(0, stop, (*shape, self.total), generator=self.generator)[..., self.rows]
+
+
+def augment_batch(images: Tensor, kind: str, mean: tuple[float, ...], std: tuple[float, ...], draws: Draws) -> Tensor:
     """Augment and normalise a batch of small images, each in its own random way.
 
     Args:
@@ -34,7 +53,7 @@ def augment_batch(
             to a tenth) or crop_flip_cutout (shift by up to 4 pixels, mirror, blank a square of half the
             side).
         mean, std: of the pixels scaled to [0, 1], by channel.
-        generator: CPU generator that decides everything, so that a GPU sees the same views.
+        draws: random numbers for the N images.
 
     Returns:
         [N, c, H, W], float32.
@@ -45,18 +64,18 @@ def augment_batch(
     if kind == "none":
         return normalise(images, mean, std)
     if kind == "shift_rotate":
-        return _shift_rotate(normalise(images, mean, std), generator)
+        return _shift_rotate(normalise(images, mean, std), draws)
     if kind != "crop_flip_cutout":
         raise ValueError(f"kind must be none, shift_rotate or crop_flip_cutout; got {kind!r}")
-    return _cutout(normalise(_crop_flip(images, generator), mean, std), generator)
+    return _cutout(normalise(_crop_flip(images, draws), mean, std), draws)
 
 
-def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def _crop_flip(images: Tensor, draws: Draws) -> Tensor:
     """Take a random window of each zero-padded image, mirrored half of the time."""
     n, _, height, width = images.shape
     device = images.device
-    top, left = torch.randint(0, 2 * PADDING + 1, (2, n, 1), generator=generator).to(device)  # [N, 1] each
-    mirrored = (torch.rand(n, 1, generator=generator) < 0.5).to(device)
+    top, left = draws.integers(2 * PADDING + 1, 2).to(device)[:, :, None]  # [N, 1] each
+    mirrored = (draws.uniform() < 0.5).to(device)[:, None]
     rows = top + torch.arange(height, device=device)  # [N, H]
     columns = torch.arange(width, device=device)
     columns = left + torch.where(mirrored, width - 1 - columns, columns)  # [N, W]
@@ -65,24 +84,24 @@ def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
+def _cutout(images: Tensor, draws: Draws) -> Tensor:
     """Set a square at a random place, partly outside maybe, to the mean pixel (0 after normalising)."""
-    n, _, height, width = images.shape
+    _, _, height, width = images.shape
     device = images.device
-    centre = torch.rand(2, n, 1, generator=generator).to(device)  # share of the side
+    centre = draws.uniform(2).to(images.device)[:, :, None]  # share of the side, [N, 1] each
     half = CUTOUT / 2
     rows = ((torch.arange(height, device=device) + 0.5) / height - centre[0]).abs() < half  # [N, H]
     columns = ((torch.arange(width, device=device) + 0.5) / width - centre[1]).abs() < half  # [N, W]
     return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
-def _shift_rotate(images: Tensor, generator: torch.Generator) -> Tensor:
+def _shift_rotate(images: Tensor, draws: Draws) -> Tensor:
     """Rotate, scale and shift each image about its centre; pixels from outside repeat the border."""
     n = len(images)
-    draws = torch.rand(4, n, generator=generator) * 2 - 1  # each in [-1, 1]
-    angle, scale = draws[0] * math.radians(15), 1 + 0.1 * draws[1]
+    random = draws.uniform(4) * 2 - 1  # each in [-1, 1], [N]
+    angle, scale = random[0] * math.radians(15), 1 + 0.1 * random[1]
     cosine, sine = scale * angle.cos(), scale * angle.sin()
-    shift = draws[2:] * 0.25  # the image is 2 wide in these coordinates: one pixel in eight
+    shift = random[2:] * 0.25  # the image is 2 wide in these coordinates: one pixel in eight
     rows = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(n, 2, 3).to(images.device)
     grid = torch.nn.functional.affine_grid(rows, list(images.shape), align_corners=False)
     return torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)

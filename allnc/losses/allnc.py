@@ -106,6 +106,10 @@ class AllNC(nn.Module):
                 raise ValueError("projection_dim must be given with hycon='softmax'; got None. It is the width of z")
             self.projection_means = class_means(projection_dim)
 
+    def trains_uniform(self, progress: float) -> bool:
+        """Whether the uniform branch has a part in the loss at this share of training."""
+        return self.gbbn.eta(progress) > 0
+
     def forward(
         self,
         features: Tensor,

@@ -41,6 +41,10 @@ class Classification(nn.Module):
         super().__init__()
         self.loss, self.group = loss, group
 
+    def trains_uniform(self, progress: float) -> bool:
+        """Whether the uniform branch has a part in the loss at this share of training: always."""
+        return True
+
     def forward(
         self,
         features: Tensor,

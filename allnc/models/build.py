@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from allnc.config import ModelConfig
@@ -52,11 +53,19 @@ class LongTailModel(nn.Module):
         self.projection = Projection(feature_dim, hidden, config.projection_dim) if head == "projection" else None
         self.predictor = Predictor(feature_dim) if head == "predictor" else None
 
-    def forward(self, images: Tensor) -> ModelOutput:
-        """Return features, logits and heads of images [N, c, H, W]."""
+    def forward(self, images: Tensor, *, train_uniform: bool = True) -> ModelOutput:
+        """Return features, logits and heads of images [N, c, H, W].
+
+        Args:
+            images: [N, c, H, W].
+            train_uniform: whether the loss trains the uniform branch's own classifier, if there is one; else its
+                logits have no graph.
+        """
         features = self.encoder(images)
-        logits = self.classifier(features)
-        uniform = logits if self.uniform_classifier is None else self.uniform_classifier(features)
+        logits = uniform = self.classifier(features)
+        if self.uniform_classifier is not None:
+            with torch.set_grad_enabled(train_uniform and torch.is_grad_enabled()):
+                uniform = self.uniform_classifier(features)
         z = self.projection(features) if self.projection is not None else None
         h = self.predictor(features) if self.predictor is not None else None
         return ModelOutput(features, uniform, logits, z, h)

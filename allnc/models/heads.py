@@ -5,6 +5,7 @@ Legend: N rows, F features, D columns of the projection, C classes.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,7 +46,8 @@ class Projection(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         rows = self.layers(features)
         # Under autocast the rows are scaled in float32 and go on in 16 bits, which the contrast's kernels multiply.
-        return F.normalize(rows.float(), dim=1).to(rows.dtype)  # [N, D] unit rows
+        scaled = rows if rows.dtype == torch.float64 else rows.float()
+        return F.normalize(scaled, dim=1).to(rows.dtype)  # [N, D] unit rows
 
 
 class Predictor(nn.Module):

@@ -69,9 +69,10 @@ def save(
     sync(folder)
 
 
-def roll_forward(folder: Path, manifest: Manifest) -> None:
+def roll_forward(folder: Path) -> None:
     """Move the files of a checkpoint to their places, where a process died before it did."""
-    for name, wanted in manifest.files.items():
+    manifest = read_manifest(folder)
+    for name, wanted in manifest.files.items() if manifest else ():
         waiting = temporary_of(folder / name)
         if waiting.is_file() and _sum(waiting.read_bytes()) == wanted:
             waiting.replace(folder / name)

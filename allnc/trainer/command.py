@@ -40,7 +40,8 @@ class Plan(NamedTuple):
 def plan(words: Sequence[str]) -> Plan:
     """Return configuration, run folder and what to do with it, from the words of a command line.
 
-    A folder without a name is made at once, so that no other process takes the same.
+    A folder without a name is made at once, so that no other process takes the same. Of the processes of a launcher
+    such as torchrun, only the first looks at the folder of a new run, because only it writes there.
 
     Raises:
         ValueError: options that contradict each other, the folder or the configuration.
@@ -55,6 +56,8 @@ def plan(words: Sequence[str]) -> Plan:
     config, recipe = parse(words)
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
+    if launched_rank() > 0:
+        return Plan(config, Path(config.out or "runs"), "overwrite" if given else "new")
     if config.out is None:
         folder = new_folder(f"{recipe}-{config.loss.name}-seed{config.seed}")
         return Plan(dataclasses.replace(config, out=str(folder)), folder, "new")
@@ -234,3 +237,8 @@ def _path(name: str) -> Path:
     if not name or "\0" in name or expanded.startswith("~"):
         raise ValueError(f"--out must be the name of a folder, or ~ or ~user before one; got {name!r}")
     return Path(expanded)
+
+
+def launched_rank() -> int:
+    """The number of this process among those of a launcher such as torchrun; 0 without one."""
+    return int(os.environ.get("RANK", "0"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.measure import accuracy, check_images_fit, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure, learning_rate
 from allnc.trainer.options import to_dict
+from allnc.trainer.processes import Processes, launched
 from allnc.trainer.runlog import RunLog, final_table, finite
 from allnc.trainer.runtime import (
     check_backend,
-    check_single_process,
     git_commit,
     pick_device,
     pick_matmul_precision,
@@ -49,13 +50,19 @@ class Run:
     Args:
         config: the configuration.
         images: training and test set, where they are at hand already; None loads what the configuration names.
+        processes: those that share the run; None for this one alone.
 
     Raises:
         ValueError: the configuration asks for what is not there (files, device, model).
     """
 
-    def __init__(self, config: Config, images: tuple[ImageSet, ImageSet] | None = None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        images: tuple[ImageSet, ImageSet] | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.config, self.processes = config, processes or Processes()
         self.device = pick_device(config.train)
         if config.loss.name == "allnc":
             check_backend(config.loss.backend, self.device)
@@ -81,6 +88,7 @@ class Run:
             seed=config.seed,
             two_batches=entry.two_branches and config.data.rebalance_sampler != "uniform",
             device=self.device,
+            share=self.processes.share,
         )
         model = build_model(
             config.model,
@@ -92,11 +100,13 @@ class Run:
         self.memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory)
         check_images_fit(self.model, self.train_set, config.data)
+        self.network: torch.nn.Module = self.model  # what is trained; see `connect`
         self.loss = build_loss(
             config.loss,
             class_counts=self.counts,
             feature_dim=model.feature_dim,
             projection_dim=config.model.projection_dim,
+            group=self.processes.group,
         ).to(self.device)
         self.optimizer = build_optimizer(self.model, config.train)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -109,6 +119,11 @@ class Run:
     def autocast(self) -> torch.autocast:
         """The context in which the model runs in training."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def connect(self) -> None:
+        """Let the gradients be those of all processes; all must call it, once each has its run."""
+        may_rest = self.model.uniform_classifier is not None
+        self.network = self.processes.averaging(self.model, may_rest=may_rest)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of the epochs done."""
@@ -131,7 +146,6 @@ class Run:
             ValueError: there is none, it is damaged, or configuration or training set are not those of the run.
         """
         manifest, weights, state = checkpoint.load(folder)
-        checkpoint.roll_forward(folder, manifest)
         self.changes = (*manifest.changes, *changes_on_resuming(manifest, self.config))
         if not torch.equal(state["class_counts"], self.counts):
             wrong = int((state["class_counts"] != self.counts).nonzero()[0])
@@ -171,9 +185,16 @@ class Run:
 
     def measure(self) -> tuple[dict[str, Any], torch.Tensor]:
         """Return accuracy by shot (test set) with collapse (training set), and the class means [C, F]."""
-        shots = accuracy(self.model, self.test_set, self.counts, self.config.data, self.device)
-        collapse, means = neural_collapse(self.model, self.train_set, self.config.data, self.device)
-        return {**shots, **collapse}, means
+        collapse, means = self.measure_collapse()
+        return {**self.measure_accuracy(), **collapse}, means
+
+    def measure_accuracy(self) -> dict[str, float | None]:
+        """Return accuracy by shot on the test set."""
+        return accuracy(self.model, self.test_set, self.counts, self.config.data, self.device, self.processes)
+
+    def measure_collapse(self) -> tuple[dict[str, float], torch.Tensor]:
+        """Return the collapse metrics of the training set and its class means [C, F]."""
+        return neural_collapse(self.model, self.train_set, self.config.data, self.device, self.processes)
 
     def conventions(self) -> dict[str, Any]:
         """Return what the measured numbers refer to: epochs done, and the limits of many and few."""
@@ -198,43 +219,53 @@ def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new")
             loss or weights are not finite.
         KeyboardInterrupt: with a line that says what can be resumed.
     """
-    check_single_process()
-    with RunFolder(folder, mode) as files:
-        try:
-            return _train(config, files, console)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; {_what_remains(files)}") from None
-        except DivergenceError as error:
-            raise DivergenceError(
-                f"{error}: lower train.lr, lengthen train.warmup_epochs, set train.grad_clip, or use train.precision "
-                f"fp32; {_what_remains(files)}"
-            ) from error
+    with launched(pick_device(config.train)) as processes:
+        files = processes.together(lambda: RunFolder(folder, mode) if processes.is_first else None)
+        if files is None:  # another process writes, and says what there is to say
+            return _train(config, folder, None, Console(quiet=True), mode, processes)
+        with files:
+            try:
+                return _train(config, folder, files, console, mode, processes)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"stopped; {_what_remains(files)}") from None
+            except DivergenceError as error:
+                raise DivergenceError(
+                    f"{error}: lower train.lr, lengthen train.warmup_epochs, set train.grad_clip, or use "
+                    f"train.precision fp32; {_what_remains(files)}"
+                ) from error
 
 
-def _train(config: Config, files: RunFolder, console: Console) -> dict[str, Any]:
-    run = Run(config)
-    if files.mode == "resume":
-        run.restore(files.path)
-    else:
-        files.start()
-    write_whole(files / CONFIG, _config_text(run).encode())
-    for line in _headlines(run, files):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+def _train(
+    config: Config, folder: Path, files: RunFolder | None, console: Console, mode: Mode, processes: Processes
+) -> dict[str, Any]:
+    """Train; only the process that has the files writes."""
+    run = processes.together(lambda: Run(config, processes=processes))
+    run.connect()
+    if mode == "resume":
+        processes.together(lambda: files and checkpoint.roll_forward(folder))
+        processes.together(lambda: run.restore(folder))
+    if files is not None:
+        if mode != "resume":
+            files.start()
+        write_whole(files / CONFIG, _config_text(run).encode())
+        for line in _headlines(run, files):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    with RunLog(files.path, console, epochs=config.train.epochs, done=run.epoch) as log:
+    with RunLog(folder if files else None, console, epochs=config.train.epochs, done=run.epoch) as log:
         while run.epoch < config.train.epochs:
             started = time.perf_counter()
             record: dict[str, Any] = {"epoch": run.epoch + 1}
             record |= train_epoch(run, log)
             run.seconds["training"] += time.perf_counter() - started
             run.epoch += 1
-            run.check_weights()  # before they are measured and take the place of the last checkpoint
+            processes.together(run.check_weights)  # before they are measured and take the last checkpoint's place
             record |= _measurements(run)
             run.best = max(run.best, record.get("accuracy", 0.0))
             record["seconds"] = time.perf_counter() - started
             run.seconds["total"] += record["seconds"]
             log.epoch(record)  # before the checkpoint: a record too many is dropped on resuming, one too few is lost
-            run.save(files.path)
+            if files is not None:
+                run.save(folder)
         records = log.records
     return _finish(run, files, records, console)
 
@@ -256,9 +287,9 @@ def _measurements(run: Run) -> dict[str, Any]:
         return run.final[0]
     measured: dict[str, Any] = {}
     if run.epoch % config.eval_every == 0:
-        measured |= accuracy(run.model, run.test_set, run.counts, run.config.data, run.device)
+        measured |= run.measure_accuracy()
     if config.collapse_every and run.epoch % config.collapse_every == 0:
-        measured |= neural_collapse(run.model, run.train_set, run.config.data, run.device)[0]
+        measured |= run.measure_collapse()[0]
     return measured
 
 
@@ -269,6 +300,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
     sums: dict[str, torch.Tensor] = {}
     rate = 0.0
     log.start_epoch(run.epoch + 1, steps)
+    run.processes.seed_others(run.config.seed, run.epoch)
     for index, batch in enumerate(run.loader.epoch(run.epoch)):
         step = run.epoch * steps + index
         rate = learning_rate(config, step, steps)
@@ -277,7 +309,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
         for name, value in train_step(run, batch, progress=step / (config.epochs * steps)).items():
             sums[name] = sums.get(name, 0) + value
         if (index + 1) % CHECK_EVERY == 0 or index + 1 == steps:
-            _check_finite(sums, run.epoch + 1, index + 1)
+            run.processes.together(partial(_check_finite, sums, run.epoch + 1, index + 1))
         log.step()
     means = {name: float(value) / steps for name, value in sums.items()}
     named = {n if n in ("loss", "eta") else f"loss_{n}": v for n, v in means.items()}
@@ -302,7 +334,7 @@ def forward(run: Run, batch: Batch, *, progress: float) -> tuple[torch.Tensor, d
     """Return the loss of a batch and its parts; the model runs under autocast."""
     images = batch.images.contiguous(memory_format=run.memory)
     with run.autocast():
-        output = run.model(images)
+        output = run.network(images, train_uniform=run.loss.trains_uniform(progress))
     return loss_of(run, output, batch, progress=progress)
 
 
@@ -346,6 +378,8 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
         f"class), {len(run.test_set)} test images; {config.model.name}, {parameters:.2f} M parameters; loss "
         f"{config.loss.name}; {run.device.type}, {number}; {files}"
     ]
+    if run.processes.size > 1:
+        lines.append(f"{run.processes.size} processes share each batch of {config.train.batch_size} images")
     lines += [f"note: {note}" for part in (run.train_set, run.test_set) for note in part.notes]
     if run.epoch:
         lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")
@@ -357,7 +391,7 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     return lines
 
 
-def _finish(run: Run, files: RunFolder, records: list[dict[str, Any]], console: Console) -> dict[str, Any]:
+def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], console: Console) -> dict[str, Any]:
     """Write the summary of the last epoch, then draw."""
     config = run.config
     measured, means = run.final or run.measure()  # a finished run that is resumed has not measured yet
@@ -372,10 +406,13 @@ def _finish(run: Run, files: RunFolder, records: list[dict[str, Any]], console: 
         "class_counts": run.counts.tolist(),
         "changes": list(run.changes),
         "device": run.device.type,
+        "processes": run.processes.size,
         "precision": str(run.dtype).removeprefix("torch."),
         "versions": versions(),
         "commit": git_commit(),
     }
+    if files is None:
+        return summary
     write_json(files / SUMMARY, summary)
     console.print(final_table(summary))
     (files / PLOTS).mkdir(exist_ok=True)

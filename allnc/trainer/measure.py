@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from allnc.config import DataConfig
 from allnc.data import ImageSet, plain_batches
 from allnc.metrics import CollapseAccumulator, shot_accuracy
 from allnc.models import LongTailModel, ModelOutput
+from allnc.trainer.processes import Processes
 
 BATCH = 500
 
@@ -51,27 +53,55 @@ def check_images_fit(model: LongTailModel, images: ImageSet, config: DataConfig)
 
 
 def accuracy(
-    model: LongTailModel, test: ImageSet, class_counts: Tensor, config: DataConfig, device: torch.device
+    model: LongTailModel,
+    test: ImageSet,
+    class_counts: Tensor,
+    config: DataConfig,
+    device: torch.device,
+    processes: Processes,
 ) -> dict[str, float | None]:
     """Return accuracy, many, medium and few on the test set, in percent (None: no class in the group)."""
     predictions, labels = [], []
-    for output, label in outputs(model, test, config, device):
-        predictions.append(output.logits_rebalance.argmax(1))
-        labels.append(label)
+    for output, label in outputs(model, _own(test, processes), config, device):
+        predictions.append(output.logits_rebalance.argmax(1).cpu())
+        labels.append(label.cpu())
+    parts = processes.gather((predictions, labels))
     return shot_accuracy(
-        torch.cat(predictions).cpu(), torch.cat(labels).cpu(), class_counts, many=config.many, few=config.few
+        torch.cat([p for part, _ in parts for p in part]),
+        torch.cat([x for _, part in parts for x in part]),
+        class_counts,
+        many=config.many,
+        few=config.few,
     )
 
 
 def neural_collapse(
-    model: LongTailModel, train: ImageSet, config: DataConfig, device: torch.device
+    model: LongTailModel, train: ImageSet, config: DataConfig, device: torch.device, processes: Processes
 ) -> tuple[dict[str, float], Tensor]:
     """Return the collapse metrics of the training set and its class means [C, F]."""
     accumulator = CollapseAccumulator(train.num_classes, model.feature_dim, class_counts=train.class_counts)
-    for output, labels in outputs(model, train, config, device):
+    for output, labels in outputs(model, _own(train, processes), config, device):
         # On the CPU: the features are kept for NC4, and hundreds of thousands of them would crowd a GPU.
         accumulator.update(output.features.cpu(), labels.cpu(), output.logits_rebalance.cpu())
+    if processes.size > 1:
+        accumulator = _merged(accumulator, train, processes)
     return accumulator.compute(model.classifier_weight.detach().cpu()), accumulator.means
+
+
+def _own(images: ImageSet, processes: Processes) -> ImageSet:
+    """Return the images that this process measures; all processes together measure each once."""
+    return images if processes.size == 1 else images.select(np.arange(len(images))[processes.share(len(images))])
+
+
+def _merged(own: CollapseAccumulator, train: ImageSet, processes: Processes) -> CollapseAccumulator:
+    """Return what all processes have seen, alike on all of them."""
+    merged = CollapseAccumulator(train.num_classes, own.dim, class_counts=train.class_counts)
+    for state in processes.gather(own.state()):
+        merged.merge_state(state)
+    for features, predictions in own.kept:  # NC4 wants the means of all
+        merged.count_disagreement(features, predictions)
+    merged.nearest = sum(processes.gather(merged.nearest), torch.zeros_like(merged.nearest))
+    return merged
 
 
 def _is_channels_last(model: torch.nn.Module) -> bool:

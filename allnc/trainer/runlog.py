@@ -34,16 +34,17 @@ class RunLog:
     """Writes the records of a run; use it as a context manager.
 
     Args:
-        folder: run folder.
+        folder: run folder; None for a process that keeps its records to itself.
         console: where lines and the progress bar go.
         epochs: epochs of the whole run.
         done: epochs that an earlier process finished; later records in metrics.jsonl are dropped.
     """
 
-    def __init__(self, folder: Path, console: Console, *, epochs: int, done: int = 0) -> None:
-        self.path, self.console, self.epochs = folder / METRICS, console, epochs
-        self.records = self._continue(done)
-        self.board = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+    def __init__(self, folder: Path | None, console: Console, *, epochs: int, done: int = 0) -> None:
+        self.console, self.epochs = console, epochs
+        self.path = None if folder is None else folder / METRICS
+        self.records = [] if self.path is None else self._continue(self.path, done)
+        self.board = None if folder is None else SummaryWriter(str(folder), purge_step=done + 1 if done else None)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -54,19 +55,19 @@ class RunLog:
         )
         self.task = self.progress.add_task("training", total=None)
 
-    def _continue(self, done: int) -> list[Record]:
+    def _continue(self, path: Path, done: int) -> list[Record]:
         """Keep what the file has of the epochs done, line by line; return the records among it."""
-        lines = read_lines(self.path)
+        lines = read_lines(path)
         kept = [line for line in lines if line.record is None or line.record["epoch"] <= done]
         damaged = [str(line.number) for line in kept if line.record is None]
         if damaged:
             self.console.print(
-                f"warning: {self.path} has no record of an epoch in line {', '.join(damaged)}; kept as it is",
+                f"warning: {path} has no record of an epoch in line {', '.join(damaged)}; kept as it is",
                 soft_wrap=True,
                 highlight=False,
                 markup=False,
             )
-        write_whole(self.path, b"".join(line.text + b"\n" for line in kept))
+        write_whole(path, b"".join(line.text + b"\n" for line in kept))
         return [line.record for line in kept if line.record is not None]
 
     def __enter__(self) -> RunLog:
@@ -75,7 +76,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
     def start_epoch(self, epoch: int, steps: int) -> None:
         """Reset the bar for an epoch (1-based)."""
@@ -89,11 +91,12 @@ class RunLog:
         """Write the record of an epoch everywhere; what is not finite becomes null, which JSON can hold."""
         record = {name: finite(value) for name, value in record.items()}
         self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "epoch" and value is not None:
-                self.board.add_scalar(name.replace("loss_", "loss/"), value, record["epoch"])
+        if self.path is not None and self.board is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            for name, value in record.items():
+                if name != "epoch" and value is not None:
+                    self.board.add_scalar(name.replace("loss_", "loss/"), value, record["epoch"])
         self.console.print(epoch_line(record, self.epochs), soft_wrap=True, highlight=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import random
 import subprocess
@@ -15,19 +14,6 @@ import torch
 from allnc._version import __version__
 from allnc.config import TrainConfig
 from allnc.ops._common import Backend, resolve_backend
-
-
-def check_single_process() -> None:
-    """Raise ValueError under a launcher of several processes, such as torchrun: each would train the whole run.
-
-    The environment is the launcher's word: WORLD_SIZE, the number of processes.
-    """
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise ValueError(
-            f"allnc.train runs as one process; got WORLD_SIZE {world} from a launcher such as torchrun: start it as "
-            "python -m allnc.train, without the launcher"
-        )
 
 
 def pick_device(config: TrainConfig) -> torch.device:

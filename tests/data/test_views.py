@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from allnc.data.views import PADDING, augment_batch, image_transforms, normalise
+from allnc.data.views import PADDING, Draws, augment_batch, image_transforms, normalise
 
 MEAN, STD = (0.5, 0.25), (0.5, 0.25)
 
@@ -32,18 +32,20 @@ def test_normalise_by_hand() -> None:
 def test_the_generator_decides_everything(kind: str) -> None:
     images = pictures(8)
     torch.manual_seed(1)
-    first = augment_batch(images, kind, MEAN, STD, random(3))
+    first = augment_batch(images, kind, MEAN, STD, Draws(random(3), len(images)))
     torch.manual_seed(2)
-    assert torch.equal(first, augment_batch(images, kind, MEAN, STD, random(3)))
-    other = augment_batch(images, kind, MEAN, STD, random(4))
+    assert torch.equal(first, augment_batch(images, kind, MEAN, STD, Draws(random(3), len(images))))
+    other = augment_batch(images, kind, MEAN, STD, Draws(random(4), len(images)))
     assert first.shape == images.shape and first.dtype == torch.float32
     assert not torch.equal(first, other)
-    assert not torch.equal(first[0], augment_batch(images[:1].repeat(2, 1, 1, 1), kind, MEAN, STD, random(3))[1])
+    assert not torch.equal(
+        first[0], augment_batch(images[:1].repeat(2, 1, 1, 1), kind, MEAN, STD, Draws(random(3), 2))[1]
+    )
 
 
 def test_crop_and_flip_give_windows_of_the_padded_image() -> None:
     images = pictures(64, size=12)
-    views = augment_batch(images, "crop_flip_cutout", (0.0, 0.0), (1.0, 1.0), random())
+    views = augment_batch(images, "crop_flip_cutout", (0.0, 0.0), (1.0, 1.0), Draws(random(), len(images)))
     padded = torch.nn.functional.pad(images, (PADDING,) * 4).float() / 255
     offsets, mirrored = set(), 0
     for view, source in zip(views, padded, strict=True):
@@ -68,7 +70,7 @@ def test_crop_and_flip_give_windows_of_the_padded_image() -> None:
 
 def test_cutout_blanks_a_square_of_half_the_side() -> None:
     images = torch.full((200, 1, 28, 28), 255, dtype=torch.uint8)
-    views = augment_batch(images, "crop_flip_cutout", (0.0,), (1.0,), random())
+    views = augment_batch(images, "crop_flip_cutout", (0.0,), (1.0,), Draws(random(), len(images)))
     blank = (views[:, 0, PADDING:-PADDING, PADDING:-PADDING] == 0).flatten(1).sum(1)
     assert blank.max() == 14 * 14 and blank.min() >= 0 and blank.float().mean() > 60
 
@@ -76,7 +78,7 @@ def test_cutout_blanks_a_square_of_half_the_side() -> None:
 def test_small_shifts_and_rotations_keep_the_digit() -> None:
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     image[:, :, 3:5, 3:5] = 255
-    views = augment_batch(image.repeat(200, 1, 1, 1), "shift_rotate", (0.0,), (1.0,), random())[:, 0]
+    views = augment_batch(image.repeat(200, 1, 1, 1), "shift_rotate", (0.0,), (1.0,), Draws(random(), 200))[:, 0]
     mass = views.sum((1, 2))
     rows = (views * torch.arange(8.0)[:, None]).sum((1, 2)) / mass - 3.5  # centre of mass
     assert rows.abs().max() < 1.4 and rows.std() > 0.3
@@ -97,7 +99,7 @@ def test_pipelines_of_single_images(kind: str) -> None:
 
 def test_unknown_kinds() -> None:
     with pytest.raises(ValueError, match="kind must be none, shift_rotate or crop_flip_cutout; got 'blur'"):
-        augment_batch(pictures(1), "blur", MEAN, STD, random())
+        augment_batch(pictures(1), "blur", MEAN, STD, Draws(random(), 1))
     with pytest.raises(ValueError, match="kind must be none, autoaugment"):
         image_transforms("blur", 32, MEAN, STD, train=True)
 
@@ -107,7 +109,9 @@ def test_unknown_kinds() -> None:
 def test_whole_batches_of_odd_sizes(kind: str, shape: tuple[int, int, int, int]) -> None:
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     channels = shape[1]
-    views = augment_batch(images, kind, (0.5,) * channels, (0.5,) * channels, torch.Generator().manual_seed(0))
+    views = augment_batch(
+        images, kind, (0.5,) * channels, (0.5,) * channels, Draws(torch.Generator().manual_seed(0), len(images))
+    )
     assert views.shape == shape and torch.isfinite(views).all()
 
 
@@ -127,3 +131,10 @@ def test_a_long_image_is_seen_as_if_it_were_resized_whole() -> None:
     plain, _ = image_transforms("none", 56, (0.0,) * 3, (1.0,) * 3, train=False)
     whole = v2.Compose([v2.Resize(64), v2.CenterCrop(56), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     assert torch.equal(plain(Image.fromarray(colours)), whole(Image.fromarray(colours)))
+
+
+@pytest.mark.parametrize("kind", ["shift_rotate", "crop_flip_cutout"])
+def test_a_part_of_the_rows_sees_what_it_would_in_the_whole(kind: str) -> None:
+    images, rows = pictures(7), torch.tensor([5, 0, 3])
+    whole = augment_batch(images, kind, MEAN, STD, Draws(random(2), 7))
+    assert torch.equal(augment_batch(images[rows], kind, MEAN, STD, Draws(random(2), 7, rows)), whole[rows])

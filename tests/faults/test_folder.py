@@ -187,12 +187,6 @@ def test_the_summary_does_not_wait_for_the_pictures(tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 3
 
 
-def test_a_launcher_of_several_processes_is_refused(tmp_path: Path) -> None:
-    status, errors = command(*WORDS, "--out", str(tmp_path / "run"), WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
-    assert status == 2 and "runs as one process; got WORLD_SIZE 2" in one_line(errors)
-    assert not (tmp_path / "run").exists()
-
-
 def test_ctrl_c_before_the_first_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start("--config", "digits_lt", "--data.views", "64", "--model.width", "64", "--out", str(run))
