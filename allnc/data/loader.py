@@ -189,8 +189,8 @@ def _from_workers(
     except RuntimeError as error:
         codes = [process.exitcode for process in processes if process.exitcode]
         line = str(error).strip().splitlines()[-1]
-        if codes and "DataLoader worker" in str(error):
-            problem = _ended(codes[0])
+        if "DataLoader worker" in line:
+            problem = _ended(codes[0] if codes else 0)
         elif "No space left on device" in line or "shared memory" in line:
             problem = "shared memory is too small for the workers' batches: enlarge /dev/shm or lower data.workers"
         elif "Too many open files" in line:
@@ -226,9 +226,9 @@ def _own_signal_handler() -> Iterator[None]:
 
 
 def _ended(code: int) -> str:
-    """Say in one line how a worker process ended and what helps."""
-    if code > 0:
-        return f"a process that reads images ended with status {code}; data.workers 0 shows where"
+    """Say in one line how a worker process ended (0: not known) and what helps."""
+    if code >= 0:
+        return f"a process that reads images ended{f' with status {code}' if code else ''}; data.workers 0 shows where"
     name = signal.Signals(-code).name
     help_ = {
         "SIGKILL": "most often the machine ran out of memory: lower data.workers or free memory",

@@ -212,3 +212,15 @@ def test_workers_that_cannot_be_started_are_one_line(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match=r"^data\.workers must be .* can be started; got 9: .*temporarily unavailable"):
         list(plain_batches(_on_disk(tmp_path), config, 6, CPU))
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_a_worker_that_dies_before_it_is_known_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = multiprocessing.active_children
+    monkeypatch.setattr(multiprocessing, "active_children", list)
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=1)
+    batches = plain_batches(_on_disk(tmp_path).select(np.arange(6).repeat(100)), config, 2, CPU)
+    next(batches)
+    (worker,) = children()
+    worker.kill()
+    with pytest.raises(ValueError, match=r"^a process that reads images ended; data\.workers 0 shows where; got data"):
+        list(batches)
