@@ -186,10 +186,11 @@ def _from_workers(
         # A worker wraps its error in the text of a traceback, of which a user needs the last line.
         problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         error.__traceback__ = None
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, OSError) as error:
         codes = [process.exitcode for process in processes if process.exitcode]
-        line = str(error).strip().splitlines()[-1]
-        if "DataLoader worker" in line:
+        line = "".join(str(error).strip().splitlines()[-1:])
+        # The memory of a batch is fetched from its worker, which fails in several ways when that has just died.
+        if "DataLoader worker" in line or (codes and isinstance(error, (EOFError, OSError))):
             problem = _ended(codes[0] if codes else 0)
         elif "No space left on device" in line or "shared memory" in line:
             problem = "shared memory is too small for the workers' batches: enlarge /dev/shm or lower data.workers"
