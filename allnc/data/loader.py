@@ -175,7 +175,12 @@ def _from_workers(
     try:
         with _own_signal_handler():
             batches = iter(loader)
-    except OSError as error:
+    except Exception as error:
+        # A worker that dies now makes torch's handler raise anywhere in here, and what that interrupts may raise, too.
+        if "DataLoader worker" in f"{error} {error.__context__}":
+            raise ValueError(f"{_ended(0)}; got data.workers {workers}") from error
+        if not isinstance(error, OSError):
+            raise
         raise ValueError(f"data.workers must be processes that can be started; got {workers}: {error}") from error
     processes = set(multiprocessing.active_children()) - others
     problem = None
