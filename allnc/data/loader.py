@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from allnc.config import BATCH_AUGMENTATIONS, DataConfig
-from allnc.data.images import read_image
+from allnc.data.images import read_image, readable_formats
 from allnc.data.samplers import generator, rebalanced_order, uniform_order
 from allnc.data.sources import ImageSet
 from allnc.data.views import augment_batch, image_transforms, normalise
@@ -142,6 +142,7 @@ class _ViewDataset(Dataset[Tensor]):
     def __init__(self, images: ImageSet, config: DataConfig, *, train: bool) -> None:
         size = config.image_size if images.images is None else images.images.shape[-1]
         self.set, self.num_views = images, config.views if train else 1
+        readable_formats()  # imported here, or else by each worker of each epoch
         self.first, self.others = image_transforms(config.augmentation, size, images.mean, images.std, train=train)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
