@@ -61,13 +61,14 @@ class Schedule {
     add_blocks(sizes.other_offset, sizes.rows, kMaxBlock);
   }
 
-  // Calls run(i, j, worker) for this part's pairs of blocks that have an own row, i before j or equal to it.
+  // Calls run(i, j, worker, place) for this part's pairs of blocks that have an own row, i before j or equal to it.
+  // `place` is where the pair's rows x rows entries lie if those of all pairs follow each other.
   template <class F>
   void for_each_pair(int64_t workers, int64_t part, int64_t parts, const F& run) const {
     Queue queue(*this, part, parts);
     torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
       while (const std::optional<Pair> pair = queue.next()) {
-        run(blocks_[pair->i], blocks_[pair->j], worker);
+        run(blocks_[pair->i], blocks_[pair->j], worker, pair->place);
         queue.finish(*pair);
       }
     });
@@ -80,6 +81,7 @@ class Schedule {
     int64_t i, j;
     int64_t turn_i, turn_j;  // how many pairs of this part come before it for the rows of i and of j
     bool writes_j;           // not if j is i or one of the others
+    int64_t place;           // entries of the pairs of this part before it
   };
 
   // Hands out this part's pairs, each once those before it have been added to the rows of both its blocks. The order of
@@ -138,7 +140,9 @@ class Schedule {
         }
         const bool writes_j = j != i && j < schedule_.num_written_;
         const int64_t turn_i = turns_[i]++;
-        return Pair{i, j, turn_i, writes_j ? turns_[j]++ : 0, writes_j};
+        const int64_t place = place_;
+        place_ += schedule_.blocks_[i].rows * schedule_.blocks_[j].rows;
+        return Pair{i, j, turn_i, writes_j ? turns_[j]++ : 0, writes_j, place};
       }
     }
 
@@ -147,7 +151,7 @@ class Schedule {
     std::vector<int64_t> turns_;              // by block: pairs drawn
     std::vector<std::atomic<int64_t>> done_;  // by block: pairs that have been added to its rows
     std::vector<Pair> waiting_;               // drawn, in order
-    int64_t ticket_ = 0, skip_, left_;
+    int64_t ticket_ = 0, place_ = 0, skip_, left_;
   };
 
   void add_blocks(int64_t first, int64_t end, int64_t block) {
