@@ -28,8 +28,9 @@ STABLE_TORCH_LIBRARY(allnc_C, m) {
   // state [3, N + C] T, activations before means: column weights | lse and norms of the means | 1 / (positives of the
   // anchor, the mean counting mean_weight), 0 for rows that are left out, and the mean's share of the positives;
   // index [N] int64 (class, -1 for none), sums [C, D] T (without means [N, D]), mu [C, D] T unit rows ([0, D]),
-  // pull [N and C each rounded up to 48, D rounded up to an odd number of cache lines] T: temperature times the gradient
-  // of the anchors' summed lse, activations before means, or [0, .] unless with_gradient; the backward forms it then
+  // pull [N and C each rounded up to 48, D rounded up to an odd number of cache lines] T: temperature times the
+  // gradient of the anchors' summed lse, activations before means, or [0, .] unless with_gradient; the backward forms
+  // it then
   m.def(
       "hycon_loss_forward(Tensor z, Tensor labels, Tensor? means, Tensor? seen, float temperature, float mean_weight, "
       "bool balanced, int ignore_index, bool with_gradient) -> (Tensor loss, Tensor state, Tensor index, Tensor sums, "

@@ -266,8 +266,7 @@ void gradients(const Loss<Z, T>& loss, T grad, const T* pull, const Tensor& like
   if (valid == 0) return fill(0);
   Workspace<T> workspace(like);
   if (!pull) {
-    const Packed<E> packed =
-        lse_gradient<E>(loss.pairs(), anchor_gradient(loss).data(), state.level, true, workspace);
+    const Packed<E> packed = lse_gradient<E>(loss.pairs(), anchor_gradient(loss).data(), state.level, true, workspace);
     if (!packed.finite) return fill(std::numeric_limits<T>::quiet_NaN());
     pull = packed.problem.grad;
   }

@@ -37,7 +37,7 @@ namespace cpu {
 constexpr double kLog2E = 1.44269504088896340736;
 constexpr double kLn2 = 0.693147180559945309417;
 
-// Memory for exponentials that a call keeps: all of a small batch's, which the L2 caches then hold.
+// Memory for the exponentials that a call keeps: all of those of a small batch.
 constexpr int64_t kKeptBytes = int64_t{4} << 20;
 
 // Memory for one call, from torch's allocator.
@@ -87,7 +87,8 @@ T squared_norm(const X* x, int64_t dim) {
   T sums[kSums] = {};
   int64_t k = 0;
   for (; k + kSums <= dim; k += kSums) {
-    for (int64_t lane = 0; lane < kSums; ++lane) sums[lane] += static_cast<T>(x[k + lane]) * static_cast<T>(x[k + lane]);
+    for (int64_t lane = 0; lane < kSums; ++lane)
+      sums[lane] += static_cast<T>(x[k + lane]) * static_cast<T>(x[k + lane]);
   }
   T total = 0;
   for (; k < dim; ++k) total += static_cast<T>(x[k]) * static_cast<T>(x[k]);
@@ -108,7 +109,8 @@ Sum<E> pack_panel(const X* x, int64_t rows, int64_t dim, E* out) {
     if (norm != norm) return norm;
     largest = norm <= largest ? largest : norm;
     for (int64_t k = 0; k < dim; ++k) {
-      values[(k / kValues * kPanel + r) * kValues + k % kValues] = static_cast<Value<E>>(static_cast<T>(x[r * dim + k]));
+      values[(k / kValues * kPanel + r) * kValues + k % kValues] =
+          static_cast<Value<E>>(static_cast<T>(x[r * dim + k]));
     }
   }
   return largest;
@@ -292,7 +294,8 @@ Packed<E> lse_gradient(
 // lse of all rows, and `grad` [gradient_size]: temperature times the gradient of sum_i grad_lse_i lse_i. Rows are
 // packed once for both. NaN if any input is not finite.
 template <class E, class Z, class T>
-void lse_with_gradient(const Arguments<Z, T>& in, const T* grad_lse, bool shifted, const Tensor& like, T* lse, T* grad) {
+void lse_with_gradient(
+    const Arguments<Z, T>& in, const T* grad_lse, bool shifted, const Tensor& like, T* lse, T* grad) {
   Workspace<T> workspace(like);
   auto [p, finite] = pack<E>(in, shifted, grad, workspace);
   if (!finite) {

@@ -4,9 +4,10 @@
 // own block is visited once.
 //
 // Pairs are visited in the order of a round-robin tournament: in each round every block meets one other, so that the
-// pairs of a round share no rows and run in parallel, without a lock on rows and without accumulators per thread. Rows
-// see their partners in the same order whatever the number of threads: results are bit-equal on every run and thread
-// count. Processes that share a forward pass take a part each, a stretch of that order: whole rounds stay together.
+// pairs of a round share no rows and run in parallel, without a lock on rows and without accumulators per thread.
+// Groups of two blocks meet in two rounds, the second of which finds them in the cache. Rows see their partners in the
+// same order whatever the number of threads: results are bit-equal on every run and thread count. Processes that share
+// a forward pass take a part each, a stretch of that order: whole rounds stay together.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -158,17 +159,22 @@ class Schedule {
     for (; first < end; first += block) blocks_.push_back({first, std::min(block, end - first)});
   }
 
-  // First every block with itself. Then the circle method: the last player stays, the others turn; of an odd number of
-  // blocks, the one that meets `count()` rests.
+  // The players are groups of two blocks. First every group with itself. Then the circle method: the last player stays,
+  // the others turn; of an odd number of groups, the one that meets `groups` rests. Where two groups meet, each block
+  // of one meets both of the other, again in rounds.
   std::pair<int64_t, int64_t> draw(int64_t ticket) const {
-    const int64_t players = count() + count() % 2;
-    if (ticket < players) return {ticket, ticket};
+    const int64_t groups = (count() + 1) / 2, players = groups + groups % 2;
+    if (ticket < 3 * players) {
+      const int64_t group = ticket / 3, step = ticket % 3;
+      return {2 * group + (step == 1), 2 * group + (step > 0)};
+    }
+    const int64_t meeting = (ticket - 3 * players) / 4, step = (ticket - 3 * players) % 4;
     const int64_t turning = players - 1;
-    const int64_t round = (ticket - players) / (players / 2);
-    const int64_t k = (ticket - players) % (players / 2);
+    const int64_t round = meeting / (players / 2), k = meeting % (players / 2);
     const int64_t i = (round + k) % turning;
     const int64_t j = k == 0 ? turning : (round - k + turning) % turning;
-    return {std::min(i, j), std::max(i, j)};
+    const int64_t of_i = step % 2, of_j = (step + step / 2) % 2;  // 0 and 0, 1 and 1, 0 and 1, 1 and 0
+    return {2 * std::min(i, j) + of_i, 2 * std::max(i, j) + of_j};
   }
 
   std::vector<Block> blocks_;

@@ -1,8 +1,8 @@
 // Work on one pair of row blocks of the HyCon primitive, compiled once for each vector instruction set.
 // hycon_problem.h owns the memory, hycon_schedule.h the order; hycon_tiles_isa.h has the code.
 //
-// All rows of the problem lie in one sequence of sections (hycon_problem.h), each padded with zero rows to whole panels:
-// R padded rows, D columns, panel = 48 rows, block = up to 4 panels.
+// All rows of the problem lie in one sequence of sections (hycon_problem.h), each padded with zero rows to whole
+// panels: R padded rows, D columns, panel = 48 rows, block = up to 4 panels.
 #pragma once
 
 #include <cstdint>

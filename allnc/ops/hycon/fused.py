@@ -1,7 +1,8 @@
 """HyCon's loss from labels to gradients as one op, for what the losses of this package ask of it.
 
 On Triton a step is three launches (prepare, forward, backward; allnc.kernels.hycon.loss), on the CPU one C++ call each
-way, the first of which also forms what the gradient takes N² operations for; the lse path computes the O(N D) part in torch, some eighty calls. Settings that no loss uses take that path.
+way, of which the forward also forms what the gradient takes N² operations for; the lse path computes the O(N D) part in
+torch, some eighty calls. Settings that no loss uses take that path.
 
 Legend: N activations, D columns, C classes, G = C or, without means, N.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from allnc.ops._common import accumulation_dtype, validated_labels
+from allnc.ops._common import accumulation_dtype, label_errors, validated_labels
 from allnc.ops.hycon.options import Batch, Options
 
 MAX_DIM = 256  # the widest rows of which one Triton program can hold a panel's whole gradient
@@ -46,9 +47,12 @@ def _hycon_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, and state, index, sums, mu and (C++, if with_gradient) pull for the backward."""
     if backend == "cpp":
-        return torch.ops.allnc_C.hycon_loss_forward(
-            z, labels, means, seen, temperature, mean_weight, balance == "class", ignore_index, with_gradient
-        )
+        balanced = balance == "class"
+        arguments = (z, labels, means, seen, temperature, mean_weight, balanced, ignore_index, with_gradient)
+        if means is None:  # any label is right
+            return torch.ops.allnc_C.hycon_loss_forward(*arguments)
+        with label_errors(labels, len(means), ignore_index):
+            return torch.ops.allnc_C.hycon_loss_forward(*arguments)
     from allnc.kernels.hycon.loss import hycon_loss_forward
 
     settings = {"temperature": temperature, "mean_weight": mean_weight, "balance": balance}
@@ -132,7 +136,7 @@ def hycon_fused(batch: Batch, options: Options, backend: str) -> Tensor:
     if backend == "cpp":
         z = z.float() if dtype == torch.float16 else z  # CPUs multiply bfloat16 but not float16
         means = None if means is None else means.to(accumulation_dtype(dtype))
-    if means is not None and not z.is_cuda:  # on a GPU a kernel checks
+    if means is not None and backend != "cpp" and not z.is_cuda:  # C++ checks them, and on a GPU a kernel
         labels = validated_labels(labels, len(means), options.ignore_index)
     temperature, mean_weight, balance, _, ignore_index = options
     assert not isinstance(temperature, Tensor)
