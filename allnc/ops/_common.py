@@ -6,8 +6,10 @@ check that needs values, label range, is itself an op (`validated_labels`), so t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -203,3 +205,16 @@ def validated_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Ten
         [N] int64.
     """
     return _validated_labels(labels, num_classes, ignore_index)
+
+
+@contextlib.contextmanager
+def label_errors(labels: Tensor, num_classes: int, ignore_index: int) -> Iterator[None]:
+    """The ValueError of `validated_labels` where C++ code that checks labels by itself refuses them.
+
+    Labels are looked at twice only once something is wrong.
+    """
+    try:
+        yield
+    except RuntimeError:
+        validated_labels(labels, num_classes, ignore_index)
+        raise

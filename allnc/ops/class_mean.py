@@ -33,6 +33,7 @@ from allnc.ops._common import (
     check_same_device,
     check_seen,
     check_shape,
+    label_errors,
     resolve_backend,
     validated_labels,
 )
@@ -88,9 +89,9 @@ def _class_mean_ema(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend != "eager":
-        return torch.ops.allnc_C.class_mean_ema_forward(
-            features, labels, means, seen, momentum, ignore_index, deterministic
-        )
+        arguments = (features, labels, means, seen, momentum, ignore_index, deterministic)
+        with label_errors(labels, len(means), ignore_index):
+            return torch.ops.allnc_C.class_mean_ema_forward(*arguments)
     seen_before = seen.clone()
     with torch.autocast(features.device.type, enabled=False), _deterministic_algorithms(deterministic):
         value, seen_after, counts = class_mean_ema_reference(
@@ -271,7 +272,8 @@ def class_mean_ema(
     used = check()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    labels = validated_labels(labels, len(means), ignore_index)
+    if used != "cpp":  # which looks at each label before it changes anything
+        labels = validated_labels(labels, len(means), ignore_index)
     momentum, straight_through = float(momentum), gradient == "straight_through"
     arguments = (features.detach(), labels, means, seen, momentum, ignore_index, deterministic, used)
     if group is None:

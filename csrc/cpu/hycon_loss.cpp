@@ -1,5 +1,7 @@
 // The ops hycon_loss_forward and hycon_loss_backward: HyCon from labels to loss and gradients in one call each, for
-// batches so small that the O(N D) part would cost more as torch operations than the pairs do (hycon_problem.h).
+// batches so small that the O(N D) part would cost more as torch operations than the pairs do (hycon_problem.h). Where
+// a gradient will be asked for, the forward goes on to that of the sum of lse, `pull`, while rows are packed and
+// exponentials are at hand; the loss is one number, so that the backward only multiplies by the gradient of it.
 //
 // For a class c with rows j: n_c, s_c = sum_j z_j, k_c = mean_weight (0 where c has no mean), P_c = n_c - 1 + k_c and
 //     mu_c = M_c / max(|M_c|, 1e-12), 0 without a mean
@@ -205,17 +207,37 @@ void prepare(const Loss<Z, T>& loss, const T* means, const bool* seen, double me
   }
 }
 
-// The mean over the rows that take part, whose lse it writes to `state`.
+template <class T>
+int64_t count_valid(const T* per_positive, int64_t rows) {
+  return std::count_if(per_positive, per_positive + rows, [](T x) { return x != 0; });
+}
+
+// The gradient of the sum of lse over the rows that take part, by lse.
+template <class Z, class T>
+std::vector<T> anchor_gradient(const Loss<Z, T>& loss) {
+  std::vector<T> grad(loss.rows);
+  for (int64_t i = 0; i < loss.rows; ++i) grad[i] = loss.state.per_positive[i] != 0 ? 1 : 0;
+  return grad;
+}
+
+// The mean over the rows that take part, whose lse it writes to `state`. `pull` [gradient_size], if not null:
+// temperature times the gradient of the sum of their lse.
 template <class E, class Z, class T>
-T mean_loss(const Loss<Z, T>& loss, const Tensor& like) {
+T mean_loss(const Loss<Z, T>& loss, const Tensor& like, T* pull) {
   const State<T>& state = loss.state;
   const int64_t dim = loss.dim;
-  const int64_t valid = std::count_if(state.per_positive, state.per_positive + loss.rows, [](T x) { return x != 0; });
+  const Arguments<Z, T> pairs = loss.pairs();
+  const int64_t valid = count_valid(state.per_positive, loss.rows);
   if (valid == 0) {
     std::fill_n(state.level, loss.rows, T(0));
+    if (pull) std::fill_n(pull, gradient_size(pairs.sizes, sizeof(T)), T(0));
     return 0;
   }
-  lse_forward<E>(loss.pairs(), true, 0, 1, like, state.level);
+  if (pull) {
+    lse_with_gradient<E>(pairs, anchor_gradient(loss).data(), true, like, state.level, pull);
+  } else {
+    lse_forward<E>(pairs, true, 0, 1, like, state.level);
+  }
   std::vector<T> pos(loss.rows, 0);
   parallel_rows(loss.rows, dim, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -232,38 +254,40 @@ T mean_loss(const Loss<Z, T>& loss, const Tensor& like) {
   return static_cast<T>(total / static_cast<double>(valid));
 }
 
+// `pull` as of mean_loss; null if it has to be formed now.
 template <class E, class Z, class T>
-void gradients(const Loss<Z, T>& loss, T grad, const Tensor& like, Z* dz, T* dmeans) {
+void gradients(const Loss<Z, T>& loss, T grad, const T* pull, const Tensor& like, Z* dz, T* dmeans) {
   const auto& [rows, classes, num_means, dim, z, index, sums, mu, state, temperature] = loss;
   const auto fill = [&, rows = rows, num_means = num_means, dim = dim](T value) {
     std::fill_n(dz, rows * dim, static_cast<Z>(value));
     std::fill_n(dmeans, num_means * dim, value);
   };
-  const int64_t valid = std::count_if(state.per_positive, state.per_positive + rows, [](T x) { return x != 0; });
+  const int64_t valid = count_valid(state.per_positive, rows);
   if (valid == 0) return fill(0);
-  std::vector<T> anchor_grad(rows);
-  const double share = grad / static_cast<double>(valid);
-  for (int64_t i = 0; i < rows; ++i) anchor_grad[i] = static_cast<T>(state.per_positive[i] != 0 ? share : 0);
   Workspace<T> workspace(like);
-  const auto [p, finite] = lse_gradient<E>(loss.pairs(), anchor_grad.data(), state.level, true, workspace);
-  if (!finite) return fill(std::numeric_limits<T>::quiet_NaN());
+  if (!pull) {
+    const Packed<E> packed = lse_gradient<E>(loss.pairs(), anchor_gradient(loss).data(), state.level, true, workspace);
+    if (!packed.finite) return fill(std::numeric_limits<T>::quiet_NaN());
+    pull = packed.problem.grad;
+  }
 
-  const T factor = static_cast<T>(1 / temperature), of_pos = static_cast<T>(share / temperature);
+  const T of_pos = static_cast<T>(grad / static_cast<double>(valid) / temperature);
   const Sizes sizes = loss.pairs().sizes;
-  parallel_rows(rows, dim, [&, &p = p, dim = dim](int64_t begin, int64_t end) {
+  const int64_t stride = sizes.stride(sizeof(T));
+  parallel_rows(rows, dim, [&, dim = dim](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const bool used = loss.state.per_positive[i] != 0;
       const int64_t c = used ? loss.index[i] : 0;
       write_anchor_gradient(
-          dz + i * dim, p.grad + i * p.stride, factor, loss.z + i * dim, loss.sums + c * dim,
+          dz + i * dim, pull + i * stride, of_pos, loss.z + i * dim, loss.sums + c * dim,
           2 * of_pos * loss.state.per_positive[i], loss.mean_of(c), used ? of_pos * loss.mean_share(c) : T(0), dim);
     }
   });
-  parallel_rows(num_means, dim, [&, &p = p, dim = dim](int64_t begin, int64_t end) {
+  parallel_rows(num_means, dim, [&, dim = dim](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       T* const out = dmeans + c * dim;
-      const T* const of_lse = p.grad + (sizes.mean_offset + c) * p.stride;
-      combine_rows(out, of_lse, factor, loss.sums + c * dim, of_pos * loss.mean_share(c), dim);
+      const T* const of_lse = pull + (sizes.mean_offset + c) * stride;
+      combine_rows(out, of_lse, of_pos, loss.sums + c * dim, of_pos * loss.mean_share(c), dim);
       const T norm = loss.state.level[loss.rows + c], least = T(kLeastNorm);
       // A mean shorter than the least norm is only multiplied, by a constant.
       const T along = norm < least ? T(0) : dot(loss.mu + c * dim, out, dim);
@@ -297,9 +321,9 @@ Loss<Z, T> loss_of(
   return {rows, classes, means, dim, data, of_index, data_of<T>(sums), data_of<T>(mu), of_rows, temperature};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
     Tensor z, Tensor labels, std::optional<Tensor> means, std::optional<Tensor> seen, double temperature,
-    double mean_weight, bool balanced, int64_t ignore_index) {
+    double mean_weight, bool balanced, int64_t ignore_index, bool with_gradient) {
   const ScalarType type = sums_type(z);
   const int64_t rows = z.size(0), dim = z.size(1), num_means = means ? means->size(0) : 0;
   const int64_t classes = means ? num_means : rows;
@@ -320,6 +344,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
   Tensor state = torch::stable::new_empty(z, {State<float>::kRows, rows + num_means}, type);
   Tensor sums = torch::stable::new_empty(z, {classes, dim}, type);
   Tensor mu = torch::stable::new_empty(z, {num_means, dim}, type);
+  const Sizes sizes(rows, 0, num_means, dim);
+  const int64_t stride = sizes.stride(type == ScalarType::Double ? sizeof(double) : sizeof(float));
+  Tensor pull = torch::stable::new_empty(z, {with_gradient ? sizes.other_offset : 0, stride}, type);
   dispatch(z.scalar_type(), type, [&](auto of_z, auto of_sums, auto of_products) {
     using Z = decltype(of_z);
     using T = decltype(of_sums);
@@ -327,13 +354,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
     prepare(
         loss, means ? static_cast<const T*>(means->const_data_ptr()) : nullptr,
         seen ? static_cast<const bool*>(seen->const_data_ptr()) : nullptr, mean_weight, balanced);
-    *data_of<T>(value) = mean_loss<decltype(of_products)>(loss, state);
+    *data_of<T>(value) = mean_loss<decltype(of_products)>(loss, state, with_gradient ? data_of<T>(pull) : nullptr);
   });
-  return {value, state, index, sums, mu};
+  return {value, state, index, sums, mu, pull};
 }
 
 std::tuple<Tensor, Tensor> hycon_loss_backward(
-    Tensor grad, Tensor z, std::optional<Tensor> means, Tensor state, Tensor index, Tensor sums, Tensor mu,
+    Tensor grad, Tensor z, std::optional<Tensor> means, Tensor state, Tensor index, Tensor sums, Tensor mu, Tensor pull,
     double temperature) {
   const ScalarType type = sums_type(z);
   const int64_t rows = z.size(0), dim = z.size(1), num_means = mu.size(0);
@@ -343,6 +370,12 @@ std::tuple<Tensor, Tensor> hycon_loss_backward(
   check_tensor(index, "index", ScalarType::Long, {rows});
   check_tensor(sums, "sums", type, {means ? num_means : rows, dim});
   check_tensor(mu, "mu", type, {num_means, dim});
+  const Sizes sizes(rows, 0, num_means, dim);
+  const bool formed = pull.size(0) > 0;
+  if (formed) {
+    const int64_t stride = sizes.stride(type == ScalarType::Double ? sizeof(double) : sizeof(float));
+    check_tensor(pull, "pull", type, {sizes.other_offset, stride});
+  }
   z = torch::stable::contiguous(z);
   Tensor dz = torch::stable::new_empty(z, {rows, dim});
   Tensor dmeans = torch::stable::new_empty(mu, {num_means, dim});
@@ -351,7 +384,8 @@ std::tuple<Tensor, Tensor> hycon_loss_backward(
     using T = decltype(of_sums);
     const auto loss = loss_of<Z, T>(z, index, sums, mu, state, temperature);
     const T upstream = *static_cast<const T*>(grad.const_data_ptr());
-    gradients<decltype(of_products)>(loss, upstream, state, data_of<Z>(dz), data_of<T>(dmeans));
+    const T* const of_lse = formed ? static_cast<const T*>(pull.const_data_ptr()) : nullptr;
+    gradients<decltype(of_products)>(loss, upstream, of_lse, state, data_of<Z>(dz), data_of<T>(dmeans));
   });
   return {dz, dmeans};
 }
