@@ -22,14 +22,14 @@ struct Simd;
 template <>
 struct Simd<float> {
   typedef float Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
-  typedef int32_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   static constexpr int kLanes = ALLNC_VECTOR_BYTES / 4;
 };
 
 template <>
 struct Simd<double> {
   typedef double Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
-  typedef int64_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  typedef uint64_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   static constexpr int kLanes = ALLNC_VECTOR_BYTES / 8;
 };
 
