@@ -153,6 +153,16 @@ ALLNC_INLINE_TILE Vector<T> replace_self(Vector<T> x, int64_t distance, T otherw
   return x;
 }
 
+// (S - 1) scale, which S scale - scale is only where the product is not rounded: near S = 1 its digits would cancel.
+template <class T>
+ALLNC_INLINE_TILE Vector<T> shifted_exponent(Vector<T> dot, T scale) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return dot * scale - scale;
+#else
+  return (dot - T(1)) * scale;
+#endif
+}
+
 // Forward, shifted: sum_i += e_ij w_j, and sum_j += e_ij w_i off the diagonal, with e = exp(S - 1/temperature).
 template <class E, bool kDiagonal>
 void sum_shifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
@@ -171,7 +181,7 @@ void sum_shifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
         const T row_weight = p.weight[row + r];
         Vector<T> row_sum = at(row_sums + (row - i.first + r) * kLanes);
         ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
-          Vector<T> e = exp2<T>(at(tile + r * kTileColumns<T> + v * kLanes) * scale - scale);
+          Vector<T> e = exp2<T>(shifted_exponent<T>(at(tile + r * kTileColumns<T> + v * kLanes), scale));
           if (kDiagonal) e = replace_self<T>(e, row + r - column - v * kLanes, 0);
           row_sum += e * column_weight[v];
           column_sums[v] += e * row_weight;
@@ -272,7 +282,7 @@ void coefficients(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
           const Vector<T> column_u = at(p.u + first), column_weight = at(p.weight + first);
           Vector<T> x = at(tile + r * kMaxBlock + v * kLanes);
           if (kShifted) {
-            x = exp2<T>(x * scale - scale) * (u * column_weight + weight * column_u);
+            x = exp2<T>(shifted_exponent<T>(x, scale)) * (u * column_weight + weight * column_u);
           } else {
             // Each exponential is a softmax weight, at most 1: weights and levels are in the exponent.
             x = u * exp<T>(exponent<T>(x, scale, column_weight) - level) +
