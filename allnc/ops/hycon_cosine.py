@@ -27,6 +27,7 @@ from allnc.ops._common import (
     check_same_device,
     check_seen,
     check_shape,
+    unit_rows,
     validated_labels,
 )
 from allnc.ops.ranks import sum_over_ranks
@@ -63,12 +64,6 @@ def hycon_cosine_reference(
     if bool(known.any()):
         loss = loss - F.cosine_similarity(f[known], means[labels[known]], dim=1).mean()
     return loss
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Unit rows; a zero row has no direction, stays zero and gets no gradient."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x * norm.where(norm > 0, 1).reciprocal().where(norm > 0, 0)
 
 
 def _mean_cosine(x: Tensor, y: Tensor, use: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -135,12 +130,13 @@ def hycon_cosine(
         dtype = accumulation_dtype(torch.promote_types(h.dtype, f.dtype))
         use = labels != ignore_index  # [N]
         own_class = labels.where(use, 0)
-        unit_f = _unit(f.to(dtype).where(use[:, None], 0))  # rows that take no part may hold anything
-        own_mean = _unit(means.detach().to(dtype))[own_class]
+        unit_f = unit_rows(f.to(dtype).where(use[:, None], 0))  # rows that take no part may hold anything
         known = use if seen is None else use & seen[own_class]
+        there = means.detach() if seen is None else means.detach().where(seen[:, None], 0)
+        own_mean = unit_rows(there.to(dtype))[own_class]
         loss = -_mean_cosine(unit_f, own_mean, known, group)
         if num_views > 1:
-            unit_h = _unit(h.to(dtype).where(use[:, None], 0))
+            unit_h = unit_rows(h.to(dtype).where(use[:, None], 0))
             views = unit_f.detach().unflatten(0, (num_views, num_rows // num_views))  # [V, B, F]
             others = ((views.sum(0) - views) / (num_views - 1)).flatten(0, 1)
             loss = loss - _mean_cosine(unit_h, others, use, group)

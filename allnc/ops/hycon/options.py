@@ -87,7 +87,7 @@ def check_hycon(batch: Batch, options: Options, *, least_rows: int = 1) -> None:
     check_same_device(z=z, labels=labels, means=means, seen=seen, anchor_weight=anchor_weight, temperature=tau)
     check_no_tangent("hycon", z, means, anchor_weight, tau)
     if debug_checks():
-        norms = z.detach().double().norm(dim=1)
+        norms = z.detach()[labels != options.ignore_index].double().norm(dim=1)
         if not bool(((norms - 1).abs() < 2e-2).all()):
             worst = float(norms[(norms - 1).abs().argmax()])
             raise ValueError(f"z must have unit rows; got a row of norm {worst:.4g}. Use F.normalize(z, dim=1)")
