@@ -27,7 +27,6 @@ from allnc.ops._common import (
     check_same_device,
     check_seen,
     check_shape,
-    unit_rows,
     validated_labels,
 )
 from allnc.ops.ranks import sum_over_ranks
@@ -66,6 +65,16 @@ def hycon_cosine_reference(
     return loss
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Unit rows; a row shorter than the squares of its type show has no direction, stays zero and gets no gradient.
+
+    A row so long that its squares overflow is NaN. Scaling rows first would take a fifth of the time of the loss.
+    """
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    norm = norm + 0 * norm  # NaN for infinity, of which the reciprocal would be a silent 0
+    return x * norm.where(norm != 0, 1).reciprocal().where(norm != 0, 0)
+
+
 def _mean_cosine(x: Tensor, y: Tensor, use: Tensor, group: ProcessGroup | None) -> Tensor:
     """Mean of x_i·y_i over the rows in use, of all ranks of a group; 0 if there are none."""
     cosines = (x * y).sum(1)
@@ -87,7 +96,8 @@ def hycon_cosine(
     """Hybrid contrast by cosine: predictions with other views' features, features with their class mean.
 
     The targets (features of the other views, class means) are constants: h gets its gradient from the first
-    term, f from the second, `means` gets none. All rows are normalised here.
+    term, f from the second, `means` gets none. All rows are normalised here: in float32 those of a length from 1e-19
+    to 1e19; shorter ones are zero rows without gradient, longer ones make the loss NaN.
 
     Args:
         h: [N, F] float16, bfloat16, float32 or float64; the predictor's output, view-major (row v·B + b).
@@ -130,13 +140,13 @@ def hycon_cosine(
         dtype = accumulation_dtype(torch.promote_types(h.dtype, f.dtype))
         use = labels != ignore_index  # [N]
         own_class = labels.where(use, 0)
-        unit_f = unit_rows(f.to(dtype).where(use[:, None], 0))  # rows that take no part may hold anything
+        unit_f = _unit(f.to(dtype).where(use[:, None], 0))  # rows that take no part may hold anything
         known = use if seen is None else use & seen[own_class]
         there = means.detach() if seen is None else means.detach().where(seen[:, None], 0)
-        own_mean = unit_rows(there.to(dtype))[own_class]
+        own_mean = _unit(there.to(dtype))[own_class]
         loss = -_mean_cosine(unit_f, own_mean, known, group)
         if num_views > 1:
-            unit_h = unit_rows(h.to(dtype).where(use[:, None], 0))
+            unit_h = _unit(h.to(dtype).where(use[:, None], 0))
             views = unit_f.detach().unflatten(0, (num_views, num_rows // num_views))  # [V, B, F]
             others = ((views.sum(0) - views) / (num_views - 1)).flatten(0, 1)
             loss = loss - _mean_cosine(unit_h, others, use, group)

@@ -133,7 +133,9 @@ void unit_rows(const X* x, const Seen& seen, int64_t columns, T* u, T* scale) {
     if (seen.mask[c]) squares[c] = dot_rows<T>(row, row, columns);
   });
   double largest = 0;
-  for (const double square : squares) largest = square <= largest ? largest : square;  // NaN stays
+  for (const double square : squares) {
+    if (!(square <= largest) && !std::isnan(largest)) largest = square;  // NaN stays
+  }
   if (largest < 0x1p-60 || largest > 0x1p100) {  // squares near the ends of float's range, or beyond
     T top = 0;
     for (int64_t c = 0; c < seen.rows; ++c) {
