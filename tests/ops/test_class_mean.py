@@ -13,7 +13,7 @@ from torch import Tensor
 from allnc import _extension, class_mean_ema
 from allnc.ops._common import accumulation_dtype
 from allnc.ops.class_mean import class_mean_ema_reference
-from tests.cases import make_class_mean_case
+from tests.cases import generator_of, make_class_mean_case
 from tests.launches import Dispatches, opcheck_all
 from tests.poison import poisoned_allocations
 from tests.tolerances import assert_as_exact, assert_near
@@ -116,6 +116,19 @@ def test_heavy_class(backend: Any, dtype: torch.dtype) -> None:
     labels = torch.zeros(5000, dtype=torch.int64)
     labels[::500] = 2
     check(make_class_mean_case(5000, 40, 4, dtype=dtype, labels=labels), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_long_sum_keeps_its_digits(backend: Any) -> None:
+    """65,536 rows near 10: added up one by one, their mean would be off by 80 units in the last place."""
+    labels = torch.arange(65_536) % 64 * -1  # one row of 64 is of class 0, the others are ignored, and then reversed
+    for labels in (labels.where(labels == 0, -100), (labels != 0).long()):
+        features = 10 + torch.randn(len(labels), 8, generator=generator_of(7))
+        want = torch.stack([features[labels == c].double().mean(0) for c in range(2) if bool((labels == c).any())])
+        device = device_of(backend)
+        means, seen = torch.zeros(2, 8, device=device), torch.zeros(2, dtype=torch.bool, device=device)
+        got = class_mean_ema(features.to(device), labels.to(device), means, seen, backend=backend)
+        assert (got[: len(want)].cpu().double() - want).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
