@@ -6,8 +6,8 @@ For a class c with rows j: n_c, s_c = Σ z_j, κ_c = mean_weight (0 where c has 
     a_j = 1 / (n_c + [c has a mean]) (balance "none": 1)
     q_j = 1 / (P_c τ), 0 unless P_c > 0     pos_j = q_j z_j·(s_c - z_j + κ_c μ_c)
 
-and a = q = pos = 0 for rows that are ignored; a row takes part in the loss where q is not 0. μ_c is 0 without a mean and
-where M_c is too short to have a direction (|M_c| counts as infinite), which leaves it without gradient.
+and a = q = pos = 0 for rows that are ignored; a row takes part in the loss where q is not 0. Without a mean, and where
+M_c is too short to have a direction, μ_c is 0 and |M_c| counts as infinite, which leaves M_c without gradient.
 
 Legend: z [N, D] activations, M [C, D] class means, τ temperature; G is C, or N without means.
 
