@@ -176,6 +176,7 @@ class CollapseAccumulator:
                 that is not finite.
         """
         if bias is not None:
+            check_floating("bias", bias)
             check_shape("bias", bias, (self.num_classes,))
             check_measurable("bias", bias)
         if self.expected is not None and not torch.equal(self.counts, self.expected):

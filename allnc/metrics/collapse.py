@@ -71,6 +71,7 @@ def collapse(
     check_shape("weight", weight, ("C", features.shape[1]))
     num_classes, num_rows = weight.shape[0], features.shape[0]
     if bias is not None:
+        check_floating("bias", bias)
         check_shape("bias", bias, (num_classes,))
     if logits is not None:
         check_shape("logits", logits, (num_rows, num_classes))

@@ -38,7 +38,8 @@ _BLOCK_ENTRIES = 1 << 22  # of a matrix of pairs of classes, 32 MB at a time: wh
 
 def check_measurable(name: str, x: Tensor) -> None:
     """Raise ValueError unless all entries are finite and at most LARGEST in size: no measure can be made of others."""
-    wrong = ~(x.detach().abs() <= LARGEST)
+    largest = min(LARGEST, torch.finfo(x.dtype).max)  # as a float32, LARGEST would be infinite
+    wrong = ~(x.detach().abs() <= largest)
     if bool(wrong.any()):
         got = f"{float(x.detach()[wrong][0]):g} ({int(wrong.sum())} of {x.numel()} entries)"
         raise ValueError(f"{name} must be finite, at most {LARGEST:g} in size; got {got}. Has the training diverged?")
@@ -97,7 +98,7 @@ def collapse_from_moments(
         **{f"{name}_weights": value for name, value in _geometry(W, R_W).items()},
         "nc3": float(torch.linalg.matrix_norm(_normalised(W) - _normalised(M))),
         "nc3_product": _distance_to_etf(W, M, R_W @ R_M.T),
-        "nc3_cosine": float(1 - torch.nn.functional.cosine_similarity(W, M, dim=1).mean()),
+        "nc3_cosine": float(1 - (_unit(W) * _unit(M)).sum(1).mean()),
     }
     if M.shape[1] < num_present - 1:
         dim = M.shape[1]
@@ -150,7 +151,7 @@ def _geometry(vectors: Tensor, R: Tensor) -> dict[str, float]:
     """NC2 and its companions of [K, F] vectors = QR; where no simplex ETF exists (F < K - 1), also how they crowd."""
     num, dim = vectors.shape
     lengths = torch.linalg.vector_norm(vectors, dim=1)
-    unit = vectors / lengths.where(lengths > 0, 1)[:, None]
+    unit = _unit(vectors)
     num_pairs = num * (num - 1) / 2
     # Deviations from the mean, which is known beforehand: all cosines may be nearly the same.
     mean = float((unit.sum(0).square().sum() - unit.square().sum()) / (2 * num_pairs))
@@ -178,6 +179,12 @@ def _geometry(vectors: Tensor, R: Tensor) -> dict[str, float]:
         crowding = {"max": largest, "rms": math.sqrt(crowded / num_pairs)}
         measures |= {f"cosine_{name}": value for name, value in crowding.items()} | {"energy": energy / num_pairs}
     return measures
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Rows at unit length; a row of zeros stays."""
+    lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.where(lengths > 0, 1)
 
 
 def _distance_to_etf(x: Tensor, y: Tensor, of_same_norm: Tensor) -> float:

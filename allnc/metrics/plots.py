@@ -151,7 +151,8 @@ def plot_angles(
         axis.set_facecolor("0.85")
         numbers = f"mean {panel.mean:.1f}°, std {panel.std:.1f}° (ideal {ideal:.1f}°, 0°)"
         if num_classes > _MOST_CELLS:
-            title += f", a cell: mean over {num_classes / _MOST_CELLS:.3g} x {num_classes / _MOST_CELLS:.3g} classes"
+            size = round(num_classes / _MOST_CELLS)
+            title += f"; cells are means of about {size} x {size} classes"
         axis.set_title(f"{title}\n{numbers}", fontsize=12 if num_classes <= _MOST_CELLS else 10)
         _label_classes(axis, order.tolist(), borders)
         if num_classes <= _ANNOTATED_CLASSES:
@@ -254,15 +255,17 @@ def _label_classes(axis: Axes, order: list[int], borders: list[tuple[str, int]])
     elif borders:  # positions, not class numbers, once the classes are sorted
         axis.set_xlabel("rank of the class by training images")
         axis.set_ylabel("rank of the class by training images")
-    start = 0
+    start, before, shift = 0, -math.inf, 0.0
     for name, size in borders:
         if start:
             axis.axhline(start - 0.5, color="black", linewidth=1.2)
             axis.axvline(start - 0.5, color="black", linewidth=1.2)
         middle = start + (size - 1) / 2
+        shift = 0.035 - shift if middle - before < 0.13 * len(order) else 0.0  # beside a name that is too near
+        before = middle
         axis.annotate(
             name,
-            (1.01, middle),
+            (1.01 + shift, middle),
             xycoords=("axes fraction", "data"),
             rotation=-90,
             ha="left",
