@@ -276,8 +276,8 @@ def check_any_case(
     c = max(c, n) if distribution == "all distinct" else c
     case = make_case(n, d, c, dtype=dtype, seed=seed, labels=labels, means=use["means"])
     options: dict[str, Any] = {"balance": balance, "reduction": reduction, "mean_weight": mean_weight}
-    # Where class means are rounded to 16 bits, and their logits by as much / τ, τ = 0.005 has fixed cases of its own.
-    coldest = 0.02 if dtype in (torch.float16, torch.bfloat16) else 0.005
+    # Where Triton rounds class means to 16 bits, and their logits by as much / τ, τ = 0.005 has fixed cases of its own.
+    coldest = 0.02 if backend == "triton" and dtype in (torch.float16, torch.bfloat16) else 0.005
     temperature = coldest ** (coldness / 1000)
     options["temperature"] = torch.tensor(temperature) if use["tensor"] else temperature
     if use["means"] and use["seen"]:
