@@ -5,8 +5,8 @@
 //     dc_c = r_c (du_c - u_c u_c.du_c),  dx_c = dc_c - (1/K) sum_c' dc_c'
 //
 // with sums over the K rows seen; the others are never read, and their results are 0. A row as near to the centre as
-// rounding puts it, noise = 8 eps max_c |x_c|, has no direction and no gradient. Nor has any where all entries are below
-// kLeastEntry.
+// rounding puts it, noise = 8 eps max_c |x_c|, has no direction and no gradient. Nor has any row where all entries are
+// below kLeastEntry.
 
 #include <torch/csrc/stable/library.h>
 

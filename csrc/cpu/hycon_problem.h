@@ -75,7 +75,7 @@ struct Packed {
 template <class E>
 using Value = std::conditional_t<std::is_same_v<E, BFloat16Pair>, BFloat16, E>;
 
-// Whether row r is to be packed as zeros: rows that cannot reach the result may hold anything, NaN times 0 would not be 0.
+// Whether row r is to be packed as zeros: rows that cannot reach the result may hold anything, and NaN times 0 is NaN.
 template <class T>
 bool is_absent(const T* weights, int64_t r) {
   return weights != nullptr && weights[r] == 0;
@@ -134,7 +134,9 @@ void for_each_panel(const Arguments<Z, T>& in, const F& f) {
       } else if (row < sizes.other_offset) {
         visit(in.mu, in.b, row - sizes.mean_offset, sizes.means);
       } else {
-        visit(in.z + sizes.own * sizes.dim, of_own ? of_own + sizes.own : nullptr, row - sizes.other_offset, sizes.others);
+        visit(
+            in.z + sizes.own * sizes.dim, of_own ? of_own + sizes.own : nullptr, row - sizes.other_offset,
+            sizes.others);
       }
     }
   });

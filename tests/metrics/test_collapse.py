@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -296,9 +297,9 @@ def _announced_wrongly() -> None:
 @pytest.mark.parametrize("name", ["features", "weight", "bias", "logits"])
 def test_what_cannot_be_measured_is_named(name: str, value: float) -> None:
     features, labels, weight = _clouds()
-    arguments = {"features": features, "weight": weight, "bias": torch.randn(5), "logits": torch.randn(300, 5)}
+    floats = {"features": features, "weight": weight, "bias": torch.randn(5), "logits": torch.randn(300, 5)}
     dtype = torch.float64 if math.isfinite(value) else torch.float32
-    arguments = {key: x.to(dtype) for key, x in arguments.items()}
+    arguments: dict[str, Any] = {key: x.to(dtype) for key, x in floats.items()}
     arguments[name][-1] = value
     arguments = {key: x for key, x in arguments.items() if key == name or key in ("features", "weight")}
     if name == "logits" and not math.isnan(value):

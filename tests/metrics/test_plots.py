@@ -71,7 +71,7 @@ def test_thousands_of_classes_are_drawn_by_groups(tmp_path: Path, figures: list[
         angles = pairwise_angles(vectors, centre=centre)
         values = angles[off & ~angles.isnan()]
         assert f"mean {values.mean():.1f}°, std {values.std(correction=0):.1f}°" in axis.get_title()
-        shown = np.ma.getdata(axis.images[0].get_array())
+        shown = np.asarray(axis.images[0].get_array())
         assert shown.shape == (200, 200)
         ordered = angles[order][:, order].where(off, torch.nan)
         for first, second in ((0, 0), (0, 199), (199, 3), (120, 121), (57, 56)):

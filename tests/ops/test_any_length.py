@@ -16,6 +16,7 @@ from torch import Tensor
 
 from allnc import hycon, hycon_cosine, p2p
 from allnc.ops._common import LEAST_ENTRY, Backend, normal_scale, unit_rows
+from allnc.ops.p2p import Target
 from tests.cases import generator_of, make_case, value_and_gradients
 from tests.ops.test_hycon import CPU_BACKENDS
 from tests.tolerances import assert_near
@@ -49,7 +50,7 @@ def test_hycon(backend: Backend, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("target", ["etf", "softmax"])
-def test_p2p(backend: Backend, target: str) -> None:
+def test_p2p(backend: Backend, target: Target) -> None:
     function = functools.partial(p2p, backend=backend, target=target)
     for dtype, exponents in ((torch.float32, FLOAT32), (torch.float64, FLOAT64)):
         if backend == "triton" and dtype == torch.float64:
