@@ -36,7 +36,7 @@ def check(
     """
     ignored: Any = case["labels"] == -100 if "labels" in case else None
     want = value_and_gradients(function, case, **options)
-    left_out: dict[str, Tensor] = dict.fromkeys(rows, ignored) | dict.fromkeys(classes, ~SEEN)
+    left_out: dict[str, Any] = dict.fromkeys(rows, ignored) | dict.fromkeys(classes, ~SEEN)
     for value in VALUES:
         poisoned = {name: x.clone() for name, x in {**case, **options}.items() if isinstance(x, Tensor)}
         for name, which in left_out.items():
