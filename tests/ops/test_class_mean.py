@@ -118,6 +118,19 @@ def test_heavy_class(backend: Any, dtype: torch.dtype) -> None:
     check(make_class_mean_case(5000, 40, 4, dtype=dtype, labels=labels), backend)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(("n", "f", "c"), [(0, 3, 2), (3, 0, 2), (0, 0, 2), (0, 3, 0), (3, 0, 0), (0, 0, 0)])
+def test_nothing_to_add(backend: Any, n: int, f: int, c: int) -> None:
+    features = torch.ones(n, f, requires_grad=True)
+    labels = torch.full((n,), 1 if c else -100)
+    means, seen = torch.full((c, f), 5.0), torch.arange(c) == 0
+    value = class_mean_ema(features, labels, means, seen, backend=backend)
+    value.sum().backward()
+    assert value.tolist() == means.tolist() == [[5.0] * f] * c
+    assert seen.tolist() == [True, n > 0][:c]
+    assert features.grad is not None and features.grad.shape == (n, f)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_long_sum_keeps_its_digits(backend: Any) -> None:
     """65,536 rows near 10: added up one by one, their mean would be off by 80 units in the last place."""
