@@ -309,6 +309,8 @@ def _check(features: Tensor, labels: Tensor, means: Tensor, seen: Tensor, moment
     check_shape("features", features, ("N", "F"))
     check_floating("means", means)
     check_shape("means", means, ("C", features.shape[1]))
+    if len(means) == 0:
+        raise ValueError(f"means must have at least one row, a class; got {list(means.shape)}")
     wanted = accumulation_dtype(features.dtype)
     if means.dtype != wanted:
         raise ValueError(

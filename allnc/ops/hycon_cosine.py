@@ -127,6 +127,8 @@ def hycon_cosine(
     num_rows, dim = h.shape
     check_shape("f", f, (num_rows, dim))
     check_shape("means", means, ("C", dim))
+    if len(means) == 0:
+        raise ValueError(f"means must have at least one row, a class; got {list(means.shape)}")
     if (num_rows == 0 and group is None) or dim == 0:
         raise ValueError(f"h must have at least one row and one column; got {list(h.shape)}")
     check_labels(labels, num_rows)

@@ -403,6 +403,7 @@ def test_wrong_arguments_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
         ((z[:0], labels[:0]), {}, r"at least one row"),
         ((z.int(), labels), {}, r"z must be float16.*got torch.int32"),
         ((z, labels, means[:, :5]), {}, r"means must have shape \[C, 19\]; got \[5, 5\]"),
+        ((z, labels, means[:0]), {}, r"means must have at least one row, or be None; got \[0, 19\]"),
         ((z, labels + 1, means), {}, r"labels must be in \[0, 5\).*got 5"),
         ((z, labels, means), {"seen": torch.ones(4, dtype=torch.bool)}, r"seen must have shape \[5\]"),
         ((z, labels, means), {"seen": torch.ones(5)}, r"seen must be a bool tensor; got torch.float32"),

@@ -68,6 +68,8 @@ def check_hycon(batch: Batch, options: Options, *, least_rows: int = 1) -> None:
     if means is not None:
         check_floating("means", means)
         check_shape("means", means, ("C", dim))
+        if len(means) == 0:
+            raise ValueError(f"means must have at least one row, or be None; got {list(means.shape)}")
         if seen is not None:
             check_seen(seen, len(means))
     elif seen is not None:
