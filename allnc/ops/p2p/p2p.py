@@ -320,8 +320,8 @@ def p2p(
     """Peer-to-peer loss: pulls the cosines between the rows of x and of y towards those of a simplex ETF.
 
     Both are centred over the seen classes and normalised here, whatever their lengths: a row that coincides with the
-    centre to rounding, or all where every entry is below 8e-31, is a zero row without gradient. With fewer than two seen classes the loss
-    and its gradient are 0.
+    centre to rounding, or all rows where every entry is below 8e-31, are zero rows without gradient. With fewer than
+    two seen classes the loss and its gradient are 0.
 
     Args:
         x: [C, F] float16, bfloat16, float32 or float64; class means or classifier vectors.
