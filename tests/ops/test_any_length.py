@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allnc import hycon, hycon_cosine, p2p
+from allnc import all_around, hycon, hycon_cosine, p2p
 from allnc.ops._common import LEAST_ENTRY, Backend, normal_scale, unit_rows
 from allnc.ops.p2p import Target
 from tests.cases import generator_of, make_case, value_and_gradients
@@ -124,3 +124,12 @@ def test_cosine_rows_beyond_the_range_of_squares_are_not_silent() -> None:
             assert_near(got[name] * length, want[name])
         assert hycon_cosine(**{**case, name: case[name] * 1e25}).isnan()
         assert hycon_cosine(**{**case, name: case[name] * 0}).isfinite()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
+def test_a_temperature_is_finite_and_positive(value: float) -> None:
+    case = make_case(c=5, f=8)
+    with pytest.raises(ValueError, match=f"temperature must be > 0; got {value}"):
+        p2p(case["means"], temperature=value)
+    with pytest.raises(ValueError, match=f"p2p_temperature must be > 0; got {value}"):
+        all_around(**case, p2p_temperature=value)

@@ -21,6 +21,8 @@ Legend: C classes, F features, K classes seen.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -302,7 +304,7 @@ def check_p2p(x: Tensor, y: Tensor | None, seen: Tensor | None, target: str, tem
     check_choice("target", target, ("auto", "etf", "softmax"))
     if isinstance(temperature, Tensor):
         raise TypeError("temperature must be a float; got a torch.Tensor. It is not learnable here: pass its .item()")
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0; got {temperature}")
     check_same_device(x=x, y=y, seen=seen)
     check_no_tangent("p2p", x, y)
