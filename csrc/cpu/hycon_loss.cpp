@@ -4,7 +4,7 @@
 // exponentials are at hand; the loss is one number, so that the backward only multiplies by the gradient of it.
 //
 // For a class c with rows j: n_c, s_c = sum_j z_j, k_c = mean_weight (0 where c has no mean), P_c = n_c - 1 + k_c and
-//     mu_c = M_c / max(|M_c|, 1e-12), 0 without a mean
+//     mu_c = M_c / |M_c|, 0 without a mean and where M_c is too short to have a direction
 //     a_j = 1 / (n_c + [c has a mean]),  b_c = 1 / (n_c + 1);  unbalanced: 1;  b_c = 0 without a mean
 //     pos_j = z_j.((s_c - z_j) / P_c + k_c / P_c mu_c) / t
 //     L = sum_j (lse_j - pos_j) / W  over the W rows whose class has P_c > 0
@@ -28,7 +28,7 @@
 namespace allnc {
 namespace cpu {
 
-constexpr double kLeastNorm = 1e-12;  // as torch.nn.functional.normalize
+constexpr double kLeastEntry = 0x1p-100;  // the largest entry of a row that has a direction, as in allnc/ops/_common.py
 
 // Sums over a row are kept in this many partial sums, which vector units add at once.
 constexpr int64_t kPartialSums = 16;
@@ -74,9 +74,10 @@ ALLNC_MULTIVERSION void add_row(T* __restrict sum, const Z* __restrict z, int64_
   for (int64_t k = 0; k < dim; ++k) sum[k] += static_cast<T>(z[k]);
 }
 
+// out = x factor / divisor
 template <class T>
-ALLNC_MULTIVERSION void divide_row(T* __restrict out, const T* __restrict x, T divisor, int64_t dim) {
-  for (int64_t k = 0; k < dim; ++k) out[k] = x[k] / divisor;
+ALLNC_MULTIVERSION void rescale_row(T* __restrict out, const T* __restrict x, T factor, T divisor, int64_t dim) {
+  for (int64_t k = 0; k < dim; ++k) out[k] = x[k] * factor / divisor;
 }
 
 // dz = of_lse factor - (sum - z) of_sum - of_mean mu
@@ -104,12 +105,36 @@ ALLNC_MULTIVERSION void project_row(T* __restrict x, const T* __restrict mu, T a
 
 namespace {
 
+// mu = x at unit length; returns the length. Where x has no direction mu is 0 and the length infinite, so that what is
+// divided by it, the gradient, is 0 too.
+template <class T>
+T unit_row(const T* x, T* mu, int64_t dim) {
+  T square = dot(x, x, dim), factor = 1;
+  // Squares near the ends of T's range are taken of x times a power of two, which rounds nothing.
+  if (square < T(0x1p-80) || square > T(0x1p100)) {
+    T largest = 0;
+    for (int64_t k = 0; k < dim; ++k) largest = std::max(largest, std::abs(x[k]));
+    if (largest < T(kLeastEntry)) {
+      std::fill_n(mu, dim, T(0));
+      return std::numeric_limits<T>::infinity();
+    }
+    if (std::isfinite(largest)) {
+      factor = std::ldexp(T(1), -std::min(std::ilogb(largest), std::numeric_limits<T>::max_exponent - 2));
+      rescale_row(mu, x, factor, T(1), dim);
+      square = dot(mu, mu, dim);
+    }
+  }
+  const T norm = std::sqrt(square);
+  rescale_row(mu, x, factor, norm, dim);
+  return norm / factor;
+}
+
 // The rows of the saved tensor `state` [3, N + C]: activations first, then means.
 template <class T>
 struct State {
   static constexpr int64_t kRows = 3;
   T* weight;        // a_i | b_c
-  T* level;         // lse_i | |M_c|
+  T* level;         // lse_i | |M_c|, infinite without a direction
   T* per_positive;  // 1 / P_i, 0 for rows that are left out of the loss | k_c / P_c
 
   State(T* data, int64_t width) : weight(data), level(data + width), per_positive(data + 2 * width) {}
@@ -155,7 +180,7 @@ struct Loss {
 
   Arguments<Z, T> pairs() const {
     const Sizes sizes(rows, 0, means, dim);
-    return {sizes, z, means ? mu : nullptr, state.weight, state.weight + rows, temperature};
+    return {sizes, z, means ? mu : nullptr, state.weight, state.weight + rows, temperature, true};
   }
   // A row of mu that may be read where there are no means, to be multiplied by 0.
   const T* mean_of(int64_t c) const { return means ? mu + c * dim : sums + c * dim; }
@@ -187,9 +212,9 @@ void prepare(const Loss<Z, T>& loss, const T* means, const bool* seen, double me
   };
   parallel_rows(num_means, dim, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      const T norm = has_mean(c) ? std::sqrt(dot(means + c * dim, means + c * dim, dim)) : T(0);
+      T norm = std::numeric_limits<T>::infinity();
       if (has_mean(c)) {
-        divide_row(mu + c * dim, means + c * dim, norm < T(kLeastNorm) ? T(kLeastNorm) : norm, dim);
+        norm = unit_row(means + c * dim, mu + c * dim, dim);
       } else {
         std::fill_n(mu + c * dim, dim, T(0));
       }
@@ -276,11 +301,14 @@ void gradients(const Loss<Z, T>& loss, T grad, const T* pull, const Tensor& like
   const int64_t stride = sizes.stride(sizeof(T));
   parallel_rows(rows, dim, [&, dim = dim](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const bool used = loss.state.per_positive[i] != 0;
-      const int64_t c = used ? loss.index[i] : 0;
+      const int64_t c = loss.index[i];
+      if (c < 0) {  // whatever z_i holds
+        std::fill_n(dz + i * dim, dim, Z(0));
+        continue;
+      }
       write_anchor_gradient(
           dz + i * dim, pull + i * stride, of_pos, loss.z + i * dim, loss.sums + c * dim,
-          2 * of_pos * loss.state.per_positive[i], loss.mean_of(c), used ? of_pos * loss.mean_share(c) : T(0), dim);
+          2 * of_pos * loss.state.per_positive[i], loss.mean_of(c), of_pos * loss.mean_share(c), dim);
     }
   });
   parallel_rows(num_means, dim, [&, dim = dim](int64_t begin, int64_t end) {
@@ -288,10 +316,7 @@ void gradients(const Loss<Z, T>& loss, T grad, const T* pull, const Tensor& like
       T* const out = dmeans + c * dim;
       const T* const of_lse = pull + (sizes.mean_offset + c) * stride;
       combine_rows(out, of_lse, of_pos, loss.sums + c * dim, of_pos * loss.mean_share(c), dim);
-      const T norm = loss.state.level[loss.rows + c], least = T(kLeastNorm);
-      // A mean shorter than the least norm is only multiplied, by a constant.
-      const T along = norm < least ? T(0) : dot(loss.mu + c * dim, out, dim);
-      project_row(out, loss.mu + c * dim, along, norm < least ? least : norm, dim);
+      project_row(out, loss.mu + c * dim, dot(loss.mu + c * dim, out, dim), loss.state.level[loss.rows + c], dim);
     }
   });
 }
@@ -347,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
   const Sizes sizes(rows, 0, num_means, dim);
   const int64_t stride = sizes.stride(type == ScalarType::Double ? sizeof(double) : sizeof(float));
   Tensor pull = torch::stable::new_empty(z, {with_gradient ? sizes.other_offset : 0, stride}, type);
-  dispatch(z.scalar_type(), type, [&](auto of_z, auto of_sums, auto of_products) {
+  dispatch(z.scalar_type(), type, temperature, [&](auto of_z, auto of_sums, auto of_products) {
     using Z = decltype(of_z);
     using T = decltype(of_sums);
     const auto loss = loss_of<Z, T>(z, index, sums, mu, state, temperature);
@@ -379,7 +404,7 @@ std::tuple<Tensor, Tensor> hycon_loss_backward(
   z = torch::stable::contiguous(z);
   Tensor dz = torch::stable::new_empty(z, {rows, dim});
   Tensor dmeans = torch::stable::new_empty(mu, {num_means, dim});
-  dispatch(z.scalar_type(), type, [&](auto of_z, auto of_sums, auto of_products) {
+  dispatch(z.scalar_type(), type, temperature, [&](auto of_z, auto of_sums, auto of_products) {
     using Z = decltype(of_z);
     using T = decltype(of_sums);
     const auto loss = loss_of<Z, T>(z, index, sums, mu, state, temperature);

@@ -20,8 +20,8 @@
 // its place.
 //
 // Sums, weights and exponentials are of type T, float or double. z is of type Z, which is T or bfloat16; products are
-// made of elements E (hycon_tiles.h), which are T or, if z is bfloat16 and the processor has instructions for it, pairs
-// of bfloat16; mu and K are then rounded to it too.
+// made of elements E (hycon_tiles.h), which are T or, if z is bfloat16, the processor has instructions for it and t is
+// not too small, pairs of bfloat16; mu and K are then rounded to it too.
 #pragma once
 
 #include <cmath>
@@ -67,6 +67,7 @@ struct Arguments {
   const T* a;
   const T* b;
   double temperature;
+  bool weightless_are_absent;  // rows of z with a_j = 0 are not read: they are no anchors either
 };
 
 // z and mu brought into the layout of the tiles.
@@ -96,55 +97,71 @@ T squared_norm(const X* x, int64_t dim) {
   return total;
 }
 
-// out [D / kPack, 48] = x [rows, D] transposed, zero beyond; returns the largest squared norm (NaN if there is any).
+// Whether row r is to be packed as zeros: rows that cannot reach the result may hold anything, and NaN times 0 is NaN.
+template <class T>
+bool is_absent(const T* weights, int64_t r) {
+  return weights != nullptr && weights[r] == 0;
+}
+
+// out [D / kPack, 48] = x [rows, D] transposed, zero beyond and for rows of weight 0 (weights null: none); returns the
+// largest squared norm (NaN if there is any).
 template <class E, class X>
-Sum<E> pack_panel(const X* x, int64_t rows, int64_t dim, E* out) {
+Sum<E> pack_panel(const X* x, const Sum<E>* weights, int64_t rows, int64_t dim, E* out) {
   constexpr int64_t kValues = kPack<E>;
   using T = Sum<E>;
   auto* const values = reinterpret_cast<Value<E>*>(out);
   if (rows < kPanel || dim % kValues != 0) std::fill_n(out, (dim + kValues - 1) / kValues * kPanel, E(0));
   T largest = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    const T norm = squared_norm<T>(x + r * dim, dim);
+    const bool absent = is_absent(weights, r);
+    const T norm = absent ? T(0) : squared_norm<T>(x + r * dim, dim);
     if (norm != norm) return norm;
     largest = norm <= largest ? largest : norm;
     for (int64_t k = 0; k < dim; ++k) {
       values[(k / kValues * kPanel + r) * kValues + k % kValues] =
-          static_cast<Value<E>>(static_cast<T>(x[r * dim + k]));
+          static_cast<Value<E>>(absent ? T(0) : static_cast<T>(x[r * dim + k]));
     }
   }
   return largest;
 }
 
-// out [48 / kPack, stride] = x [rows, D], zero beyond.
+// out [48 / kPack, stride] = x [rows, D], zero beyond and for rows of weight 0.
 template <class E, class X>
-void pack_rows(const X* x, int64_t rows, int64_t dim, int64_t stride, E* out) {
+void pack_rows(const X* x, const Sum<E>* weights, int64_t rows, int64_t dim, int64_t stride, E* out) {
   constexpr int64_t kValues = kPack<E>;
   auto* const values = reinterpret_cast<Value<E>*>(out);
   if (kValues > 1 || rows < kPanel) std::fill_n(out, kPanel / kValues * stride, E(0));
   for (int64_t r = 0; r < rows; ++r) {
     Value<E>* const row = values + r / kValues * stride * kValues + r % kValues;
+    if (is_absent(weights, r)) {
+      if (kValues == 1) std::fill(row, row + stride, Value<E>(0));
+      continue;
+    }
     for (int64_t k = 0; k < dim; ++k) row[k * kValues] = static_cast<Value<E>>(static_cast<Sum<E>>(x[r * dim + k]));
     if (kValues == 1) std::fill(row + dim, row + stride, Value<E>(0));
   }
 }
 
-// Calls f(panel, x, rows): `rows` rows from x on, of z or of mu, make panel number `panel`.
+// Calls f(panel, x, weights, rows): `rows` rows from x on, of z or of mu, make panel number `panel`; weights as
+// `pack_panel` takes them.
 template <class Z, class T, class F>
 void for_each_panel(const Arguments<Z, T>& in, const F& f) {
   const Sizes& sizes = in.sizes;
   torch::stable::parallel_for(0, sizes.rows / kPanel, 8, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const auto visit = [&](const auto* x, int64_t row, int64_t count) {
-        f(panel, x + row * sizes.dim, std::min(kPanel, count - row));
+      const auto visit = [&](const auto* x, const T* weights, int64_t row, int64_t count) {
+        f(panel, x + row * sizes.dim, weights ? weights + row : nullptr, std::min(kPanel, count - row));
       };
+      const T* const of_own = in.weightless_are_absent ? in.a : nullptr;
       const int64_t row = panel * kPanel;
       if (row < sizes.mean_offset) {
-        visit(in.z, row, sizes.own);
+        visit(in.z, of_own, row, sizes.own);
       } else if (row < sizes.other_offset) {
-        visit(in.mu, row - sizes.mean_offset, sizes.means);
+        visit(in.mu, in.b, row - sizes.mean_offset, sizes.means);
       } else {
-        visit(in.z + sizes.own * sizes.dim, row - sizes.other_offset, sizes.others);
+        visit(
+            in.z + sizes.own * sizes.dim, of_own ? of_own + sizes.own : nullptr, row - sizes.other_offset,
+            sizes.others);
       }
     }
   });
@@ -184,10 +201,10 @@ Packed<E> pack(const Arguments<Z, T>& in, bool shifted, T* grad, Workspace<T>& w
   p.grad_rows = grad ? sizes.other_offset : 0;
   p.grad = grad;
   std::vector<T> norms(sizes.rows / kPanel);
-  for_each_panel(in, [&](int64_t panel, const auto* x, int64_t count) {
-    norms[panel] = pack_panel(x, count, sizes.dim, panels + panel * kPanel * p.depth);
+  for_each_panel(in, [&](int64_t panel, const auto* x, const T* weights, int64_t count) {
+    norms[panel] = pack_panel(x, weights, count, sizes.dim, panels + panel * kPanel * p.depth);
     if (!grad) return;
-    pack_rows(x, count, sizes.dim, p.stride, rows + panel * kPanel / kPack<E> * p.stride);
+    pack_rows(x, weights, count, sizes.dim, p.stride, rows + panel * kPanel / kPack<E> * p.stride);
     if (panel * kPanel < p.grad_rows) std::fill_n(p.grad + panel * kPanel * p.stride, kPanel * p.stride, T(0));
   });
   p.panels = panels;
@@ -309,12 +326,17 @@ void lse_with_gradient(
   add_gradient(p, in, grad_lse, lse, workspace, kept);
 }
 
+// Pairs of bfloat16 round mu, whose logits may then be off by 2^-9 / t: 0.06 at this temperature. Below it products are
+// made of float32, so that a cold contrast is no less exact than one of float32 z.
+constexpr double kColdestOfPairs = 1.0 / 32;
+
 // Calls f(Z, T, E) with a value of each type that a call with these types of z and of sums takes.
 template <class F>
-auto dispatch(ScalarType z, ScalarType sums, const F& f) {
+auto dispatch(ScalarType z, ScalarType sums, double temperature, const F& f) {
   if (sums == ScalarType::Double) return f(double{}, double{}, double{});
   if (z != ScalarType::BFloat16) return f(float{}, float{}, float{});
-  return tiles<BFloat16Pair>() ? f(BFloat16{}, float{}, BFloat16Pair{}) : f(BFloat16{}, float{}, float{});
+  const bool pairs = tiles<BFloat16Pair>() && temperature >= kColdestOfPairs;
+  return pairs ? f(BFloat16{}, float{}, BFloat16Pair{}) : f(BFloat16{}, float{}, float{});
 }
 
 }  // namespace cpu

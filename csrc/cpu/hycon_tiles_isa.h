@@ -22,14 +22,14 @@ struct Simd;
 template <>
 struct Simd<float> {
   typedef float Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
-  typedef int32_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   static constexpr int kLanes = ALLNC_VECTOR_BYTES / 4;
 };
 
 template <>
 struct Simd<double> {
   typedef double Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
-  typedef int64_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  typedef uint64_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   static constexpr int kLanes = ALLNC_VECTOR_BYTES / 8;
 };
 
@@ -99,14 +99,20 @@ ALLNC_INLINE_TILE Vector<T> exp2(Vector<T> x) {
   return x < S::kLowest ? Vector<T>{} : scaled;
 }
 
-// 2^(x scale - shift) for a whole `shift`, where the exponent is known to be in [-126, 127] (-1022, 1023). The exponent
-// is split before it is rounded, so that with FMA its error does not grow with it.
+// 2^(x scale - shift) for a whole `shift`, where the exponent is known to be in [-126, 127] (-1022, 1023). With FMA
+// the exponent is split before it is rounded, so that its error does not grow with it.
 template <class T>
 ALLNC_INLINE_TILE Vector<T> exp2_shifted(Vector<T> x, T scale, T shift) {
   using S = Exp2<T>;
+#if defined(__FMA__) || defined(__aarch64__)
   const T round = S::kRound - shift;
   const Vector<T> rounded = x * scale + round;
   const Vector<T> f = x * scale - (rounded - round);
+#else  // a rounded product: near x = 1, where exponentials are largest, its digits would cancel
+  const Vector<T> exponent = (x - T(1)) * scale + (scale - shift);
+  const Vector<T> rounded = exponent + S::kRound;
+  const Vector<T> f = exponent - (rounded - S::kRound);
+#endif
   Vector<T> q = broadcast<T>(S::kExp2[S::kDegree - 1]);
   ALLNC_UNROLL for (int k = S::kDegree - 2; k >= 0; --k) q = q * f + S::kExp2[k];
   q = q * f + T(1);
