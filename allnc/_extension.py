@@ -14,7 +14,7 @@ import torch
 
 # Equal to kInterface in csrc/module.cpp; both change when the schema of an op does, so that an extension
 # built from older sources is refused with a clear message instead of failing inside an op.
-INTERFACE = 3
+INTERFACE = 4
 
 # Registered by csrc/ under the namespace `allnc_C`.
 OPS = (

@@ -25,16 +25,21 @@ STABLE_TORCH_LIBRARY(allnc_C, m) {
   // z [N, D] float32, float64 or bfloat16 unit rows, labels [N] int64 in [0, C) or ignore_index (without means: any),
   // means [C, D] of any length, seen [C] bool; T is float64 for float64 z, else float32, and so are the means
   // -> loss [] T, mean over the anchors that have a positive, and what the backward needs:
-  // state [3, N + C] T, activations before means: column weights | lse and norms of the means | 1 / (positives of the
-  // anchor, the mean counting mean_weight), 0 for rows that are left out, and the mean's share of the positives;
-  // index [N] int64 (class, -1 for none), sums [C, D] T (without means [N, D]), mu [C, D] T unit rows ([0, D])
+  // state [3, N + C] T, activations before means: column weights | lse and norms of the means, infinite where a mean is
+  // absent or has no direction | 1 / (positives of the anchor, the mean counting mean_weight), 0 for rows that are left
+  // out, and the mean's share of the positives;
+  // index [N] int64 (class, -1 for none), sums [C, D] T (without means [N, D]), mu [C, D] T unit rows ([0, D]),
+  // pull [N and C each rounded up to 48, D rounded up to an odd number of cache lines] T: temperature times the
+  // gradient of the anchors' summed lse, activations before means, or [0, .] unless with_gradient; the backward forms
+  // it then
   m.def(
       "hycon_loss_forward(Tensor z, Tensor labels, Tensor? means, Tensor? seen, float temperature, float mean_weight, "
-      "bool balanced, int ignore_index) -> (Tensor loss, Tensor state, Tensor index, Tensor sums, Tensor mu)");
+      "bool balanced, int ignore_index, bool with_gradient) -> (Tensor loss, Tensor state, Tensor index, Tensor sums, "
+      "Tensor mu, Tensor pull)");
   // grad [] T -> gradients of z [N, D] in its type and of the means [C, D] T ([0, D])
   m.def(
       "hycon_loss_backward(Tensor grad, Tensor z, Tensor? means, Tensor state, Tensor index, Tensor sums, Tensor mu, "
-      "float temperature) -> (Tensor dz, Tensor dmeans)");
+      "Tensor pull, float temperature) -> (Tensor dz, Tensor dmeans)");
   // x, y [C, F] of any floating types, seen [C] bool -> u and v [C, F] (v [0] without y) and the factors that brought
   // rows to unit length [1 or 2, C], 0 for rows of zeros; all of `dtype`, float32 or float64
   m.def(

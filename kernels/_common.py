@@ -19,6 +19,7 @@ from triton import knobs
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LEAST_ENTRY = tl.constexpr(2.0**-100)  # rows without an entry as large have no direction, as in allnc/ops/_common.py
 LEAST_SCALED = tl.constexpr(1e-30)  # keeps a scale finite where all that it scales is 0
 VECTOR_BLOCK = 1024  # labels or rows a step of what only touches vectors
 
@@ -237,6 +238,15 @@ def narrow(x, TYPE: tl.constexpr):
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             x = bits.to(tl.float32, bitcast=True)
     return x.to(TYPE)
+
+
+@triton.jit
+def near_one(largest):
+    """A power of two that brings entries of at most `largest`, a scalar, near 1, so that their squares neither overflow
+    nor vanish; and whether they are all below LEAST_ENTRY.
+    """
+    bounded = tl.minimum(tl.maximum(largest, LEAST_ENTRY), 2.0**126)
+    return tl.exp2(-tl.floor(tl.log2(bounded))), largest < LEAST_ENTRY
 
 
 @triton.jit

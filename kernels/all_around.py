@@ -43,7 +43,6 @@ from allnc.kernels.p2p import (
 
 @triton.jit(do_not_specialize=["N", "C", "num_splits", "num_hycon", "num_own", "num_cross", "p2p_temperature"])
 def all_around_fwd_kernel(
-    z_ptr,
     prepared,
     loss_ptr,
     classes,
@@ -65,7 +64,7 @@ def all_around_fwd_kernel(
 ):
     program = tl.program_id(0)
     if program < num_hycon:
-        add_sums(program, z_ptr, prepared, N, C, num_splits, True, blocks)
+        add_sums(program, prepared, N, C, num_splits, True, blocks)
     else:
         p2p_forward_program(
             program - num_hycon, classes, partial_ptr, p2p_lse_ptr, C, p2p_temperature, ETF, 0, p2p_blocks
@@ -153,7 +152,7 @@ def all_around_forward(
     )
     with device_guard(z):
         all_around_fwd_kernel[(num_hycon + num_p2p,)](
-            z, prepared, loss, Classes(x, y, seen), partial, p2p_lse, values, num_rows, num_classes, splits,
+            prepared, loss, Classes(x, y, seen), partial, p2p_lse, values, num_rows, num_classes, splits,
             num_hycon, num_own, num_cross, p2p_temperature, **constants, **options,
         )  # fmt: skip
     return loss, prepared, values, p2p_lse

@@ -4,7 +4,8 @@
     dc_c = r_c (du_c - u_c (u_c·du_c)),   dx_c = dc_c - (1/K) Σ_c' dc_c'
 
 with sums over the K classes seen; rows of the others are never read and their results are zero. A row as near to the
-centre as rounding puts it, noise = 8 ε max_c |x_c|, has no direction and no gradient.
+centre as rounding puts it, noise = 8 ε max_c |x_c|, has no direction and no gradient. Nor has any where max_c |x_c| is
+below 2^-100. Lengths are formed of rows times a power of two, so that no square overflows or vanishes.
 
 Legend: C classes, F columns; x [C, F] and, if there is a second matrix, y [C, F], each in a type of its own; side 0
 is x, side 1 is y.
@@ -23,11 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allnc.kernels._common import device_guard, launch_options, narrow, padded_dim, pointer
+from allnc.kernels._common import device_guard, launch_options, narrow, near_one, padded_dim, pointer
 from allnc.kernels.p2p import count_seen
 
 SHARES = 64
-_SQUARED_NOISE = tl.constexpr((8 * torch.finfo(torch.float32).eps) ** 2)
+_NOISE = tl.constexpr(8 * torch.finfo(torch.float32).eps)
 
 
 class Sides(NamedTuple):
@@ -81,7 +82,7 @@ def unit_sums_kernel(
     x,
     seen_ptr,
     sum_ptr,
-    square_ptr,
+    length_ptr,
     C,
     num_shares,
     share_rows,
@@ -89,7 +90,7 @@ def unit_sums_kernel(
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Each share's sum of rows [sides, shares, F] and largest squared length [sides, shares]."""
+    """Each share's sum of rows [sides, shares, F] and largest length [sides, shares]."""
     program = tl.program_id(0)
     side = program // num_shares
     first = program % num_shares * share_rows
@@ -99,10 +100,12 @@ def unit_sums_kernel(
         _, offsets, mask = seen_offsets(seen_ptr, start, C, F, BLOCK_C, WIDTH)
         rows = load_rows(x, side, offsets, mask)
         total += tl.sum(rows, 0)
-        largest = tl.maximum(largest, tl.sum(rows * rows, 1))
+        factor, _ = near_one(tl.max(tl.max(tl.abs(rows), 1), 0))
+        scaled = rows * factor
+        largest = tl.maximum(largest, tl.sqrt(tl.sum(scaled * scaled, 1)) / factor)
     columns = tl.arange(0, WIDTH)
     tl.store(sum_ptr + program * F + columns, total, mask=columns < F)
-    tl.store(square_ptr + program, tl.max(largest, 0))
+    tl.store(length_ptr + program, tl.max(largest, 0))
 
 
 @triton.jit(do_not_specialize=["C", "num_shares"])
@@ -110,7 +113,7 @@ def unit_rows_kernel(
     x,
     seen_ptr,
     sum_ptr,
-    square_ptr,
+    length_ptr,
     u,
     scale_ptr,
     C,
@@ -124,23 +127,27 @@ def unit_rows_kernel(
     num_panels = tl.cdiv(C, BLOCK_C)
     side = tl.program_id(0) // num_panels
     shares = tl.arange(0, SHARES)
-    square_ptr += side * num_shares
-    largest = tl.max(tl.load(square_ptr + shares, mask=shares < num_shares, other=0.0), 0)
+    length_ptr += side * num_shares
+    largest = tl.max(tl.load(length_ptr + shares, mask=shares < num_shares, other=0.0), 0)
     total = added_shares(sum_ptr + side * num_shares * F, num_shares, F, WIDTH)
     centre = total / tl.maximum(count_seen(seen_ptr, C), 1.0)
 
     rows, offsets, mask = seen_offsets(seen_ptr, tl.program_id(0) % num_panels * BLOCK_C, C, F, BLOCK_C, WIDTH)
-    centred = tl.where(mask, load_rows(x, side, offsets, mask) - centre[None, :], 0.0)
+    factor, short = near_one(largest)
+    # Scaled before they are subtracted, because the difference of two large rows may overflow.
+    scaled = load_rows(x, side, offsets, mask) * factor - (centre * factor)[None, :]
+    centred = tl.where(mask, scaled, 0.0)
     squared = tl.sum(centred * centred, 1)
     # The tensor is on the left: where the constant is, the interpreter of Triton 3.8 makes the product a constant.
-    has_direction = squared > largest * _SQUARED_NOISE
+    noise = largest * factor * _NOISE
+    has_direction = squared > tl.where(short, float("inf"), noise * noise)
     scale = tl.where(has_direction, tl.rsqrt(tl.where(has_direction, squared, 1.0)), 0.0)
     out_ptr = u.x
     if side == 1:
         out_ptr = u.y
     inside = (rows < C)[:, None] & (tl.arange(0, WIDTH) < F)[None, :]
     tl.store(out_ptr + offsets, centred * scale[:, None], mask=inside)
-    tl.store(scale_ptr + side * C + rows, scale, mask=rows < C)
+    tl.store(scale_ptr + side * C + rows, scale * factor, mask=rows < C)
 
 
 @triton.jit(do_not_specialize=["C", "num_shares", "share_rows"])
@@ -230,15 +237,15 @@ def centred_unit_forward(x: Tensor, y: Tensor | None, seen: Tensor) -> tuple[Ten
     num_shares, share_rows = shares_of(num_classes, constants["BLOCK_C"])
     like = {"dtype": torch.float32, "device": x.device}
     sums = torch.empty((sides, num_shares, features), **like)
-    squares = torch.empty((sides, num_shares), **like)
+    lengths = torch.empty((sides, num_shares), **like)
     u, v = torch.empty(x.shape, **like), None if y is None else torch.empty(x.shape, **like)
     scale = torch.empty((sides, num_classes), **like)
     with device_guard(x):
         unit_sums_kernel[(sides * num_shares,)](
-            Sides(x, pointer(y, x)), seen, sums, squares, num_classes, num_shares, share_rows, **constants, **options
+            Sides(x, pointer(y, x)), seen, sums, lengths, num_classes, num_shares, share_rows, **constants, **options
         )
         unit_rows_kernel[(sides * triton.cdiv(num_classes, constants["BLOCK_C"]),)](
-            Sides(x, pointer(y, x)), seen, sums, squares, Sides(u, pointer(v, u)), scale, num_classes, num_shares,
+            Sides(x, pointer(y, x)), seen, sums, lengths, Sides(u, pointer(v, u)), scale, num_classes, num_shares,
             **constants, SHARES=SHARES, **options,
         )  # fmt: skip
     return u, v, scale

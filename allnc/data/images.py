@@ -57,7 +57,7 @@ def read_image(path: str) -> Image.Image:
             raise ValueError("a folder, device or pipe, not a regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a warning for each image of a million would bury everything else
-            with Image.open(path, formats=_formats()) as file:
+            with Image.open(path, formats=readable_formats()) as file:
                 file.load()
                 return _upright(file, _rgb(file))
     except Exception as error:  # PIL's readers raise whatever a damaged file drives them to
@@ -65,7 +65,8 @@ def read_image(path: str) -> Image.Image:
 
 
 @functools.cache
-def _formats() -> list[str]:
+def readable_formats() -> list[str]:
+    """Import PIL's readers, which takes a while, and return the names of those that are used."""
     Image.init()
     return [name for name in Image.ID if name not in NOT_READ]
 

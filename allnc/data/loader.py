@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from allnc.config import BATCH_AUGMENTATIONS, DataConfig
-from allnc.data.images import read_image
+from allnc.data.images import read_image, readable_formats
 from allnc.data.samplers import generator, rebalanced_order, uniform_order
 from allnc.data.sources import ImageSet
 from allnc.data.views import Draws, augment_batch, image_transforms, normalise
@@ -153,6 +153,7 @@ class _ViewDataset(Dataset[Tensor]):
     def __init__(self, images: ImageSet, config: DataConfig, *, train: bool) -> None:
         size = config.image_size if images.images is None else images.images.shape[-1]
         self.set, self.num_views = images, config.views if train else 1
+        readable_formats()  # imported here, or else by each worker of each epoch
         self.first, self.others = image_transforms(config.augmentation, size, images.mean, images.std, train=train)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
@@ -186,7 +187,12 @@ def _from_workers(
     try:
         with _own_signal_handler():
             batches = iter(loader)
-    except OSError as error:
+    except Exception as error:
+        # A worker that dies now makes torch's handler raise anywhere in here, and what that interrupts may raise, too.
+        if "DataLoader worker" in f"{error} {error.__context__}":
+            raise ValueError(f"{_ended(0)}; got data.workers {workers}") from error
+        if not isinstance(error, OSError):
+            raise
         raise ValueError(f"data.workers must be processes that can be started; got {workers}: {error}") from error
     processes = set(multiprocessing.active_children()) - others
     problem = None
@@ -197,11 +203,12 @@ def _from_workers(
         # A worker wraps its error in the text of a traceback, of which a user needs the last line.
         problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         error.__traceback__ = None
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, OSError) as error:
         codes = [process.exitcode for process in processes if process.exitcode]
-        line = str(error).strip().splitlines()[-1]
-        if codes and "DataLoader worker" in str(error):
-            problem = _ended(codes[0])
+        line = "".join(str(error).strip().splitlines()[-1:])
+        # The memory of a batch is fetched from its worker, which fails in several ways when that has just died.
+        if "DataLoader worker" in line or (codes and isinstance(error, (EOFError, OSError))):
+            problem = _ended(codes[0] if codes else 0)
         elif "No space left on device" in line or "shared memory" in line:
             problem = "shared memory is too small for the workers' batches: enlarge /dev/shm or lower data.workers"
         elif "Too many open files" in line:
@@ -237,9 +244,9 @@ def _own_signal_handler() -> Iterator[None]:
 
 
 def _ended(code: int) -> str:
-    """Say in one line how a worker process ended and what helps."""
-    if code > 0:
-        return f"a process that reads images ended with status {code}; data.workers 0 shows where"
+    """Say in one line how a worker process ended (0: not known) and what helps."""
+    if code >= 0:
+        return f"a process that reads images ended{f' with status {code}' if code else ''}; data.workers 0 shows where"
     name = signal.Signals(-code).name
     help_ = {
         "SIGKILL": "most often the machine ran out of memory: lower data.workers or free memory",

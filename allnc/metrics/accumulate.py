@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from allnc.metrics.measures import Center, Within, collapse_from_moments
+from allnc.metrics.measures import Center, Within, check_measurable, collapse_from_moments
 from allnc.ops._common import check_choice, check_floating, check_labels, check_shape
 
 _MATRIX_ENTRIES = 1 << 25  # 256 MB in float64: the largest scatter kept for each class separately
@@ -97,12 +97,16 @@ class CollapseAccumulator:
                 keeping the features (in their own type) until `compute`.
 
         Raises:
-            TypeError, ValueError: wrong types, shapes or labels.
+            TypeError, ValueError: wrong types, shapes or labels; features that are not finite or beyond 1e60, logits
+                that are NaN. Nothing of the batch is folded in then.
         """
+        kept: list[tuple[Tensor, Tensor]] = []
         if logits is not None:
             check_shape("logits", logits, (labels.shape[0], self.num_classes))
-            self.kept.append((features.detach().to(self.counts.device), logits.argmax(1).to(self.counts.device)))
+            predictions = predictions_of(logits).to(self.counts.device)
+            kept.append((features.detach().to(self.counts.device), predictions))
         features, labels = self._checked(features, labels)
+        self.kept += kept
         counts = torch.zeros_like(self.counts).index_add_(0, labels, torch.ones_like(features[:, 0]))
         means = torch.zeros_like(self.means).index_add_(0, labels, features) / counts.clamp(min=1)[:, None]
         centred = features - means[labels]  # [N, F]
@@ -121,8 +125,7 @@ class CollapseAccumulator:
     def state(self) -> dict[str, Tensor]:
         """The sums, as float64 tensors of fixed shapes: to save, or to gather across ranks.
 
-        Samples kept for NC4 are not among them: across ranks, merge first and take the second pass, whose
-            "nearest"
+        Samples kept for NC4 are not among them: across ranks, merge first and take the second pass, whose "nearest"
         adds up over ranks.
         """
         names = ("counts", "means", "traces", "scatter", "nearest")
@@ -132,10 +135,12 @@ class CollapseAccumulator:
         """Fold in the `state` of another accumulator of the same settings.
 
         Raises:
-            ValueError: the shapes differ.
+            ValueError: the shapes differ, or an entry is not finite.
         """
         for name in ("counts", "means", "traces", "scatter", "nearest"):
             check_shape(f"state[{name!r}]", state[name], tuple(getattr(self, name).shape))
+            if not bool(state[name].isfinite().all()):
+                raise ValueError(f"state[{name!r}] must be finite; got NaN or infinity")
         moved = {name: tensor.to(self.counts) for name, tensor in state.items()}
         self.nearest += moved["nearest"]
         self._merge(moved["counts"], moved["means"], moved["traces"], moved["scatter"])
@@ -167,10 +172,13 @@ class CollapseAccumulator:
             As `collapse`.
 
         Raises:
-            ValueError: fewer than two classes seen, or counts that are not the announced class_counts.
+            ValueError: fewer than two classes seen, counts that are not the announced class_counts, or a weight or bias
+                that is not finite.
         """
         if bias is not None:
+            check_floating("bias", bias)
             check_shape("bias", bias, (self.num_classes,))
+            check_measurable("bias", bias)
         if self.expected is not None and not torch.equal(self.counts, self.expected):
             wrong = int((self.counts != self.expected).nonzero()[0])
             raise ValueError(
@@ -241,4 +249,13 @@ class CollapseAccumulator:
         wrong = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(wrong):
             raise ValueError(f"{name} must be in [0, {self.num_classes}); got {int(wrong[0])}")
+        check_measurable("features", features)
         return features.detach().to(self.counts), labels
+
+
+def predictions_of(logits: Tensor) -> Tensor:
+    """The class of the largest logit of each row [N], which NaN would be."""
+    wrong = logits.isnan()
+    if bool(wrong.any()):
+        raise ValueError(f"logits must not be NaN; got {int(wrong.any(1).sum())} of {len(logits)} rows with NaN")
+    return logits.argmax(1)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from allnc.metrics.accumulate import CollapseAccumulator
-from allnc.metrics.measures import Center, Within
+from allnc.metrics.accumulate import CollapseAccumulator, predictions_of
+from allnc.metrics.measures import Center, Within, check_measurable
 from allnc.ops._common import check_floating, check_labels, check_shape
 
 _CHUNK_ENTRIES = 1 << 24  # 128 MB in float64: the part of the features or of the logits converted at a time
@@ -58,7 +58,8 @@ def collapse(
         vectors.
 
     Raises:
-        TypeError, ValueError: wrong types, shapes or labels, or fewer than two classes present.
+        TypeError, ValueError: wrong types, shapes or labels, fewer than two classes present, or NaN, infinity or a
+            number beyond 1e60 anywhere (logits may be infinite): there is no such measure of a run that has diverged.
 
     Source: Papyan, Han & Donoho, PNAS 2020 (NC1-NC4); Zhu et al., NeurIPS 2021 (normalised Gram); Galanti
         et al., ICLR 2022 (CDNV); Jiang et al., ICML 2024 (F < C - 1).
@@ -70,9 +71,13 @@ def collapse(
     check_shape("weight", weight, ("C", features.shape[1]))
     num_classes, num_rows = weight.shape[0], features.shape[0]
     if bias is not None:
+        check_floating("bias", bias)
         check_shape("bias", bias, (num_classes,))
     if logits is not None:
         check_shape("logits", logits, (num_rows, num_classes))
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            check_measurable(name, x)  # those of features and logits are looked at piece by piece
     inside = (labels >= 0) & (labels < num_classes)
     if not bool(inside.all()):
         raise ValueError(f"labels must be in [0, {num_classes}); got {int(labels[~inside][0])}")
@@ -88,11 +93,12 @@ def collapse(
     for rows in chunks:
         accumulator.update(features[rows], labels[rows])
     for rows in chunks:
-        predictions = _predictions(features[rows], weight, bias) if logits is None else logits[rows].argmax(1)
+        own = _logits(features[rows], weight, bias) if logits is None else logits[rows]
+        predictions = predictions_of(own)
         accumulator.count_disagreement(features[rows], predictions)
     return accumulator.compute(weight, bias, center=center)
 
 
-def _predictions(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     logits = features.detach().double() @ weight.detach().double().T
-    return (logits if bias is None else logits + bias.detach()).argmax(1)
+    return logits if bias is None else logits + bias.detach()

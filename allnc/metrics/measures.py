@@ -21,6 +21,7 @@ Legend: N samples, F features, C classes, K of them present.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -30,6 +31,18 @@ from allnc.ops._common import check_choice, check_floating, check_shape
 
 Center = Literal["class", "samples"]
 Within = Literal["classes", "pooled"]
+
+LARGEST = 1e60  # of what is measured: fourth powers, and sums of them, stay within float64
+_BLOCK_ENTRIES = 1 << 22  # of a matrix of pairs of classes, 32 MB at a time: whole, it may have 66 million
+
+
+def check_measurable(name: str, x: Tensor) -> None:
+    """Raise ValueError unless all entries are finite and at most LARGEST in size: no measure can be made of others."""
+    largest = min(LARGEST, torch.finfo(x.dtype).max)  # as a float32, LARGEST would be infinite
+    wrong = ~(x.detach().abs() <= largest)
+    if bool(wrong.any()):
+        got = f"{float(x.detach()[wrong][0]):g} ({int(wrong.sum())} of {x.numel()} entries)"
+        raise ValueError(f"{name} must be finite, at most {LARGEST:g} in size; got {got}. Has the training diverged?")
 
 
 def collapse_from_moments(
@@ -56,11 +69,13 @@ def collapse_from_moments(
         As `collapse`, without "nc4".
 
     Raises:
-        ValueError: fewer than two classes present, or a wrong weight.
+        ValueError: fewer than two classes present, or a wrong weight, or entries that are not finite.
     """
     check_choice("center", center, ("class", "samples"))
     check_floating("weight", weight)
     check_shape("weight", weight, tuple(means.shape))
+    check_measurable("means", means)
+    check_measurable("weight", weight)
     present = counts > 0
     num_present = int(present.sum())
     if num_present < 2:
@@ -70,33 +85,31 @@ def collapse_from_moments(
     share = counts / counts.sum() if center == "samples" else torch.full_like(counts, 1 / num_present)
     M = means - share @ means  # [K, F]
 
+    R_M, R_W = (torch.linalg.qr(vectors, mode="r").R for vectors in (M, W))  # as V = QR, ‖VVᵀ‖ = ‖RRᵀ‖
     variance = traces / counts  # [K]
     total_within = variance.mean() if within == "classes" else traces.sum() / counts.sum()
     total_between = M.square().sum() / num_present
     measures = {
         "classes": float(num_present),
-        "nc1": _nc1(M, within_covariance.to(means)),
+        "nc1": _nc1(R_M, num_present, within_covariance.to(means)),
         "trace_ratio": _ratio(float(total_within), float(total_between)),
         "cdnv": _cdnv(means, variance),
-        **{f"{name}_means": value for name, value in _geometry(M).items()},
-        **{f"{name}_weights": value for name, value in _geometry(W).items()},
+        **{f"{name}_means": value for name, value in _geometry(M, R_M).items()},
+        **{f"{name}_weights": value for name, value in _geometry(W, R_W).items()},
         "nc3": float(torch.linalg.matrix_norm(_normalised(W) - _normalised(M))),
-        "nc3_product": float(torch.linalg.matrix_norm(_normalised(W @ M.T) - _etf(num_present).to(M))),
-        "nc3_cosine": float(1 - torch.nn.functional.cosine_similarity(W, M, dim=1).mean()),
+        "nc3_product": _distance_to_etf(W, M, R_W @ R_M.T),
+        "nc3_cosine": float(1 - (_unit(W) * _unit(M)).sum(1).mean()),
     }
     if M.shape[1] < num_present - 1:
         dim = M.shape[1]
         measures["tight_frame_floor"] = math.sqrt((num_present - dim) / (dim * (num_present - 1)))
-        for name, vectors in (("means", M), ("weights", W)):
-            measures.update({f"{key}_{name}": value for key, value in _crowding(vectors).items()})
     return measures
 
 
-def _nc1(M: Tensor, within_covariance: Tensor) -> float:
-    """tr(Σ_W Σ_B⁺)/K: Σ_B = V diag(s²) Vᵀ with M/sqrt(K) = U diag(s) Vᵀ."""
-    num_classes = len(M)
-    _, s, Vh = torch.linalg.svd(M / math.sqrt(num_classes), full_matrices=False)
-    tolerance = max(M.shape) * torch.finfo(M.dtype).eps * s[0]
+def _nc1(R: Tensor, num_classes: int, within_covariance: Tensor) -> float:
+    """tr(Σ_W Σ_B⁺)/K: Σ_B = V diag(s²) Vᵀ with M/sqrt(K) = U diag(s) Vᵀ, of which U is not wanted: M = QR."""
+    _, s, Vh = torch.linalg.svd(R / math.sqrt(num_classes), full_matrices=False)
+    tolerance = max(num_classes, R.shape[1]) * torch.finfo(R.dtype).eps * s[0]
     rank = min(int((s > tolerance).sum()), num_classes - 1)  # centring leaves at most K - 1 directions
     if rank == 0:
         return math.inf
@@ -105,45 +118,88 @@ def _nc1(M: Tensor, within_covariance: Tensor) -> float:
 
 
 def _cdnv(means: Tensor, variance: Tensor) -> float:
-    squared = torch.pdist(means).square()  # [K (K-1) / 2]
-    first, second = torch.triu_indices(len(means), len(means), 1, device=means.device)
-    return float(((variance[first] + variance[second]) / (2 * squared)).where(squared > 0, torch.inf).mean())
+    """Mean over pairs of (var_c + var_c') / (2 ‖μ_c - μ_c'‖²), infinite where means coincide."""
+    centred = means - means.mean(0)  # of which products lose less
+    squares = centred.square().sum(1)  # [K]
+    total = 0.0
+    for rows, columns, pairs in _blocks_of_pairs(len(means), means.device):
+        sizes = squares[rows, None] + squares[None, columns]  # [rows, columns]
+        distances = sizes - 2 * centred[rows] @ centred[columns].T
+        _measure_close_pairs(distances, pairs & (distances < 1e-6 * sizes), centred[rows], centred[columns])
+        terms = (variance[rows, None] + variance[None, columns]) / (2 * distances)
+        total += float(terms.where(distances > 0, torch.inf).where(pairs, 0).sum())
+    return total / (len(means) * (len(means) - 1) / 2)
 
 
-def _geometry(vectors: Tensor) -> dict[str, float]:
-    """NC2 and its companions of [K, F] vectors."""
-    num = len(vectors)
+def _measure_close_pairs(distances: Tensor, close: Tensor, x: Tensor, y: Tensor) -> None:
+    """Sets distances [rows, columns] to the exact ‖x_i - y_j‖² where close: products would leave rounding errors."""
+    for pairs in close.nonzero().split(max(1, _BLOCK_ENTRIES // x.shape[1])):
+        first, second = pairs.unbind(1)
+        distances[first, second] = (x[first] - y[second]).square().sum(1)
+
+
+def _blocks_of_pairs(num: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, columns and mask of all pairs of different classes, each once, some rows at a time."""
+    step = max(1, _BLOCK_ENTRIES // num)
+    for start in range(0, num, step):
+        stop = min(start + step, num)
+        all_pairs = torch.ones(stop - start, num - start, dtype=torch.bool, device=device)
+        yield slice(start, stop), slice(start, num), all_pairs.triu(1)
+
+
+def _geometry(vectors: Tensor, R: Tensor) -> dict[str, float]:
+    """NC2 and its companions of [K, F] vectors = QR; where no simplex ETF exists (F < K - 1), also how they crowd."""
+    num, dim = vectors.shape
     lengths = torch.linalg.vector_norm(vectors, dim=1)
-    cosines = _pair_cosines(vectors)
-    return {
-        "nc2": float(torch.linalg.matrix_norm(_normalised(vectors @ vectors.T) - _etf(num).to(vectors))),
+    unit = _unit(vectors)
+    num_pairs = num * (num - 1) / 2
+    # Deviations from the mean, which is known beforehand: all cosines may be nearly the same.
+    mean = float((unit.sum(0).square().sum() - unit.square().sum()) / (2 * num_pairs))
+    deviation = squares = from_etf = crowded = energy = 0.0
+    largest = -1.0
+    for rows, columns, pairs in _blocks_of_pairs(num, unit.device):
+        cosines = (unit[rows] @ unit[columns].T).clamp(-1, 1)  # [rows, columns]
+        from_mean = (cosines - mean).where(pairs, 0)
+        deviation += float(from_mean.sum())
+        squares += float(from_mean.square().sum())
+        from_etf += float((cosines + 1 / (num - 1)).where(pairs, 0).abs().sum())
+        if dim < num - 1:
+            largest = max(largest, float(cosines.where(pairs, -1).max()))
+            crowded += float(cosines.where(pairs, 0).square().sum())
+            energy += float((2 - 2 * cosines).clamp(min=0).rsqrt().where(pairs, 0).sum())
+    deviation /= num_pairs
+    measures = {
+        "nc2": _distance_to_etf(vectors, vectors, R @ R.T),
         "equinorm": _ratio(float(lengths.std(correction=0)), float(lengths.mean())),
-        "cosine_mean": float(cosines.mean()),
-        "cosine_std": float(cosines.std(correction=0)),
-        "equiangular": float((cosines + 1 / (num - 1)).abs().mean()),
+        "cosine_mean": mean + deviation,
+        "cosine_std": math.sqrt(max(0.0, squares / num_pairs - deviation**2)),
+        "equiangular": from_etf / num_pairs,
     }
+    if dim < num - 1:
+        crowding = {"max": largest, "rms": math.sqrt(crowded / num_pairs)}
+        measures |= {f"cosine_{name}": value for name, value in crowding.items()} | {"energy": energy / num_pairs}
+    return measures
 
 
-def _crowding(vectors: Tensor) -> dict[str, float]:
-    cosines = _pair_cosines(vectors)
-    distance = (2 - 2 * cosines).clamp(min=0).sqrt()
-    return {
-        "cosine_max": float(cosines.max()),
-        "cosine_rms": float(cosines.square().mean().sqrt()),
-        "energy": float(distance.reciprocal().mean()),
-    }
+def _unit(vectors: Tensor) -> Tensor:
+    """Rows at unit length; a row of zeros stays."""
+    lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.where(lengths > 0, 1)
 
 
-def _pair_cosines(vectors: Tensor) -> Tensor:
-    """Cosines of all pairs, each once.  [K (K-1) / 2]"""
-    unit = torch.nn.functional.normalize(vectors, dim=1)
-    first, second = torch.triu_indices(len(vectors), len(vectors), 1, device=vectors.device)
-    return (unit @ unit.T)[first, second].clamp(-1, 1)
-
-
-def _etf(num: int) -> Tensor:
-    """E = (I - J/K)/sqrt(K-1), of Frobenius norm 1.  [K, K]"""
-    return (torch.eye(num, dtype=torch.float64) - 1 / num) / math.sqrt(num - 1)
+def _distance_to_etf(x: Tensor, y: Tensor, of_same_norm: Tensor) -> float:
+    """‖XYᵀ/‖XYᵀ‖ - E‖, E = (I - J/K)/sqrt(K-1), with another matrix of the norm of XYᵀ; some rows at a time."""
+    num = len(x)
+    norm = torch.linalg.matrix_norm(of_same_norm)
+    scale = 1 / norm.where(norm > 0, 1)
+    step = max(1, _BLOCK_ENTRIES // num)
+    total = 0.0
+    for start in range(0, num, step):
+        rows = slice(start, min(start + step, num))
+        difference = (x[rows] * scale @ y.T).add_(1 / (num * math.sqrt(num - 1)))  # [rows, K]
+        difference[:, rows].diagonal().sub_(1 / math.sqrt(num - 1))
+        total += float(difference.square().sum())
+    return math.sqrt(total)
 
 
 def _normalised(matrix: Tensor) -> Tensor:

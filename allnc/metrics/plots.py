@@ -22,12 +22,13 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from allnc.metrics.accuracy import shot_groups
-from allnc.metrics.angles import ideal_angle, pairwise_angles
+from allnc.metrics.angles import AngleMap, angle_map, check_finite, ideal_angle, pairwise_angles
 from allnc.ops._common import check_floating, check_shape
 
 _DPI = 130
 _ANNOTATED_CLASSES = 12  # up to so many classes every cell carries its angle
 _LABELLED_CLASSES = 30  # up to so many classes every row is named
+_MOST_CELLS = 200  # of a row: of more classes cells are means over groups, as a picture has no room for each
 
 _BLUE, _ORANGE, _GREEN, _RED, _BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
 
@@ -99,7 +100,9 @@ def plot_angles(
 ) -> None:
     """Draw the inter-class angles of class means (centred) and classifier vectors as heat maps.
 
-    White is the ideal angle of a simplex ETF, purple is closer together, orange further apart.
+    White is the ideal angle of a simplex ETF, purple is closer together, orange further apart. Of more than 200 classes
+    a cell is the mean over two groups of classes that are neighbours in the picture's order; the numbers in the titles
+    are over all pairs.
 
     Args:
         means: [C, F] floating; a row of zeros stands for a class without a mean,
@@ -112,7 +115,7 @@ def plot_angles(
         few: classes with fewer training images than this are few-shot.
 
     Raises:
-        TypeError, ValueError: shapes that do not fit, or fewer than two classes.
+        TypeError, ValueError: shapes that do not fit, entries that are not finite, or fewer than two classes.
 
     Source: AllNC (arXiv 2408.07253), inter-class pairwise angles.
     """
@@ -123,44 +126,57 @@ def plot_angles(
     num_classes = len(means)
     there = (means != 0).any(1)  # [C]
     ideal = ideal_angle(int(there.sum()))
-    order, borders = list(range(num_classes)), []
+    order, borders = torch.arange(num_classes), []
     if class_counts is not None:
         counts = torch.as_tensor(class_counts).cpu()
         check_shape("class_counts", counts, (num_classes,))
-        order = torch.argsort(counts, descending=True, stable=True).tolist()
+        order = torch.argsort(counts, descending=True, stable=True)
         groups = shot_groups(counts, many=many, few=few)
         borders = [(name, int(mask.sum())) for name, mask in groups.items() if bool(mask.any())]
 
     panels = {
-        "Class means, centred": pairwise_angles(means, centre=True),
-        "Classifier vectors": pairwise_angles(weight * there[:, None].to(weight), centre=False),
+        "Class means, centred": _map_of(means, order, centre=True, name="means"),
+        "Classifier vectors": _map_of(weight.where(there[:, None], 0), order, centre=False, name="weight"),
     }
-    off = ~torch.eye(num_classes, dtype=torch.bool)
-    far = max(float((a[off] - ideal).abs().nan_to_num(0).max()) for a in panels.values())
+    far = max(float((panel.cells - ideal).abs().nan_to_num(0).max()) for panel in panels.values())
     norm = TwoSlopeNorm(ideal, ideal - max(far, 5), ideal + max(far, 5))
     figure = Figure(figsize=(12, 5.6), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     images = []
-    for axis, (title, angles) in zip(axes, panels.items(), strict=True):
-        values = angles[off]
-        values = values[~values.isnan()]
-        shown = angles[order][:, order].masked_fill(torch.eye(num_classes, dtype=torch.bool), torch.nan)
-        images.append(axis.imshow(shown.numpy(), cmap="PuOr_r", norm=norm, interpolation="nearest"))
+    end = num_classes - 0.5
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        shown = {"cmap": "PuOr_r", "norm": norm, "interpolation": "nearest", "extent": (-0.5, end, end, -0.5)}
+        images.append(axis.imshow(panel.cells.numpy(), **shown))
         axis.set_facecolor("0.85")
-        spread = float(values.std(correction=0)) if len(values) else math.nan
-        middle = float(values.mean()) if len(values) else math.nan
-        numbers = f"mean {middle:.1f}°, std {spread:.1f}° (ideal {ideal:.1f}°, 0°)"
-        axis.set_title(f"{title}\n{numbers}", fontsize=12)
-        _label_classes(axis, order, borders)
+        numbers = f"mean {panel.mean:.1f}°, std {panel.std:.1f}° (ideal {ideal:.1f}°, 0°)"
+        if num_classes > _MOST_CELLS:
+            size = round(num_classes / _MOST_CELLS)
+            title += f"; cells are means of about {size} x {size} classes"
+        axis.set_title(f"{title}\n{numbers}", fontsize=12 if num_classes <= _MOST_CELLS else 10)
+        _label_classes(axis, order.tolist(), borders)
         if num_classes <= _ANNOTATED_CLASSES:
-            _annotate(axis, shown, norm)
+            _annotate(axis, panel.cells, norm)
     bar = figure.colorbar(images[0], ax=axes, fraction=0.03, pad=0.02)
     bar.set_label("angle between two classes [degrees]", fontsize=11)
     bar.ax.axhline(ideal, color="black", linewidth=1.5)
     to_bar = bar.ax.get_yaxis_transform()
     bar.ax.text(-0.15, ideal, "ideal", ha="right", va="center", fontsize=10, transform=to_bar)
     figure.savefig(path)
+
+
+def _map_of(vectors: Tensor, order: Tensor, *, centre: bool, name: str) -> AngleMap:
+    """Angles in the order of the picture, NaN on the diagonal; of many classes, means over groups of them."""
+    if len(order) > _MOST_CELLS:
+        return angle_map(vectors, order, _MOST_CELLS, centre=centre, name=name)
+    check_finite(name, vectors)
+    angles = pairwise_angles(vectors, centre=centre)
+    diagonal = torch.eye(len(angles), dtype=torch.bool)
+    values = angles[~diagonal & ~angles.isnan()]
+    cells = angles[order][:, order].masked_fill(diagonal, torch.nan)
+    if not len(values):
+        return AngleMap(cells, math.nan, math.nan)
+    return AngleMap(cells, float(values.mean()), float(values.std(correction=0)))
 
 
 def plot_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -239,15 +255,17 @@ def _label_classes(axis: Axes, order: list[int], borders: list[tuple[str, int]])
     elif borders:  # positions, not class numbers, once the classes are sorted
         axis.set_xlabel("rank of the class by training images")
         axis.set_ylabel("rank of the class by training images")
-    start = 0
+    start, before, shift = 0, -math.inf, 0.0
     for name, size in borders:
         if start:
             axis.axhline(start - 0.5, color="black", linewidth=1.2)
             axis.axvline(start - 0.5, color="black", linewidth=1.2)
         middle = start + (size - 1) / 2
+        shift = 0.035 - shift if middle - before < 0.13 * len(order) else 0.0  # beside a name that is too near
+        before = middle
         axis.annotate(
             name,
-            (1.01, middle),
+            (1.01 + shift, middle),
             xycoords=("axes fraction", "data"),
             rotation=-90,
             ha="left",

@@ -6,8 +6,11 @@ check that needs values, label range, is itself an op (`validated_labels`), so t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import math
 import os
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -18,11 +21,32 @@ from allnc._checks import check_choice
 
 Backend = Literal["auto", "eager", "cpp", "triton", "cuda"]
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LEAST_ENTRY = 2.0**-100  # 8e-31: rows without an entry as large have no direction
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type sums are kept in: float64 for float64 input, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normal_scale(largest: Tensor) -> Tensor:
+    """The power of two that brings numbers whose largest is `largest` near 1, where their squares neither overflow nor
+    vanish; it rounds nothing. Numbers below LEAST_ENTRY stay below 1.
+    """
+    smallest = math.log2(torch.finfo(largest.dtype).tiny)  # exponent of the smallest power of two
+    return torch.exp2(-largest.log2().floor().clamp(-100, -smallest))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of x at unit length, differentiable; rows whose entries are all below LEAST_ENTRY are 0, without gradient.
+
+    Args:
+        x: [N, F] float32 or float64, of any size up to the largest number of its type.
+    """
+    largest = x.detach().abs().amax(1, keepdim=True)  # [N, 1]
+    x = x * normal_scale(largest)
+    short = largest < LEAST_ENTRY  # not where there is a NaN
+    return x * torch.linalg.vector_norm(x, dim=1, keepdim=True).where(~short, 1).reciprocal().where(~short, 0)
 
 
 def debug_checks() -> bool:
@@ -203,3 +227,16 @@ def validated_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Ten
         [N] int64.
     """
     return _validated_labels(labels, num_classes, ignore_index)
+
+
+@contextlib.contextmanager
+def label_errors(labels: Tensor, num_classes: int, ignore_index: int) -> Iterator[None]:
+    """The ValueError of `validated_labels` where C++ code that checks labels by itself refuses them.
+
+    Labels are looked at twice only once something is wrong.
+    """
+    try:
+        yield
+    except RuntimeError:
+        validated_labels(labels, num_classes, ignore_index)
+        raise

@@ -11,6 +11,7 @@ Legend: N activations, D columns of the projection, C classes, F features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
@@ -218,7 +219,7 @@ def all_around(
             check_choice("pairings", pairing, PAIRINGS)
         _check_sides(z, len(proj_means), means, weights)
         check_choice("target", target, get_args(Target))
-        if not p2p_temperature > 0:
+        if not 0 < p2p_temperature < math.inf:
             raise ValueError(f"p2p_temperature must be > 0; got {p2p_temperature}")
         dtype = torch.promote_types(accumulation_dtype(means.dtype), accumulation_dtype(weights.dtype))
         dtype = torch.promote_types(dtype, z.dtype)

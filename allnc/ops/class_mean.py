@@ -33,6 +33,7 @@ from allnc.ops._common import (
     check_same_device,
     check_seen,
     check_shape,
+    label_errors,
     resolve_backend,
     validated_labels,
 )
@@ -65,7 +66,7 @@ def class_mean_ema_reference(
     use = labels != ignore_index  # [N]
     row_class = labels.where(use, 0)  # [N]
     counts = labels.new_zeros(len(means)).index_add(0, row_class, use.long())  # [C], n_c
-    sums = f.new_zeros(means.shape).index_add(0, row_class, f.where(use[:, None], 0))  # [C, F], s_c
+    sums = _class_sums(f.where(use[:, None], 0), row_class, len(means))  # [C, F], s_c
     batch = sums / counts.clamp(min=1)[:, None]  # [C, F], b_c
     present = counts > 0  # [C]
     old = means.detach().to(f.dtype)  # [C, F]
@@ -74,6 +75,25 @@ def class_mean_ema_reference(
     if gradient == "straight_through":
         value = value.detach() + torch.where(present[:, None], batch - batch.detach(), 0)
     return value, seen | present, counts
+
+
+def _class_sums(f: Tensor, row_class: Tensor, num_classes: int) -> Tensor:
+    """Sums [C, F] of the rows of each class; of many rows in segments of at most 256, which are then added up.
+
+    One long sum would lose digits: the mean of 65,536 rows near 10 is off by 8e-5, that of 4,096 by 5e-6.
+    """
+    num_rows, segment_rows = len(f), 256
+    if num_rows <= 4096:
+        return f.new_zeros(num_classes, f.shape[1]).index_add(0, row_class, f)
+    ordered, order = row_class.sort(stable=True)
+    starts = torch.arange(num_rows, device=f.device) % segment_rows == 0  # [N]
+    starts[1:] |= ordered[1:] != ordered[:-1]
+    segment = starts.cumsum(0) - 1  # [N], of the ordered rows
+    num_segments = num_classes + -(-num_rows // segment_rows)
+    class_of = row_class.new_zeros(num_segments).scatter(0, segment, ordered)
+    partial = f.new_zeros(num_segments, f.shape[1])
+    partial = partial.index_add(0, torch.empty_like(segment).scatter(0, order, segment), f)
+    return f.new_zeros(num_classes, f.shape[1]).index_add(0, class_of, partial)
 
 
 @torch.library.custom_op("allnc::class_mean_ema", mutates_args=("means", "seen"))
@@ -88,9 +108,9 @@ def _class_mean_ema(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend != "eager":
-        return torch.ops.allnc_C.class_mean_ema_forward(
-            features, labels, means, seen, momentum, ignore_index, deterministic
-        )
+        arguments = (features, labels, means, seen, momentum, ignore_index, deterministic)
+        with label_errors(labels, len(means), ignore_index):
+            return torch.ops.allnc_C.class_mean_ema_forward(*arguments)
     seen_before = seen.clone()
     with torch.autocast(features.device.type, enabled=False), _deterministic_algorithms(deterministic):
         value, seen_after, counts = class_mean_ema_reference(
@@ -271,7 +291,8 @@ def class_mean_ema(
     used = check()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    labels = validated_labels(labels, len(means), ignore_index)
+    if used != "cpp":  # which looks at each label before it changes anything
+        labels = validated_labels(labels, len(means), ignore_index)
     momentum, straight_through = float(momentum), gradient == "straight_through"
     arguments = (features.detach(), labels, means, seen, momentum, ignore_index, deterministic, used)
     if group is None:
@@ -290,6 +311,8 @@ def _check(features: Tensor, labels: Tensor, means: Tensor, seen: Tensor, moment
     check_shape("features", features, ("N", "F"))
     check_floating("means", means)
     check_shape("means", means, ("C", features.shape[1]))
+    if len(means) == 0:
+        raise ValueError(f"means must have at least one row, a class; got {list(means.shape)}")
     wanted = accumulation_dtype(features.dtype)
     if means.dtype != wanted:
         raise ValueError(

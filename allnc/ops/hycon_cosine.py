@@ -66,9 +66,13 @@ def hycon_cosine_reference(
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Unit rows; a zero row has no direction, stays zero and gets no gradient."""
+    """Unit rows; a row shorter than the squares of its type show has no direction, stays zero and gets no gradient.
+
+    A row so long that its squares overflow is NaN. Scaling rows first would take a fifth of the time of the loss.
+    """
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x * norm.where(norm > 0, 1).reciprocal().where(norm > 0, 0)
+    norm = norm + 0 * norm  # NaN for infinity, of which the reciprocal would be a silent 0
+    return x * norm.where(norm != 0, 1).reciprocal().where(norm != 0, 0)
 
 
 def _mean_cosine(x: Tensor, y: Tensor, use: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -92,7 +96,8 @@ def hycon_cosine(
     """Hybrid contrast by cosine: predictions with other views' features, features with their class mean.
 
     The targets (features of the other views, class means) are constants: h gets its gradient from the first
-    term, f from the second, `means` gets none. All rows are normalised here.
+    term, f from the second, `means` gets none. All rows are normalised here: in float32 those of a length from 1e-19
+    to 1e19; shorter ones are zero rows without gradient, longer ones make the loss NaN.
 
     Args:
         h: [N, F] float16, bfloat16, float32 or float64; the predictor's output, view-major (row v·B + b).
@@ -122,6 +127,8 @@ def hycon_cosine(
     num_rows, dim = h.shape
     check_shape("f", f, (num_rows, dim))
     check_shape("means", means, ("C", dim))
+    if len(means) == 0:
+        raise ValueError(f"means must have at least one row, a class; got {list(means.shape)}")
     if (num_rows == 0 and group is None) or dim == 0:
         raise ValueError(f"h must have at least one row and one column; got {list(h.shape)}")
     check_labels(labels, num_rows)
@@ -136,8 +143,9 @@ def hycon_cosine(
         use = labels != ignore_index  # [N]
         own_class = labels.where(use, 0)
         unit_f = _unit(f.to(dtype).where(use[:, None], 0))  # rows that take no part may hold anything
-        own_mean = _unit(means.detach().to(dtype))[own_class]
         known = use if seen is None else use & seen[own_class]
+        there = means.detach() if seen is None else means.detach().where(seen[:, None], 0)
+        own_mean = _unit(there.to(dtype))[own_class]
         loss = -_mean_cosine(unit_f, own_mean, known, group)
         if num_views > 1:
             unit_h = _unit(h.to(dtype).where(use[:, None], 0))

@@ -46,7 +46,7 @@ _TYPES: dict[str, Any] = {
     "seen_ptr": "*i1",
     "contrast": panels.Contrast(z="*z", mu="*z", a="*fp32", b="*fp32"),
     "labels": classes.Labels(given="*i64", ordered="*i64", order="*i64"),
-    "prepared": classes.Prepared(state="*fp32", index="*i32", sums="*fp32", mu="*z"),
+    "prepared": classes.Prepared(state="*fp32", index="*i32", sums="*fp32", rows="*z"),
     "classes": p2p.Classes(x="*fp32", y="*fp32", seen="*i1"),
     **dict.fromkeys(("x", "u", "du", "dx"), centred_unit.Sides(x="*fp32", y="*fp32")),
 }

@@ -5,7 +5,8 @@
 //     dc_c = r_c (du_c - u_c u_c.du_c),  dx_c = dc_c - (1/K) sum_c' dc_c'
 //
 // with sums over the K rows seen; the others are never read, and their results are 0. A row as near to the centre as
-// rounding puts it, noise = 8 eps max_c |x_c|, has no direction and no gradient.
+// rounding puts it, noise = 8 eps max_c |x_c|, has no direction and no gradient. Nor has any row where all entries are
+// below kLeastEntry.
 
 #include <torch/csrc/stable/library.h>
 
@@ -19,6 +20,8 @@
 
 namespace allnc {
 namespace cpu {
+
+constexpr double kLeastEntry = 0x1p-100;  // as in allnc/ops/_common.py
 
 // Sums over a row are kept in this many partial sums, which vector units add at once.
 constexpr int64_t kLanes = 16;
@@ -45,6 +48,20 @@ ALLNC_MULTIVERSION void add_to_sum(double* __restrict sum, const X* __restrict x
 template <class Z, class X, class T>
 ALLNC_MULTIVERSION void subtract_row(Z* __restrict out, const X* x, const T* __restrict y, int64_t columns) {
   for (int64_t f = 0; f < columns; ++f) out[f] = static_cast<Z>(static_cast<T>(x[f]) - y[f]);
+}
+
+// out = x factor
+template <class X, class T>
+ALLNC_MULTIVERSION void scale_to(T* __restrict out, const X* __restrict x, T factor, int64_t columns) {
+  for (int64_t f = 0; f < columns; ++f) out[f] = static_cast<T>(x[f]) * factor;
+}
+
+// The largest |x|. NaN may be passed over.
+template <class T, class X>
+T largest_entry(const X* x, int64_t columns) {
+  T largest = 0;
+  for (int64_t f = 0; f < columns; ++f) largest = std::max(largest, std::abs(static_cast<T>(x[f])));
+  return largest;
 }
 
 template <class T>
@@ -116,7 +133,32 @@ void unit_rows(const X* x, const Seen& seen, int64_t columns, T* u, T* scale) {
     if (seen.mask[c]) squares[c] = dot_rows<T>(row, row, columns);
   });
   double largest = 0;
-  for (const double square : squares) largest = square <= largest ? largest : square;  // NaN stays
+  for (const double square : squares) {
+    if (!(square <= largest) && !std::isnan(largest)) largest = square;  // NaN stays
+  }
+  if (largest < 0x1p-60 || largest > 0x1p100) {  // squares near the ends of float's range, or beyond
+    T top = 0;
+    for (int64_t c = 0; c < seen.rows; ++c) {
+      if (seen.mask[c]) top = std::max(top, largest_entry<T>(x + c * columns, columns));
+    }
+    if (top < T(kLeastEntry)) {
+      std::fill_n(u, seen.rows * columns, T(0));
+      std::fill_n(scale, seen.rows, T(0));
+      return;
+    }
+    // Times a power of two, which rounds nothing. One for all rows, because they are centred together.
+    const int exponent = std::isfinite(top) ? std::min(std::ilogb(top), std::numeric_limits<T>::max_exponent - 2) : 0;
+    if (exponent != 0) {
+      const T factor = std::ldexp(T(1), -exponent);
+      Scratch<T> scaled(seen.rows * columns);
+      for_each_row(seen, columns, [&](int64_t c) {
+        if (seen.mask[c]) scale_to(scaled.data() + c * columns, x + c * columns, factor, columns);
+      });
+      unit_rows(scaled.data(), seen, columns, u, scale);
+      multiply_row(scale, factor, seen.rows);
+      return;
+    }
+  }
   const double noise = 8.0 * std::numeric_limits<T>::epsilon() * std::sqrt(largest);
   for_each_row(seen, columns, [&](int64_t c) {
     T* const row = u + c * columns;

@@ -6,7 +6,6 @@
 // segment never changes what is added in which order: results are bit-equal on every run and thread count.
 
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -80,7 +79,7 @@ struct Groups {
 };
 
 Groups group_rows(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, int64_t* counts) {
-  std::memset(counts, 0, classes * sizeof(int64_t));
+  std::fill_n(counts, classes, int64_t{0});
   for (int64_t i = 0; i < rows; ++i) {
     if (labels[i] == ignore_index) continue;
     STD_TORCH_CHECK(
@@ -147,13 +146,13 @@ void forward(
     for (int64_t c = begin; c < end; ++c) {
       A* row = out + c * columns;
       if (counts[c] == 0) {
-        std::memcpy(row, mean + c * columns, columns * sizeof(A));
+        std::copy_n(mean + c * columns, columns, row);
         continue;
       }
       const Segment* s = groups.segments.data() + groups.first_segment[c];
       const Segment* last = groups.segments.data() + groups.first_segment[c + 1];
       if (s->partial < 0) continue;  // done with its sum
-      std::memcpy(row, partials.get() + s->partial * columns, columns * sizeof(A));
+      std::copy_n(partials.get() + s->partial * columns, columns, row);
       while (++s < last) add_to<A>(row, partials.get() + s->partial * columns, columns);
       update(c);
     }
@@ -177,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> class_mean_ema_forward(
   DenseState means_state(means), seen_state(seen);
   bool* const is_seen = static_cast<bool*>(seen_state.dense().mutable_data_ptr());
   bool* const was_seen = static_cast<bool*>(seen_before.mutable_data_ptr());
-  std::memcpy(was_seen, is_seen, classes);
+  std::copy_n(is_seen, classes, was_seen);
   for (int64_t c = 0; c < classes; ++c) is_seen[c] = was_seen[c] || count[c] > 0;
   dispatch_floating(features.scalar_type(), "features", [&](auto type) {
     forward<decltype(type)>(features, was_seen, count, groups, momentum, means_state.dense(), value);
@@ -223,9 +222,9 @@ void backward(
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = labels[i];
       if (c == ignore_index || c < 0 || c >= classes) {
-        std::memset(static_cast<void*>(out + i * columns), 0, columns * sizeof(T));
+        std::fill_n(out + i * columns, columns, T(0));
       } else {
-        std::memcpy(static_cast<void*>(out + i * columns), share + c * columns, columns * sizeof(T));
+        std::copy_n(share + c * columns, columns, out + i * columns);
       }
     }
   });

@@ -1,8 +1,10 @@
 // The ops hycon_loss_forward and hycon_loss_backward: HyCon from labels to loss and gradients in one call each, for
-// batches so small that the O(N D) part would cost more as torch operations than the pairs do (hycon_problem.h).
+// batches so small that the O(N D) part would cost more as torch operations than the pairs do (hycon_problem.h). Where
+// a gradient will be asked for, the forward goes on to that of the sum of lse, `pull`, while rows are packed and
+// exponentials are at hand; the loss is one number, so that the backward only multiplies by the gradient of it.
 //
 // For a class c with rows j: n_c, s_c = sum_j z_j, k_c = mean_weight (0 where c has no mean), P_c = n_c - 1 + k_c and
-//     mu_c = M_c / max(|M_c|, 1e-12), 0 without a mean
+//     mu_c = M_c / |M_c|, 0 without a mean and where M_c is too short to have a direction
 //     a_j = 1 / (n_c + [c has a mean]),  b_c = 1 / (n_c + 1);  unbalanced: 1;  b_c = 0 without a mean
 //     pos_j = z_j.((s_c - z_j) / P_c + k_c / P_c mu_c) / t
 //     L = sum_j (lse_j - pos_j) / W  over the W rows whose class has P_c > 0
@@ -26,7 +28,7 @@
 namespace allnc {
 namespace cpu {
 
-constexpr double kLeastNorm = 1e-12;  // as torch.nn.functional.normalize
+constexpr double kLeastEntry = 0x1p-100;  // the largest entry of a row that has a direction, as in allnc/ops/_common.py
 
 // Sums over a row are kept in this many partial sums, which vector units add at once.
 constexpr int64_t kPartialSums = 16;
@@ -72,9 +74,10 @@ ALLNC_MULTIVERSION void add_row(T* __restrict sum, const Z* __restrict z, int64_
   for (int64_t k = 0; k < dim; ++k) sum[k] += static_cast<T>(z[k]);
 }
 
+// out = x factor / divisor
 template <class T>
-ALLNC_MULTIVERSION void divide_row(T* __restrict out, const T* __restrict x, T divisor, int64_t dim) {
-  for (int64_t k = 0; k < dim; ++k) out[k] = x[k] / divisor;
+ALLNC_MULTIVERSION void rescale_row(T* __restrict out, const T* __restrict x, T factor, T divisor, int64_t dim) {
+  for (int64_t k = 0; k < dim; ++k) out[k] = x[k] * factor / divisor;
 }
 
 // dz = of_lse factor - (sum - z) of_sum - of_mean mu
@@ -102,12 +105,36 @@ ALLNC_MULTIVERSION void project_row(T* __restrict x, const T* __restrict mu, T a
 
 namespace {
 
+// mu = x at unit length; returns the length. Where x has no direction mu is 0 and the length infinite, so that what is
+// divided by it, the gradient, is 0 too.
+template <class T>
+T unit_row(const T* x, T* mu, int64_t dim) {
+  T square = dot(x, x, dim), factor = 1;
+  // Squares near the ends of T's range are taken of x times a power of two, which rounds nothing.
+  if (square < T(0x1p-80) || square > T(0x1p100)) {
+    T largest = 0;
+    for (int64_t k = 0; k < dim; ++k) largest = std::max(largest, std::abs(x[k]));
+    if (largest < T(kLeastEntry)) {
+      std::fill_n(mu, dim, T(0));
+      return std::numeric_limits<T>::infinity();
+    }
+    if (std::isfinite(largest)) {
+      factor = std::ldexp(T(1), -std::min(std::ilogb(largest), std::numeric_limits<T>::max_exponent - 2));
+      rescale_row(mu, x, factor, T(1), dim);
+      square = dot(mu, mu, dim);
+    }
+  }
+  const T norm = std::sqrt(square);
+  rescale_row(mu, x, factor, norm, dim);
+  return norm / factor;
+}
+
 // The rows of the saved tensor `state` [3, N + C]: activations first, then means.
 template <class T>
 struct State {
   static constexpr int64_t kRows = 3;
   T* weight;        // a_i | b_c
-  T* level;         // lse_i | |M_c|
+  T* level;         // lse_i | |M_c|, infinite without a direction
   T* per_positive;  // 1 / P_i, 0 for rows that are left out of the loss | k_c / P_c
 
   State(T* data, int64_t width) : weight(data), level(data + width), per_positive(data + 2 * width) {}
@@ -153,7 +180,7 @@ struct Loss {
 
   Arguments<Z, T> pairs() const {
     const Sizes sizes(rows, 0, means, dim);
-    return {sizes, z, means ? mu : nullptr, state.weight, state.weight + rows, temperature};
+    return {sizes, z, means ? mu : nullptr, state.weight, state.weight + rows, temperature, true};
   }
   // A row of mu that may be read where there are no means, to be multiplied by 0.
   const T* mean_of(int64_t c) const { return means ? mu + c * dim : sums + c * dim; }
@@ -185,9 +212,9 @@ void prepare(const Loss<Z, T>& loss, const T* means, const bool* seen, double me
   };
   parallel_rows(num_means, dim, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      const T norm = has_mean(c) ? std::sqrt(dot(means + c * dim, means + c * dim, dim)) : T(0);
+      T norm = std::numeric_limits<T>::infinity();
       if (has_mean(c)) {
-        divide_row(mu + c * dim, means + c * dim, norm < T(kLeastNorm) ? T(kLeastNorm) : norm, dim);
+        norm = unit_row(means + c * dim, mu + c * dim, dim);
       } else {
         std::fill_n(mu + c * dim, dim, T(0));
       }
@@ -205,17 +232,37 @@ void prepare(const Loss<Z, T>& loss, const T* means, const bool* seen, double me
   }
 }
 
-// The mean over the rows that take part, whose lse it writes to `state`.
+template <class T>
+int64_t count_valid(const T* per_positive, int64_t rows) {
+  return std::count_if(per_positive, per_positive + rows, [](T x) { return x != 0; });
+}
+
+// The gradient of the sum of lse over the rows that take part, by lse.
+template <class Z, class T>
+std::vector<T> anchor_gradient(const Loss<Z, T>& loss) {
+  std::vector<T> grad(loss.rows);
+  for (int64_t i = 0; i < loss.rows; ++i) grad[i] = loss.state.per_positive[i] != 0 ? 1 : 0;
+  return grad;
+}
+
+// The mean over the rows that take part, whose lse it writes to `state`. `pull` [gradient_size], if not null:
+// temperature times the gradient of the sum of their lse.
 template <class E, class Z, class T>
-T mean_loss(const Loss<Z, T>& loss, const Tensor& like) {
+T mean_loss(const Loss<Z, T>& loss, const Tensor& like, T* pull) {
   const State<T>& state = loss.state;
   const int64_t dim = loss.dim;
-  const int64_t valid = std::count_if(state.per_positive, state.per_positive + loss.rows, [](T x) { return x != 0; });
+  const Arguments<Z, T> pairs = loss.pairs();
+  const int64_t valid = count_valid(state.per_positive, loss.rows);
   if (valid == 0) {
     std::fill_n(state.level, loss.rows, T(0));
+    if (pull) std::fill_n(pull, gradient_size(pairs.sizes, sizeof(T)), T(0));
     return 0;
   }
-  lse_forward<E>(loss.pairs(), true, 0, 1, like, state.level);
+  if (pull) {
+    lse_with_gradient<E>(pairs, anchor_gradient(loss).data(), true, like, state.level, pull);
+  } else {
+    lse_forward<E>(pairs, true, 0, 1, like, state.level);
+  }
   std::vector<T> pos(loss.rows, 0);
   parallel_rows(loss.rows, dim, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -232,42 +279,44 @@ T mean_loss(const Loss<Z, T>& loss, const Tensor& like) {
   return static_cast<T>(total / static_cast<double>(valid));
 }
 
+// `pull` as of mean_loss; null if it has to be formed now.
 template <class E, class Z, class T>
-void gradients(const Loss<Z, T>& loss, T grad, const Tensor& like, Z* dz, T* dmeans) {
+void gradients(const Loss<Z, T>& loss, T grad, const T* pull, const Tensor& like, Z* dz, T* dmeans) {
   const auto& [rows, classes, num_means, dim, z, index, sums, mu, state, temperature] = loss;
   const auto fill = [&, rows = rows, num_means = num_means, dim = dim](T value) {
     std::fill_n(dz, rows * dim, static_cast<Z>(value));
     std::fill_n(dmeans, num_means * dim, value);
   };
-  const int64_t valid = std::count_if(state.per_positive, state.per_positive + rows, [](T x) { return x != 0; });
+  const int64_t valid = count_valid(state.per_positive, rows);
   if (valid == 0) return fill(0);
-  std::vector<T> anchor_grad(rows);
-  const double share = grad / static_cast<double>(valid);
-  for (int64_t i = 0; i < rows; ++i) anchor_grad[i] = static_cast<T>(state.per_positive[i] != 0 ? share : 0);
   Workspace<T> workspace(like);
-  const auto [p, finite] = lse_gradient<E>(loss.pairs(), anchor_grad.data(), state.level, true, workspace);
-  if (!finite) return fill(std::numeric_limits<T>::quiet_NaN());
+  if (!pull) {
+    const Packed<E> packed = lse_gradient<E>(loss.pairs(), anchor_gradient(loss).data(), state.level, true, workspace);
+    if (!packed.finite) return fill(std::numeric_limits<T>::quiet_NaN());
+    pull = packed.problem.grad;
+  }
 
-  const T factor = static_cast<T>(1 / temperature), of_pos = static_cast<T>(share / temperature);
+  const T of_pos = static_cast<T>(grad / static_cast<double>(valid) / temperature);
   const Sizes sizes = loss.pairs().sizes;
-  parallel_rows(rows, dim, [&, &p = p, dim = dim](int64_t begin, int64_t end) {
+  const int64_t stride = sizes.stride(sizeof(T));
+  parallel_rows(rows, dim, [&, dim = dim](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const bool used = loss.state.per_positive[i] != 0;
-      const int64_t c = used ? loss.index[i] : 0;
+      const int64_t c = loss.index[i];
+      if (c < 0) {  // whatever z_i holds
+        std::fill_n(dz + i * dim, dim, Z(0));
+        continue;
+      }
       write_anchor_gradient(
-          dz + i * dim, p.grad + i * p.stride, factor, loss.z + i * dim, loss.sums + c * dim,
-          2 * of_pos * loss.state.per_positive[i], loss.mean_of(c), used ? of_pos * loss.mean_share(c) : T(0), dim);
+          dz + i * dim, pull + i * stride, of_pos, loss.z + i * dim, loss.sums + c * dim,
+          2 * of_pos * loss.state.per_positive[i], loss.mean_of(c), of_pos * loss.mean_share(c), dim);
     }
   });
-  parallel_rows(num_means, dim, [&, &p = p, dim = dim](int64_t begin, int64_t end) {
+  parallel_rows(num_means, dim, [&, dim = dim](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       T* const out = dmeans + c * dim;
-      const T* const of_lse = p.grad + (sizes.mean_offset + c) * p.stride;
-      combine_rows(out, of_lse, factor, loss.sums + c * dim, of_pos * loss.mean_share(c), dim);
-      const T norm = loss.state.level[loss.rows + c], least = T(kLeastNorm);
-      // A mean shorter than the least norm is only multiplied, by a constant.
-      const T along = norm < least ? T(0) : dot(loss.mu + c * dim, out, dim);
-      project_row(out, loss.mu + c * dim, along, norm < least ? least : norm, dim);
+      const T* const of_lse = pull + (sizes.mean_offset + c) * stride;
+      combine_rows(out, of_lse, of_pos, loss.sums + c * dim, of_pos * loss.mean_share(c), dim);
+      project_row(out, loss.mu + c * dim, dot(loss.mu + c * dim, out, dim), loss.state.level[loss.rows + c], dim);
     }
   });
 }
@@ -297,9 +346,9 @@ Loss<Z, T> loss_of(
   return {rows, classes, means, dim, data, of_index, data_of<T>(sums), data_of<T>(mu), of_rows, temperature};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
     Tensor z, Tensor labels, std::optional<Tensor> means, std::optional<Tensor> seen, double temperature,
-    double mean_weight, bool balanced, int64_t ignore_index) {
+    double mean_weight, bool balanced, int64_t ignore_index, bool with_gradient) {
   const ScalarType type = sums_type(z);
   const int64_t rows = z.size(0), dim = z.size(1), num_means = means ? means->size(0) : 0;
   const int64_t classes = means ? num_means : rows;
@@ -320,20 +369,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hycon_loss_forward(
   Tensor state = torch::stable::new_empty(z, {State<float>::kRows, rows + num_means}, type);
   Tensor sums = torch::stable::new_empty(z, {classes, dim}, type);
   Tensor mu = torch::stable::new_empty(z, {num_means, dim}, type);
-  dispatch(z.scalar_type(), type, [&](auto of_z, auto of_sums, auto of_products) {
+  const Sizes sizes(rows, 0, num_means, dim);
+  const int64_t stride = sizes.stride(type == ScalarType::Double ? sizeof(double) : sizeof(float));
+  Tensor pull = torch::stable::new_empty(z, {with_gradient ? sizes.other_offset : 0, stride}, type);
+  dispatch(z.scalar_type(), type, temperature, [&](auto of_z, auto of_sums, auto of_products) {
     using Z = decltype(of_z);
     using T = decltype(of_sums);
     const auto loss = loss_of<Z, T>(z, index, sums, mu, state, temperature);
     prepare(
         loss, means ? static_cast<const T*>(means->const_data_ptr()) : nullptr,
         seen ? static_cast<const bool*>(seen->const_data_ptr()) : nullptr, mean_weight, balanced);
-    *data_of<T>(value) = mean_loss<decltype(of_products)>(loss, state);
+    *data_of<T>(value) = mean_loss<decltype(of_products)>(loss, state, with_gradient ? data_of<T>(pull) : nullptr);
   });
-  return {value, state, index, sums, mu};
+  return {value, state, index, sums, mu, pull};
 }
 
 std::tuple<Tensor, Tensor> hycon_loss_backward(
-    Tensor grad, Tensor z, std::optional<Tensor> means, Tensor state, Tensor index, Tensor sums, Tensor mu,
+    Tensor grad, Tensor z, std::optional<Tensor> means, Tensor state, Tensor index, Tensor sums, Tensor mu, Tensor pull,
     double temperature) {
   const ScalarType type = sums_type(z);
   const int64_t rows = z.size(0), dim = z.size(1), num_means = mu.size(0);
@@ -343,15 +395,22 @@ std::tuple<Tensor, Tensor> hycon_loss_backward(
   check_tensor(index, "index", ScalarType::Long, {rows});
   check_tensor(sums, "sums", type, {means ? num_means : rows, dim});
   check_tensor(mu, "mu", type, {num_means, dim});
+  const Sizes sizes(rows, 0, num_means, dim);
+  const bool formed = pull.size(0) > 0;
+  if (formed) {
+    const int64_t stride = sizes.stride(type == ScalarType::Double ? sizeof(double) : sizeof(float));
+    check_tensor(pull, "pull", type, {sizes.other_offset, stride});
+  }
   z = torch::stable::contiguous(z);
   Tensor dz = torch::stable::new_empty(z, {rows, dim});
   Tensor dmeans = torch::stable::new_empty(mu, {num_means, dim});
-  dispatch(z.scalar_type(), type, [&](auto of_z, auto of_sums, auto of_products) {
+  dispatch(z.scalar_type(), type, temperature, [&](auto of_z, auto of_sums, auto of_products) {
     using Z = decltype(of_z);
     using T = decltype(of_sums);
     const auto loss = loss_of<Z, T>(z, index, sums, mu, state, temperature);
     const T upstream = *static_cast<const T*>(grad.const_data_ptr());
-    gradients<decltype(of_products)>(loss, upstream, state, data_of<Z>(dz), data_of<T>(dmeans));
+    const T* const of_lse = formed ? static_cast<const T*>(pull.const_data_ptr()) : nullptr;
+    gradients<decltype(of_products)>(loss, upstream, of_lse, state, data_of<Z>(dz), data_of<T>(dmeans));
   });
   return {dz, dmeans};
 }

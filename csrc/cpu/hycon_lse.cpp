@@ -25,10 +25,18 @@ void check(const Tensor& t, const char* name, ScalarType type, std::initializer_
   }
 }
 
+double value_of(const Tensor& temperature, ScalarType type) {
+  STD_TORCH_CHECK(
+      temperature.numel() == 1 && temperature.scalar_type() == type && type == accumulation_type(type),
+      "temperature must be one element of the type of a, float32 or float64");
+  const void* const data = temperature.const_data_ptr();
+  return type == ScalarType::Double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+}
+
 template <class Z, class T>
 Arguments<Z, T> check_arguments(
     const Tensor& z, const std::optional<Tensor>& mu, const Tensor& a, const std::optional<Tensor>& b,
-    const Tensor& temperature, int64_t own) {
+    double temperature, int64_t own) {
   STD_TORCH_CHECK(z.dim() == 2, "z must have 2 dimensions; got ", z.dim());
   STD_TORCH_CHECK(mu.has_value() == b.has_value(), "mu and b must be given together");
   STD_TORCH_CHECK(!mu || mu->dim() == 2, "mu must have 2 dimensions");
@@ -44,12 +52,9 @@ Arguments<Z, T> check_arguments(
     check(*mu, "mu", type, {sizes.means, sizes.dim});
     check(*b, "b", type, {sizes.means});
   }
-  STD_TORCH_CHECK(
-      temperature.numel() == 1 && temperature.scalar_type() == type,
-      "temperature must be one element of the type of a");
   const auto data = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
   const Z* const rows = static_cast<const Z*>(z.const_data_ptr());
-  return {sizes, rows, mu ? data(*mu) : nullptr, data(a), b ? data(*b) : nullptr, *data(temperature)};
+  return {sizes, rows, mu ? data(*mu) : nullptr, data(a), b ? data(*b) : nullptr, temperature, false};
 }
 
 // out [count, D] = grad / temperature without the padding.
@@ -87,9 +92,10 @@ Tensor hycon_lse_forward(
   mu = contiguous(mu);
   a = torch::stable::contiguous(a);
   b = contiguous(b);
-  return dispatch(z.scalar_type(), a.scalar_type(), [&](auto of_z, auto of_sums, auto of_products) {
+  const double t = value_of(temperature, a.scalar_type());
+  return dispatch(z.scalar_type(), a.scalar_type(), t, [&](auto of_z, auto of_sums, auto of_products) {
     using T = decltype(of_sums);
-    const auto in = check_arguments<decltype(of_z), T>(z, mu, a, b, temperature, -1);
+    const auto in = check_arguments<decltype(of_z), T>(z, mu, a, b, t, -1);
     Tensor lse = torch::stable::new_empty(a, {in.sizes.own});
     lse_forward<decltype(of_products)>(in, shifted, part, parts, a, static_cast<T*>(lse.mutable_data_ptr()));
     return lse;
@@ -105,10 +111,11 @@ std::tuple<Tensor, Tensor> hycon_lse_backward(
   mu = contiguous(mu);
   a = torch::stable::contiguous(a);
   b = contiguous(b);
-  return dispatch(z.scalar_type(), a.scalar_type(), [&](auto of_z, auto of_sums, auto of_products) {
+  const double t = value_of(temperature, a.scalar_type());
+  return dispatch(z.scalar_type(), a.scalar_type(), t, [&](auto of_z, auto of_sums, auto of_products) {
     using Z = decltype(of_z);
     using T = decltype(of_sums);
-    const auto in = check_arguments<Z, T>(z, mu, a, b, temperature, own);
+    const auto in = check_arguments<Z, T>(z, mu, a, b, t, own);
     check(grad_lse, "grad_lse", a.scalar_type(), {in.sizes.anchors()});
     check(lse, "lse", a.scalar_type(), {in.sizes.anchors()});
     Tensor dz = torch::stable::new_empty(z, {in.sizes.own, in.sizes.dim});

@@ -4,9 +4,10 @@
 // own block is visited once.
 //
 // Pairs are visited in the order of a round-robin tournament: in each round every block meets one other, so that the
-// pairs of a round share no rows and run in parallel, without a lock on rows and without accumulators per thread. Rows
-// see their partners in the same order whatever the number of threads: results are bit-equal on every run and thread
-// count. Processes that share a forward pass take a part each, a stretch of that order: whole rounds stay together.
+// pairs of a round share no rows and run in parallel, without a lock on rows and without accumulators per thread.
+// Groups of two blocks meet in two rounds, the second of which finds them in the cache. Rows see their partners in the
+// same order whatever the number of threads: results are bit-equal on every run and thread count. Processes that share
+// a forward pass take a part each, a stretch of that order: whole rounds stay together.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -61,13 +62,14 @@ class Schedule {
     add_blocks(sizes.other_offset, sizes.rows, kMaxBlock);
   }
 
-  // Calls run(i, j, worker) for this part's pairs of blocks that have an own row, i before j or equal to it.
+  // Calls run(i, j, worker, place) for this part's pairs of blocks that have an own row, i before j or equal to it.
+  // `place` is where the pair's rows x rows entries lie if those of all pairs follow each other.
   template <class F>
   void for_each_pair(int64_t workers, int64_t part, int64_t parts, const F& run) const {
     Queue queue(*this, part, parts);
     torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
       while (const std::optional<Pair> pair = queue.next()) {
-        run(blocks_[pair->i], blocks_[pair->j], worker);
+        run(blocks_[pair->i], blocks_[pair->j], worker, pair->place);
         queue.finish(*pair);
       }
     });
@@ -80,6 +82,7 @@ class Schedule {
     int64_t i, j;
     int64_t turn_i, turn_j;  // how many pairs of this part come before it for the rows of i and of j
     bool writes_j;           // not if j is i or one of the others
+    int64_t place;           // entries of the pairs of this part before it
   };
 
   // Hands out this part's pairs, each once those before it have been added to the rows of both its blocks. The order of
@@ -138,7 +141,9 @@ class Schedule {
         }
         const bool writes_j = j != i && j < schedule_.num_written_;
         const int64_t turn_i = turns_[i]++;
-        return Pair{i, j, turn_i, writes_j ? turns_[j]++ : 0, writes_j};
+        const int64_t place = place_;
+        place_ += schedule_.blocks_[i].rows * schedule_.blocks_[j].rows;
+        return Pair{i, j, turn_i, writes_j ? turns_[j]++ : 0, writes_j, place};
       }
     }
 
@@ -147,24 +152,29 @@ class Schedule {
     std::vector<int64_t> turns_;              // by block: pairs drawn
     std::vector<std::atomic<int64_t>> done_;  // by block: pairs that have been added to its rows
     std::vector<Pair> waiting_;               // drawn, in order
-    int64_t ticket_ = 0, skip_, left_;
+    int64_t ticket_ = 0, place_ = 0, skip_, left_;
   };
 
   void add_blocks(int64_t first, int64_t end, int64_t block) {
     for (; first < end; first += block) blocks_.push_back({first, std::min(block, end - first)});
   }
 
-  // First every block with itself. Then the circle method: the last player stays, the others turn; of an odd number of
-  // blocks, the one that meets `count()` rests.
+  // The players are groups of two blocks. First every group with itself. Then the circle method: the last player stays,
+  // the others turn; of an odd number of groups, the one that meets `groups` rests. Where two groups meet, each block
+  // of one meets both of the other, again in rounds.
   std::pair<int64_t, int64_t> draw(int64_t ticket) const {
-    const int64_t players = count() + count() % 2;
-    if (ticket < players) return {ticket, ticket};
+    const int64_t groups = (count() + 1) / 2, players = groups + groups % 2;
+    if (ticket < 3 * players) {
+      const int64_t group = ticket / 3, step = ticket % 3;
+      return {2 * group + (step == 1), 2 * group + (step > 0)};
+    }
+    const int64_t meeting = (ticket - 3 * players) / 4, step = (ticket - 3 * players) % 4;
     const int64_t turning = players - 1;
-    const int64_t round = (ticket - players) / (players / 2);
-    const int64_t k = (ticket - players) % (players / 2);
+    const int64_t round = meeting / (players / 2), k = meeting % (players / 2);
     const int64_t i = (round + k) % turning;
     const int64_t j = k == 0 ? turning : (round - k + turning) % turning;
-    return {std::min(i, j), std::max(i, j)};
+    const int64_t of_i = step % 2, of_j = (step + step / 2) % 2;  // 0 and 0, 1 and 1, 0 and 1, 1 and 0
+    return {2 * std::min(i, j) + of_i, 2 * std::max(i, j) + of_j};
   }
 
   std::vector<Block> blocks_;

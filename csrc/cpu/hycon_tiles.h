@@ -1,8 +1,8 @@
 // Work on one pair of row blocks of the HyCon primitive, compiled once for each vector instruction set.
-// hycon.cpp owns the schedule and the memory; hycon_tiles_isa.h has the code.
+// hycon_problem.h owns the memory, hycon_schedule.h the order; hycon_tiles_isa.h has the code.
 //
-// All rows of the problem lie in one sequence of sections (hycon.cpp), each padded with zero rows to whole panels:
-// R padded rows, D columns, panel = 48 rows, block = up to 4 panels.
+// All rows of the problem lie in one sequence of sections (hycon_problem.h), each padded with zero rows to whole
+// panels: R padded rows, D columns, panel = 48 rows, block = up to 4 panels.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ using Sum = typename SumType<E>::type;
 template <class E>
 constexpr int64_t kPack = std::is_same_v<E, BFloat16Pair> ? 2 : 1;
 
-// With u, w and e as in hycon.cpp. Padding rows have weight 0 and u = 0.
+// With u, w and e as in hycon_problem.h. Padding rows have weight 0 and u = 0.
 template <class E>
 struct Problem {
   using T = Sum<E>;
@@ -45,11 +45,12 @@ struct Problem {
   int64_t depth;   // D / kPack<E>, rounded up
   int64_t stride;  // elements from row to row of `rows` and `grad`
   T scale;         // log2(e) / temperature if shifted, else 1 / temperature
+  T shift;         // if shifted, e = 2^(z_i.z_j scale - shift): a whole number, near `scale`
   bool shifted;
   const E* panels;    // [R / 48, depth, 48]: the rows, transposed panel by panel
   const E* rows;      // [R / kPack<E>, stride]: the rows; backward only
   const T* weight;    // [R]: w if shifted, else log w
-  const T* u;         // [R]: g exp(1/temperature - lse) if shifted, else g; backward only
+  const T* u;         // [R]: g 2^shift exp(-lse) if shifted, else g; backward only
   const T* level;     // [R]: lse, +inf where the row takes no part; backward, unshifted only
   T* sum;             // [R]: sums of exponentials; forward only
   T* max;             // [R]: the largest exponent so far, -inf for none; forward, unshifted only
@@ -69,8 +70,10 @@ constexpr int64_t kScratch = kPack<E> * kMaxBlock * kMaxBlock;
 template <class E>
 struct Tiles {
   // Both add what the pair (i, j) contributes to the rows of i and, unless j is i or gets no gradient, to those of j.
-  void (*forward)(const Problem<E>& problem, Block i, Block j, Sum<E>* scratch);
-  void (*backward)(const Problem<E>& problem, Block i, Block j, Sum<E>* scratch);
+  // `kept` [i.rows, j.rows], if not null and shifted: forward leaves e there, and backward takes it from there instead
+  // of forming it again.
+  void (*forward)(const Problem<E>& problem, Block i, Block j, Sum<E>* scratch, Sum<E>* kept);
+  void (*backward)(const Problem<E>& problem, Block i, Block j, Sum<E>* scratch, const Sum<E>* kept);
 };
 
 // The fastest version this processor can run; null for pairs of bfloat16 where it has no instructions for them.

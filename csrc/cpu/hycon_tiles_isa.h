@@ -22,14 +22,14 @@ struct Simd;
 template <>
 struct Simd<float> {
   typedef float Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
-  typedef int32_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   static constexpr int kLanes = ALLNC_VECTOR_BYTES / 4;
 };
 
 template <>
 struct Simd<double> {
   typedef double Vector __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
-  typedef int64_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
+  typedef uint64_t Bits __attribute__((vector_size(ALLNC_VECTOR_BYTES), may_alias));
   static constexpr int kLanes = ALLNC_VECTOR_BYTES / 8;
 };
 
@@ -99,6 +99,27 @@ ALLNC_INLINE_TILE Vector<T> exp2(Vector<T> x) {
   return x < S::kLowest ? Vector<T>{} : scaled;
 }
 
+// 2^(x scale - shift) for a whole `shift`, where the exponent is known to be in [-126, 127] (-1022, 1023). With FMA
+// the exponent is split before it is rounded, so that its error does not grow with it.
+template <class T>
+ALLNC_INLINE_TILE Vector<T> exp2_shifted(Vector<T> x, T scale, T shift) {
+  using S = Exp2<T>;
+#if defined(__FMA__) || defined(__aarch64__)
+  const T round = S::kRound - shift;
+  const Vector<T> rounded = x * scale + round;
+  const Vector<T> f = x * scale - (rounded - round);
+#else  // a rounded product: near x = 1, where exponentials are largest, its digits would cancel
+  const Vector<T> exponent = (x - T(1)) * scale + (scale - shift);
+  const Vector<T> rounded = exponent + S::kRound;
+  const Vector<T> f = exponent - (rounded - S::kRound);
+#endif
+  Vector<T> q = broadcast<T>(S::kExp2[S::kDegree - 1]);
+  ALLNC_UNROLL for (int k = S::kDegree - 2; k >= 0; --k) q = q * f + S::kExp2[k];
+  q = q * f + T(1);
+  using Bits = typename Simd<T>::Bits;
+  return reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(q) + (reinterpret_cast<Bits>(rounded) << S::kMantissa));
+}
+
 template <class T>
 ALLNC_INLINE_TILE Vector<T> maximum(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
@@ -153,26 +174,30 @@ ALLNC_INLINE_TILE Vector<T> replace_self(Vector<T> x, int64_t distance, T otherw
   return x;
 }
 
-// Forward, shifted: sum_i += e_ij w_j, and sum_j += e_ij w_i off the diagonal, with e = exp(S - 1/temperature).
-template <class E, bool kDiagonal>
-void sum_shifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
+// Forward, shifted: sum_i += e_ij w_j, and sum_j += e_ij w_i off the diagonal, with e = 2^(z_i.z_j scale - shift).
+template <class E, bool kDiagonal, bool kKeep>
+void sum_shifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch, Sum<E>* kept) {
   using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
-  const T scale = p.scale;
+  const T scale = p.scale, shift = p.shift;
   T* row_sums = scratch;                   // [i.rows, lanes]: added up over the lanes at the end
-  T* tile = scratch + kMaxBlock * kLanes;  // [tile rows, tile columns]
+  T* tile = scratch + kMaxBlock * kLanes;  // [tile rows, tile columns], or a part of `kept`
+  const int64_t step = kKeep ? j.rows : kTileColumns<T>;
   for (int64_t k = 0; k < i.rows; ++k) at(row_sums + k * kLanes) = Vector<T>{};
   for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
     Vector<T> column_sums[kTileVectors] = {}, column_weight[kTileVectors];
     ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) column_weight[v] = at(p.weight + column + v * kLanes);
     for (int64_t row = i.first; row < i.first + i.rows; row += kTileRows) {
-      dot_products(p, row, column, tile, kTileColumns<T>);
+      if (kKeep) tile = kept + (row - i.first) * step + column - j.first;
+      dot_products(p, row, column, tile, step);
       for (int r = 0; r < kTileRows; ++r) {
         const T row_weight = p.weight[row + r];
         Vector<T> row_sum = at(row_sums + (row - i.first + r) * kLanes);
         ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
-          Vector<T> e = exp2<T>(at(tile + r * kTileColumns<T> + v * kLanes) * scale - scale);
+          Vector<T>& x = at(tile + r * step + v * kLanes);
+          Vector<T> e = exp2_shifted<T>(x, scale, shift);
           if (kDiagonal) e = replace_self<T>(e, row + r - column - v * kLanes, 0);
+          if (kKeep) x = e;
           row_sum += e * column_weight[v];
           column_sums[v] += e * row_weight;
         }
@@ -233,9 +258,9 @@ ALLNC_INLINE_TILE void merge_columns(const T* dot, const T* log_weight, int64_t 
   at(sum) = part;
 }
 
-// Forward, unshifted: as sum_shifted, relative to each row's running maximum.
+// Forward, unshifted: as sum_shifted, relative to each row's running maximum; keeps nothing.
 template <class E, bool kDiagonal>
-void sum_unshifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
+void sum_unshifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch, Sum<E>*) {
   using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
   for (int64_t column = 0; column < j.rows; column += kTileColumns<T>) {
@@ -260,7 +285,7 @@ template <class E, bool kShifted, bool kDiagonal>
 void coefficients(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
   using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
-  const T scale = p.scale;
+  const T scale = p.scale, shift = p.shift;
   for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
     for (int64_t row = i.first; row < i.first + i.rows; row += kTileRows) {
       T* tile = scratch + (row - i.first) * kMaxBlock + column - j.first;
@@ -272,7 +297,7 @@ void coefficients(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
           const Vector<T> column_u = at(p.u + first), column_weight = at(p.weight + first);
           Vector<T> x = at(tile + r * kMaxBlock + v * kLanes);
           if (kShifted) {
-            x = exp2<T>(x * scale - scale) * (u * column_weight + weight * column_u);
+            x = exp2_shifted<T>(x, scale, shift) * (u * column_weight + weight * column_u);
           } else {
             // Each exponential is a softmax weight, at most 1: weights and levels are in the exponent.
             x = u * exp<T>(exponent<T>(x, scale, column_weight) - level) +
@@ -282,6 +307,19 @@ void coefficients(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
           at(tile + r * kMaxBlock + v * kLanes) = x;
         }
       }
+    }
+  }
+}
+
+// The same from the exponentials that the forward pass kept, 0 where row and column are the same.
+template <class E>
+void coefficients_of_kept(const Problem<E>& p, Block i, Block j, const Sum<E>* kept, Sum<E>* scratch) {
+  using T = Sum<E>;
+  for (int64_t row = 0; row < i.rows; ++row) {
+    const T u = p.u[i.first + row], weight = p.weight[i.first + row];
+    for (int64_t column = 0; column < j.rows; column += Simd<T>::kLanes) {
+      const Vector<T> factor = u * at(p.weight + j.first + column) + weight * at(p.u + j.first + column);
+      at(scratch + row * kMaxBlock + column) = at(kept + row * j.rows + column) * factor;
     }
   }
 }
@@ -352,19 +390,27 @@ void product(const Problem<E>& p, Block out, Block in, const E* coefficient, int
 }
 
 template <class E>
-void forward(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
+void forward(const Problem<E>& p, Block i, Block j, Sum<E>* scratch, Sum<E>* kept) {
   const bool diagonal = i.first == j.first;
-  const auto run = p.shifted ? (diagonal ? sum_shifted<E, true> : sum_shifted<E, false>)
-                             : (diagonal ? sum_unshifted<E, true> : sum_unshifted<E, false>);
-  run(p, i, j, scratch);
+  if (!p.shifted) {
+    (diagonal ? sum_unshifted<E, true> : sum_unshifted<E, false>)(p, i, j, scratch, kept);
+  } else if (kept) {
+    (diagonal ? sum_shifted<E, true, true> : sum_shifted<E, false, true>)(p, i, j, scratch, kept);
+  } else {
+    (diagonal ? sum_shifted<E, true, false> : sum_shifted<E, false, false>)(p, i, j, scratch, kept);
+  }
 }
 
 template <class E>
-void backward(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
+void backward(const Problem<E>& p, Block i, Block j, Sum<E>* scratch, const Sum<E>* kept) {
   const bool diagonal = i.first == j.first;
-  const auto run = p.shifted ? (diagonal ? coefficients<E, true, true> : coefficients<E, true, false>)
-                             : (diagonal ? coefficients<E, false, true> : coefficients<E, false, false>);
-  run(p, i, j, scratch);
+  if (!p.shifted) {
+    (diagonal ? coefficients<E, false, true> : coefficients<E, false, false>)(p, i, j, scratch);
+  } else if (kept) {
+    coefficients_of_kept(p, i, j, kept, scratch);
+  } else {
+    (diagonal ? coefficients<E, true, true> : coefficients<E, true, false>)(p, i, j, scratch);
+  }
   const Factors<E> k = make_factors<E>(i, j, scratch);
   product<E, Factors<E>::kRowStep>(p, i, j, k.rows, 1);
   if (!diagonal && j.first < p.grad_rows) product<E, 1>(p, j, i, k.columns, kMaxBlock);

@@ -2,11 +2,12 @@
 
 For a class c with rows j: n_c, s_c = Σ z_j, κ_c = mean_weight (0 where c has no mean), P_c = n_c - 1 + κ_c and
 
-    μ_c = M_c / max(|M_c|, 1e-12)           b_c = 1 / (n_c + 1) (0 without a mean; balance "none": 1)
+    μ_c = M_c / |M_c|                       b_c = 1 / (n_c + 1) (0 without a mean; balance "none": 1)
     a_j = 1 / (n_c + [c has a mean]) (balance "none": 1)
     q_j = 1 / (P_c τ), 0 unless P_c > 0     pos_j = q_j z_j·(s_c - z_j + κ_c μ_c)
 
-and a = q = pos = 0 for rows that are ignored; a row takes part in the loss where q is not 0.
+and a = q = pos = 0 for rows that are ignored; a row takes part in the loss where q is not 0. Without a mean, and where
+M_c is too short to have a direction, μ_c is 0 and |M_c| counts as infinite, which leaves M_c without gradient.
 
 Legend: z [N, D] activations, M [C, D] class means, τ temperature; G is C, or N without means.
 
@@ -19,6 +20,8 @@ class. Every element has one writer.
 
 `state`, float32: the scalars τ and 1/W, then rows of N + C numbers, activations before means:
 u, 0 for means | a and b | sum of exponentials and κ_c | q | pos and |M_c|
+`rows`, z's type: z, 0 where rows are ignored, and behind it μ. What is ignored, or of a class without a mean, may hold
+anything: times a weight of 0 a NaN would be a NaN, so that it must not reach the matrix products.
 `index`, int32: class of each row, -1 for none [N]; counter of finished programs.
 """
 
@@ -29,11 +32,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from allnc.kernels._common import VECTOR_BLOCK, gather_tile, narrow, padded_dim
+from allnc.kernels._common import VECTOR_BLOCK, gather_tile, narrow, near_one, padded_dim
 
 SCALARS = tl.constexpr(16)  # floats before the rows of `state`, so that they start 64 bytes in
 STATE_ROWS = 5
-LEAST_NORM = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
 _BELOW = tl.constexpr(False)
 _UP_TO = tl.constexpr(True)
 
@@ -44,7 +46,7 @@ class Prepared(NamedTuple):
     state: Any  # float32, laid out as the file's head says
     index: Any  # int32, likewise
     sums: Any  # [G, D] float32 class sums s_c
-    mu: Any  # [C, D] unit rows in z's type; [0, D] without means
+    rows: Any  # [N + C, D] in z's type; [N, D] without means
 
 
 class Labels(NamedTuple):
@@ -70,6 +72,24 @@ def state_rows(state_ptr, width):
     """The rows of `state`, each of N + C numbers."""
     first = state_ptr + SCALARS
     return StateRows(first, first + width, first + 2 * width, first + 3 * width, first + 4 * width)
+
+
+@triton.jit
+def mean_rows(prepared, N, D: tl.constexpr):
+    """Pointer to μ, behind the N rows of z."""
+    return prepared.rows + tl.cast(N, tl.int64) * D
+
+
+@triton.jit
+def unit_mean(means_ptr, offsets, mask):
+    """M_c / |M_c| and |M_c|; 0 and infinity where M_c has no direction, or is masked."""
+    mean = tl.load(means_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(mean), 0)
+    factor, short = near_one(largest)
+    scaled = mean * factor
+    norm = tl.sqrt(tl.sum(scaled * scaled, 0))
+    short = short & (norm == norm)  # the largest entry may have passed over a NaN
+    return tl.where(short, 0.0, scaled / tl.where(short, 1.0, norm)), tl.where(short, float("inf"), norm / factor)
 
 
 @triton.jit
@@ -203,10 +223,12 @@ def prepare_class(
     if BALANCED:
         a = 1.0 / tl.maximum(size + has_mean, 1.0)
     if HAS_MU:
-        mean = tl.load(means_ptr + own, mask=columns < D, other=0.0).to(tl.float32)
-        norm = tl.sqrt(tl.sum(mean * mean, 0))
-        mu = mean / tl.maximum(norm, LEAST_NORM)
-        tl.store(prepared.mu + own, narrow(mu, prepared.mu.dtype.element_ty), mask=columns < D)
+        width = D
+        if HAS_SEEN:
+            width = tl.where(has_mean > 0, D, 0)
+        mu, norm = unit_mean(means_ptr, own, columns < width)
+        of_mean = mean_rows(prepared, N, D) + own
+        tl.store(of_mean, narrow(mu, prepared.rows.dtype.element_ty), mask=columns < D)
         positives += kappa * mu
         b = has_mean
         if BALANCED:
@@ -223,6 +245,9 @@ def prepare_class(
         z = gather_tile(z_ptr, rows, valid, columns, D)
         pos = tl.sum(z * (tl.expand_dims(positives, 0) - z), 1) * q
         of_class = tl.zeros([BLOCK_R], dtype=tl.float32)
+        places = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        copied = valid[:, None] & (columns < D)[None, :]
+        tl.store(prepared.rows + places, narrow(z, prepared.rows.dtype.element_ty), mask=copied)
         tl.store(prepared.index + rows, program, mask=valid)
         tl.store(state.a + rows, of_class + a, mask=valid)
         tl.store(state.q + rows, of_class + q, mask=valid)
@@ -230,8 +255,21 @@ def prepare_class(
 
 
 @triton.jit
-def prepare_rows(rows, labels, prepared, N, C, ignore_index, HAS_MU: tl.constexpr, BLOCK: tl.constexpr):
-    """Clears the sums of rows [BLOCK], and writes those that are in no class."""
+def prepare_rows(
+    start,
+    labels,
+    prepared,
+    N,
+    C,
+    ignore_index,
+    D: tl.constexpr,
+    HAS_MU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Clears the sums of BLOCK rows from `start`, and writes those that are in no class."""
+    rows = start + tl.arange(0, BLOCK)
     state = state_rows(prepared.state, N + C)
     label = tl.load(labels.given + rows, mask=rows < N, other=0)
     no_class = label == ignore_index
@@ -246,6 +284,18 @@ def prepare_rows(rows, labels, prepared, N, C, ignore_index, HAS_MU: tl.constexp
     tl.store(state.a + rows, zero, mask=no_class)
     tl.store(state.q + rows, zero, mask=no_class)
     tl.store(state.pos + rows, zero, mask=no_class)
+    if tl.max(no_class.to(tl.int32), 0) != 0:
+        columns = tl.arange(0, BLOCK_D)
+        for first in range(start, tl.minimum(start + BLOCK, N), BLOCK_R):
+            rows = first + tl.arange(0, BLOCK_R)
+            label = tl.load(labels.given + rows, mask=rows < N, other=0)
+            no_class = label == ignore_index
+            if HAS_MU:
+                no_class = no_class | (label < 0) | (label >= C)
+            places = rows.to(tl.int64)[:, None] * D + columns[None, :]
+            cleared = (no_class & (rows < N))[:, None] & (columns < D)[None, :]
+            zeros = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+            tl.store(prepared.rows + places, zeros.to(prepared.rows.dtype.element_ty), mask=cleared)
 
 
 @triton.jit(do_not_specialize=["N", "C", "num_classes", "ignore_index"])
@@ -278,8 +328,8 @@ def hycon_prepare_kernel(
             mean_weight, D, HAS_MU, HAS_SEEN, BALANCED, SORTED, BLOCK_R, BLOCK_D, BLOCK,
         )  # fmt: skip
     else:
-        rows = (program - num_classes) * BLOCK + tl.arange(0, BLOCK)
-        prepare_rows(rows, labels, prepared, N, C, ignore_index, HAS_MU, BLOCK)
+        start = (program - num_classes) * BLOCK
+        prepare_rows(start, labels, prepared, N, C, ignore_index, D, HAS_MU, BLOCK_R, BLOCK_D, BLOCK)
         if program == num_classes:
             tl.store(prepared.state, temperature)
             tl.store(prepared.index + N, 0)

@@ -42,12 +42,12 @@ from allnc.kernels._common import (
 )
 from allnc.kernels.hycon import lse
 from allnc.kernels.hycon.classes import (
-    LEAST_NORM,
     SCALARS,
     STATE_ROWS,
     Labels,
     Prepared,
     hycon_prepare_kernel,
+    mean_rows,
     prepare_constants,
     state_rows,
 )
@@ -58,10 +58,10 @@ MAX_DIM = 256  # the widest rows of which one program of the backward holds a pa
 
 
 @triton.jit
-def add_sums(program, z_ptr, prepared, N, C, num_splits, HAS_MU: tl.constexpr, blocks: tl.constexpr):
+def add_sums(program, prepared, N, C, num_splits, HAS_MU: tl.constexpr, blocks: tl.constexpr):
     """One split of one panel: adds its sums of exponentials to `state`."""
     state = state_rows(prepared.state, N + C)
-    contrast = Contrast(z_ptr, prepared.mu, state.a, state.a + N)
+    contrast = Contrast(prepared.rows, mean_rows(prepared, N, blocks.dim), state.a, state.a + N)
     rows, _, total = forward_panel(
         program, contrast, state.sum, 1.0 / tl.load(prepared.state), N, C, num_splits, 0, 1,
         HAS_MU, True, True, blocks,
@@ -107,7 +107,6 @@ def finish_loss(loss_ptr, prepared, N, C, SCALED: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["N", "C", "num_splits"])
 def hycon_loss_fwd_kernel(
-    z_ptr,
     prepared,
     loss_ptr,
     N,
@@ -118,7 +117,7 @@ def hycon_loss_fwd_kernel(
     blocks: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    add_sums(tl.program_id(0), z_ptr, prepared, N, C, num_splits, HAS_MU, blocks)
+    add_sums(tl.program_id(0), prepared, N, C, num_splits, HAS_MU, blocks)
     if is_last(prepared, N):
         finish_loss(loss_ptr, prepared, N, C, SCALED, BLOCK)
 
@@ -126,7 +125,6 @@ def hycon_loss_fwd_kernel(
 @triton.jit(do_not_specialize=["N", "C"])
 def hycon_loss_bwd_kernel(
     grad_ptr,
-    z_ptr,
     means_ptr,
     prepared,
     scratch_ptr,
@@ -145,8 +143,9 @@ def hycon_loss_bwd_kernel(
     BLOCK_G: tl.constexpr = blocks.block_g
     state = state_rows(prepared.state, N + C)
     inverse_temperature = 1.0 / tl.load(prepared.state)
+    mu_ptr = mean_rows(prepared, N, D)
     dx, start, num_x, of_mean = backward_panel(
-        tl.program_id(0), state.u, z_ptr, prepared.mu, inverse_temperature, N, C, N, HAS_MU, True, blocks
+        tl.program_id(0), state.u, prepared.rows, mu_ptr, inverse_temperature, N, C, N, HAS_MU, True, blocks
     )
     lse_gradient_ptr = scratch_ptr
     if HAS_MU:
@@ -169,21 +168,19 @@ def hycon_loss_bwd_kernel(
                 q = tl.load(state.q + N + rows, mask=valid, other=0.0) * factor
                 dx_rows -= (kappa * q)[:, None] * gather_tile(prepared.sums, rows, valid, columns, D)
                 norm = tl.load(state.pos + N + rows, mask=valid, other=1.0)
-                inverse = 1.0 / tl.maximum(norm, LEAST_NORM)
-                mu = gather_tile(means_ptr, rows, valid, columns, D) * inverse[:, None]
-                # A mean shorter than the least norm is only multiplied, by a constant.
-                dot = tl.where(norm >= LEAST_NORM, tl.sum(mu * dx_rows, 1), 0.0)
-                dx_rows = (dx_rows - mu * dot[:, None]) * inverse[:, None]
+                inverse = 1.0 / norm  # 0 for a class without a mean, or whose mean has no direction
+                mu = gather_tile(means_ptr, rows, valid & (inverse != 0), columns, D) * inverse[:, None]
+                dx_rows = (dx_rows - mu * tl.sum(mu * dx_rows, 1)[:, None]) * inverse[:, None]
                 store_tile(Matrix(dmeans_ptr, num_x), dx_rows, start + first, 0, D)
         else:
             group = tl.load(prepared.index + rows, mask=valid, other=-1)
             in_class = group >= 0
             q = tl.load(state.q + rows, mask=valid, other=0.0) * factor
-            z = gather_tile(z_ptr, rows, valid, columns, D)
+            z = gather_tile(prepared.rows, rows, valid, columns, D)
             dx_rows += (2.0 * q)[:, None] * (z - gather_tile(prepared.sums, group, in_class, columns, D))
             if HAS_MU:
                 kappa = tl.load(state.sum + N + group, mask=in_class, other=0.0) * q
-                dx_rows -= kappa[:, None] * gather_tile(prepared.mu, group, in_class, columns, D)
+                dx_rows -= kappa[:, None] * gather_tile(mu_ptr, group, in_class, columns, D)
             store_tile(Matrix(dz_ptr, num_x), dx_rows, start + first, 0, D)
 
 
@@ -243,7 +240,7 @@ def empty_results(z: Tensor, num_means: int | None) -> tuple[Tensor, Prepared]:
         state=floats(SCALARS.value + STATE_ROWS * (num_rows + num_means)),
         index=torch.empty(num_rows + 1, dtype=torch.int32, device=z.device),
         sums=floats(num_classes, dim),
-        mu=torch.empty((num_means, dim), dtype=z.dtype, device=z.device),
+        rows=torch.empty((num_rows + num_means, dim), dtype=z.dtype, device=z.device),
     )
     return floats(), prepared
 
@@ -329,7 +326,7 @@ def hycon_loss_forward(
         ignore_index=ignore_index,
     )
     with device_guard(z):
-        hycon_loss_fwd_kernel[(programs,)](z, prepared, loss, num_rows, num_means, splits, **constants, **options)
+        hycon_loss_fwd_kernel[(programs,)](prepared, loss, num_rows, num_means, splits, **constants, **options)
     return loss, prepared
 
 
@@ -340,13 +337,13 @@ def hycon_loss_backward(
 
     Args:
         grad: 0-dim float32, gradient of the loss; read by the kernel, never by the host.
-        z, means: as in the forward.
+        z, means: as in the forward; of z only the shape and type are read.
         prepared: the forward's.
 
     Returns:
         dz [N, D] in z's type, and dmeans [C, D] in means', or None without means.
     """
-    z, means = z.contiguous(), None if means is None else means.contiguous()
+    means = None if means is None else means.contiguous()
     num_rows, dim = z.shape
     num_means = 0 if means is None else len(means)
     constants, options = loss_backward_constants(
@@ -357,13 +354,14 @@ def hycon_loss_backward(
         num_rows=num_rows,
         num_means=num_means,
     )
-    dz, dmeans = torch.empty_like(z), None if means is None else torch.empty_like(means)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dmeans = None if means is None else torch.empty_like(means)
     scratch = torch.empty((num_rows + num_means, dim), dtype=torch.float32, device=z.device)
     block_m = constants["blocks"].block_m
     num_panels = triton.cdiv(num_rows, block_m) + triton.cdiv(num_means, block_m)
     with device_guard(z):
         hycon_loss_bwd_kernel[(num_panels,)](
-            grad, z, pointer(means, z), prepared, scratch, dz, pointer(dmeans, dz), num_rows, num_means,
+            grad, pointer(means, dz), prepared, scratch, dz, pointer(dmeans, dz), num_rows, num_means,
             **constants, **options,
         )  # fmt: skip
     return dz, dmeans

@@ -107,3 +107,10 @@ def test_the_command(fuzz: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "ZeroDivisionError" in out and "lists --seed 3 --case 7" in out and "lists 1 cases; 1 faults" in out
     with pytest.raises(SystemExit):
         fuzz.main(["nothing"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "cases"), [("configs", 40), ("checkpoints", 15)])
+def test_a_short_run_of_a_slow_target(name: str, cases: int, fuzz: Any) -> None:
+    report = fuzz.fuzz([name], cases=cases, seed=5)
+    assert report.cases == {name: cases} and not report.faults, report.faults

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,13 +203,44 @@ def test_workers_without_shared_memory_or_files_are_one_line(tmp_path: Path, mon
         list(plain_batches(images, config, 6, CPU))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_that_cannot_be_started_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
+    interrupted = KeyError("a thread that was being started")
+    interrupted.__context__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     before = signal.getsignal(signal.SIGCHLD)
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
     config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=9)
-    with pytest.raises(ValueError, match=r"^data\.workers must be .* can be started; got 9: .*temporarily unavailable"):
-        list(plain_batches(_on_disk(tmp_path), config, 6, CPU))
-    assert signal.getsignal(signal.SIGCHLD) == before
+    for error, message in (
+        (BlockingIOError(11, "Resource temporarily unavailable"), r"^data\.workers must be .* can be started; got 9: "),
+        (interrupted, r"^a process that reads images ended; .*; got data\.workers 9$"),
+        (interrupted.__context__, r"^a process that reads images ended; .*; got data\.workers 9$"),
+    ):
+
+        def fail(_: object, error: Exception = error) -> None:
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+            raise error
+
+        monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
+        with pytest.raises(ValueError, match=message):
+            list(plain_batches(_on_disk(tmp_path), config, 6, CPU))
+        assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_a_worker_that_dies_at_any_moment_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's and multiprocessing's many errors: those seen when a worker died as its batch was fetched."""
+    config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=1)
+    ours, plain = os.getpid(), torch.Tensor.to
+    unknown = RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+    for error in (EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket"), unknown):
+
+        def fail(tensor: torch.Tensor, *rest: Any, error: Exception = error, **named: Any) -> torch.Tensor:
+            if os.getpid() != ours:
+                return plain(tensor, *rest, **named)
+            if error is not unknown:
+                multiprocessing.active_children()[0].kill()
+                time.sleep(0.2)
+            raise error
+
+        monkeypatch.setattr(torch.Tensor, "to", fail)
+        with pytest.raises(ValueError, match=r"^a process that reads images .*; got data\.workers 1$"):
+            list(plain_batches(_on_disk(tmp_path), config, 6, CPU))
+        monkeypatch.undo()

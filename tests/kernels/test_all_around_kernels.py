@@ -92,7 +92,7 @@ def test_equals_the_launches_of_each_loss(target) -> None:
     want_values, want_lse = p2p_forward(x, y, case["seen"], **p2p_options)
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
     assert torch.equal(prepared.index[:-1], want_prepared.index[:-1])  # the last one counts programs
-    for name in ("state", "sums", "mu"):
+    for name in ("state", "sums", "rows"):
         torch.testing.assert_close(
             getattr(prepared, name), getattr(want_prepared, name), rtol=1e-6, atol=0, equal_nan=True
         )

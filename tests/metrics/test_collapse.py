@@ -5,12 +5,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from allnc.metrics import CollapseAccumulator, angle_blocks, collapse, ideal_angle, pairwise_angles
+from allnc.metrics import CollapseAccumulator, angle_blocks, collapse, ideal_angle, measures, pairwise_angles
 from tests.ops.test_p2p import simplex
 
 
@@ -290,3 +291,100 @@ def _announced_wrongly() -> None:
     accumulator = CollapseAccumulator(2, 3, class_counts=[4, 3])
     accumulator.update(FEATURES, LABELS)
     accumulator.compute(WEIGHT)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e61])
+@pytest.mark.parametrize("name", ["features", "weight", "bias", "logits"])
+def test_what_cannot_be_measured_is_named(name: str, value: float) -> None:
+    features, labels, weight = _clouds()
+    floats = {"features": features, "weight": weight, "bias": torch.randn(5), "logits": torch.randn(300, 5)}
+    dtype = torch.float64 if math.isfinite(value) else torch.float32
+    arguments: dict[str, Any] = {key: x.to(dtype) for key, x in floats.items()}
+    arguments[name][-1] = value
+    arguments = {key: x for key, x in arguments.items() if key == name or key in ("features", "weight")}
+    if name == "logits" and not math.isnan(value):
+        assert 0 <= collapse(labels=labels, **arguments)["nc4"] <= 1  # -inf rules a class out
+        return
+    wanted = "must not be NaN" if name == "logits" else "must be finite, at most 1e\\+60 in size; got"
+    with pytest.raises(ValueError, match=f"{name} {wanted}"):
+        collapse(labels=labels, **arguments)
+
+
+def test_a_batch_that_is_refused_leaves_no_trace() -> None:
+    features, labels, weight = _clouds()
+    good, bad = CollapseAccumulator(5, 7), CollapseAccumulator(5, 7)
+    for accumulator in (good, bad):
+        accumulator.update(features, labels, features @ weight.T)
+    with pytest.raises(ValueError, match="features must be finite"):
+        bad.update(features.where(labels[:, None] != 2, math.nan), labels, features @ weight.T)
+    with pytest.raises(ValueError, match=r"logits must not be NaN; got 1 of 300 rows"):
+        bad.update(features, labels, (features @ weight.T).index_fill(0, torch.tensor([4]), math.nan))
+    assert bad.compute(weight) == good.compute(weight)
+    with pytest.raises(ValueError, match="weight must be finite"):
+        good.compute(weight * math.nan)
+    with pytest.raises(ValueError, match=r"state\['means'\] must be finite"):
+        good.merge_state({**bad.state(), "means": bad.means * math.nan})
+    with pytest.raises(ValueError, match="features must be finite"):
+        good.count_disagreement(features * math.inf, labels)
+    assert bad.compute(weight) == good.compute(weight)
+
+
+@pytest.mark.parametrize("length", [1e-50, 1e-20, 1e20, 1e50])
+def test_measures_do_not_depend_on_the_unit(length: float) -> None:
+    features, labels, weight = _clouds()
+    want = collapse(features, labels, weight)
+    for got in (collapse(features * length, labels, weight), collapse(features, labels, weight * length)):
+        for name in want.keys() - {"nc4"}:
+            assert math.isclose(got[name], want[name], rel_tol=1e-9, abs_tol=1e-12), name
+
+
+@pytest.mark.parametrize("num_classes", [2, 9, 40])
+def test_pairs_by_blocks_are_the_same(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of a row or two, whose sums must be those of one block."""
+    features, labels, weight = _clouds(num_classes, dim=7, rows=500)
+    features[labels == 1] = features[labels == 0].mean(0) + 1e-5  # a pair of classes nearly at one place
+    want = collapse(features, labels, weight)
+    monkeypatch.setattr(measures, "_BLOCK_ENTRIES", 2 * num_classes - 1)
+    got = collapse(features, labels, weight)
+    assert got.keys() == want.keys() and ("energy_means" in got) == (num_classes > 8)
+    for name, wanted in want.items():
+        near = 1e-4 if name == "energy_means" else 1e-9  # the inverse of a distance that is formed of a cosine near 1
+        assert math.isclose(got[name], wanted, rel_tol=near, abs_tol=1e-12), name
+    means = torch.stack([features[labels == c].mean(0) for c in range(num_classes)])
+    variance = torch.stack([(features[labels == c] - means[c]).square().sum(1).mean() for c in range(num_classes)])
+    first, second = torch.triu_indices(num_classes, num_classes, 1)
+    cdnv = ((variance[first] + variance[second]) / (2 * torch.pdist(means).square())).mean()
+    assert math.isclose(got["cdnv"], float(cdnv), rel_tol=1e-9)
+
+
+def test_crowding_against_its_definition() -> None:
+    features, labels, weight = _clouds(12, dim=4, rows=500)
+    got = collapse(features, labels, weight)
+    unit = torch.nn.functional.normalize(weight, dim=1)
+    first, second = torch.triu_indices(12, 12, 1)
+    cosines = (unit @ unit.T)[first, second]
+    wanted = {
+        "cosine_mean": cosines.mean(),
+        "cosine_std": cosines.std(correction=0),
+        "equiangular": (cosines + 1 / 11).abs().mean(),
+        "cosine_max": cosines.max(),
+        "cosine_rms": cosines.square().mean().sqrt(),
+        "energy": torch.pdist(unit).reciprocal().mean(),
+    }
+    for name, value in wanted.items():
+        assert math.isclose(got[f"{name}_weights"], float(value), rel_tol=1e-12), name
+    gram = weight @ weight.T
+    etf = (torch.eye(12, dtype=torch.float64) - 1 / 12) / math.sqrt(11)
+    assert math.isclose(got["nc2_weights"], float((gram / gram.norm() - etf).norm()), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_angles_of_vectors_of_any_length(centre: bool) -> None:
+    vectors = torch.randn(6, 5, dtype=torch.float64)
+    want = pairwise_angles(vectors, centre=centre)
+    for length in (1e-200, 1e200, 1e307):
+        assert torch.allclose(pairwise_angles(vectors * length, centre=centre), want, rtol=1e-12)
+    assert pairwise_angles(vectors[:1].repeat(3, 1), centre=True).isnan().all()  # at the centre: no direction
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="vectors must be finite"):
+            pairwise_angles(vectors.index_fill(0, torch.tensor([2]), value), centre=centre)

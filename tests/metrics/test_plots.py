@@ -11,6 +11,7 @@ import torch
 from matplotlib import image
 from matplotlib.figure import Figure
 
+from allnc.metrics import pairwise_angles
 from allnc.metrics.plots import plot_angles, plot_curves
 from tests.ops.test_p2p import simplex
 
@@ -54,6 +55,39 @@ def test_absent_classes_stay_grey(tmp_path: Path, figures: list[Figure]) -> None
 def test_many_classes(tmp_path: Path) -> None:
     plot_angles(torch.randn(120, 16), torch.randn(120, 16), tmp_path / "angles.png", class_counts=range(1, 121))
     assert (tmp_path / "angles.png").stat().st_size > 10_000
+
+
+def test_thousands_of_classes_are_drawn_by_groups(tmp_path: Path, figures: list[Figure]) -> None:
+    """Numbers are over all pairs, cells over groups in the order of size."""
+    num_classes, counts = 1001, torch.randint(1, 200, (1001,))
+    means, weight = torch.randn(2, num_classes, 16).unbind()
+    means[::7] = 0
+    plot_angles(means, weight, tmp_path / "angles.png", class_counts=counts)
+    order = torch.argsort(counts, descending=True, stable=True)
+    group = torch.arange(num_classes) * 200 // num_classes
+    off = ~torch.eye(num_classes, dtype=torch.bool)
+    there = (means != 0).any(1)
+    for axis, vectors, centre in zip(figures[0].axes, (means, weight * there[:, None]), (True, False), strict=False):
+        angles = pairwise_angles(vectors, centre=centre)
+        values = angles[off & ~angles.isnan()]
+        assert f"mean {values.mean():.1f}°, std {values.std(correction=0):.1f}°" in axis.get_title()
+        shown = np.asarray(axis.images[0].get_array())
+        assert shown.shape == (200, 200)
+        ordered = angles[order][:, order].where(off, torch.nan)
+        for first, second in ((0, 0), (0, 199), (199, 3), (120, 121), (57, 56)):
+            want = ordered[group == first][:, group == second].nanmean()
+            assert shown[first, second] == pytest.approx(float(want), abs=0.02)
+
+
+@pytest.mark.parametrize("num_classes", [12, 300])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_named(tmp_path: Path, num_classes: int, value: float) -> None:
+    means, weight = torch.randn(2, num_classes, 8).unbind()
+    for name, bad in (("means", means), ("weight", weight)):
+        bad[3, 2] = value
+        with pytest.raises(ValueError, match=f"{name} must be finite; got NaN or infinity"):
+            plot_angles(means, weight, tmp_path / "angles.png")
+        bad[3, 2] = 0.0
 
 
 def test_curves(tmp_path: Path, figures: list[Figure]) -> None:

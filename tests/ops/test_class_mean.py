@@ -13,7 +13,7 @@ from torch import Tensor
 from allnc import _extension, class_mean_ema
 from allnc.ops._common import accumulation_dtype
 from allnc.ops.class_mean import class_mean_ema_reference
-from tests.cases import make_class_mean_case
+from tests.cases import generator_of, make_class_mean_case
 from tests.launches import Dispatches, opcheck_all
 from tests.poison import poisoned_allocations
 from tests.tolerances import assert_as_exact, assert_near
@@ -116,6 +116,34 @@ def test_heavy_class(backend: Any, dtype: torch.dtype) -> None:
     labels = torch.zeros(5000, dtype=torch.int64)
     labels[::500] = 2
     check(make_class_mean_case(5000, 40, 4, dtype=dtype, labels=labels), backend)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(("n", "f", "c"), [(0, 3, 2), (3, 0, 2), (0, 0, 2)])
+def test_nothing_to_add(backend: Any, n: int, f: int, c: int) -> None:
+    features = torch.ones(n, f, requires_grad=True)
+    labels = torch.full((n,), 1)
+    means, seen = torch.full((c, f), 5.0), torch.arange(c) == 0
+    value = class_mean_ema(features, labels, means, seen, backend=backend)
+    value.sum().backward()
+    assert value.tolist() == means.tolist() == [[5.0] * f] * c
+    assert seen.tolist() == [True, n > 0]
+    assert features.grad is not None and features.grad.shape == (n, f)
+    with pytest.raises(ValueError, match="means must have at least one row"):
+        class_mean_ema(features, labels, means[:0], seen[:0], backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_long_sum_keeps_its_digits(backend: Any) -> None:
+    """65,536 rows near 10: added up one by one, their mean would be off by 80 units in the last place."""
+    others = torch.arange(65_536) % 64 != 0
+    for labels in (others.long(), others.long().where(others, -100)):
+        features = 10 + torch.randn(len(labels), 8, generator=generator_of(7))
+        want = torch.stack([features[labels == c].double().sum(0) / max(1, int((labels == c).sum())) for c in (0, 1)])
+        device = device_of(backend)
+        means, seen = torch.zeros(2, 8, device=device), torch.zeros(2, dtype=torch.bool, device=device)
+        got = class_mean_ema(features.to(device), labels.to(device), means, seen, backend=backend)
+        assert (got.cpu().double() - want).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -276,8 +276,8 @@ def check_any_case(
     c = max(c, n) if distribution == "all distinct" else c
     case = make_case(n, d, c, dtype=dtype, seed=seed, labels=labels, means=use["means"])
     options: dict[str, Any] = {"balance": balance, "reduction": reduction, "mean_weight": mean_weight}
-    # Where class means are rounded to 16 bits, and their logits by as much / τ, τ = 0.005 has fixed cases of its own.
-    coldest = 0.02 if dtype in (torch.float16, torch.bfloat16) else 0.005
+    # Where Triton rounds class means to 16 bits, and their logits by as much / τ, τ = 0.005 has fixed cases of its own.
+    coldest = 0.02 if backend == "triton" and dtype in (torch.float16, torch.bfloat16) else 0.005
     temperature = coldest ** (coldness / 1000)
     options["temperature"] = torch.tensor(temperature) if use["tensor"] else temperature
     if use["means"] and use["seen"]:
@@ -403,13 +403,16 @@ def test_wrong_arguments_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
         ((z[:0], labels[:0]), {}, r"at least one row"),
         ((z.int(), labels), {}, r"z must be float16.*got torch.int32"),
         ((z, labels, means[:, :5]), {}, r"means must have shape \[C, 19\]; got \[5, 5\]"),
+        ((z, labels, means[:0]), {}, r"means must have at least one row, or be None; got \[0, 19\]"),
         ((z, labels + 1, means), {}, r"labels must be in \[0, 5\).*got 5"),
         ((z, labels, means), {"seen": torch.ones(4, dtype=torch.bool)}, r"seen must have shape \[5\]"),
         ((z, labels, means), {"seen": torch.ones(5)}, r"seen must be a bool tensor; got torch.float32"),
         ((z, labels), {"seen": torch.ones(5, dtype=torch.bool)}, r"seen must be None"),
         ((z, labels), {"temperature": 0.0}, r"temperature must be > 0; got 0.0"),
         ((z, labels), {"temperature": float("nan")}, r"temperature must be > 0; got nan"),
+        ((z, labels), {"temperature": math.inf}, r"temperature must be > 0; got inf"),
         ((z, labels), {"mean_weight": -1.0}, r"mean_weight must be >= 0; got -1.0"),
+        ((z, labels), {"mean_weight": math.inf}, r"mean_weight must be >= 0; got inf"),
         ((z, labels), {"balance": "classes"}, r"balance must be one of 'class', 'none'; got 'classes'"),
         ((z, labels), {"reduction": "avg"}, r"reduction must be one of"),
         ((z, labels), {"anchor_weight": torch.ones(3)}, r"anchor_weight must have shape \[37\]; got \[3\]"),

@@ -1,7 +1,8 @@
 """HyCon's loss from labels to gradients as one op, for what the losses of this package ask of it.
 
 On Triton a step is three launches (prepare, forward, backward; allnc.kernels.hycon.loss), on the CPU one C++ call each
-way; the lse path computes the O(N D) part in torch, some eighty calls. Settings that no loss uses take that path.
+way, of which the forward also forms what the gradient takes N² operations for; the lse path computes the O(N D) part in
+torch, some eighty calls. Settings that no loss uses take that path.
 
 Legend: N activations, D columns, C classes, G = C or, without means, N.
 """
@@ -11,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from allnc.ops._common import accumulation_dtype, validated_labels
+from allnc.ops._common import accumulation_dtype, label_errors, validated_labels
 from allnc.ops.hycon.options import Batch, Options
 
 MAX_DIM = 256  # the widest rows of which one Triton program can hold a panel's whole gradient
-_CPP_STATE_ROWS = 3  # see csrc/schema.cpp
+_CPP_STATE_ROWS, _CPP_PANEL, _CACHE_LINE = 3, 48, 64  # see csrc/schema.cpp
 
 
 def fuses(batch: Batch, options: Options, backend: str) -> bool:
@@ -41,32 +42,39 @@ def _hycon_loss(
     mean_weight: float,
     balance: str,
     ignore_index: int,
+    with_gradient: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and state, index, sums and mu for the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and state, index, sums, mu and (C++, if with_gradient) pull for the backward."""
     if backend == "cpp":
-        return torch.ops.allnc_C.hycon_loss_forward(
-            z, labels, means, seen, temperature, mean_weight, balance == "class", ignore_index
-        )
+        balanced = balance == "class"
+        arguments = (z, labels, means, seen, temperature, mean_weight, balanced, ignore_index, with_gradient)
+        if means is None:  # any label is right
+            return torch.ops.allnc_C.hycon_loss_forward(*arguments)
+        with label_errors(labels, len(means), ignore_index):
+            return torch.ops.allnc_C.hycon_loss_forward(*arguments)
     from allnc.kernels.hycon.loss import hycon_loss_forward
 
     settings = {"temperature": temperature, "mean_weight": mean_weight, "balance": balance}
     loss, prepared = hycon_loss_forward(z, labels, means, seen, **settings, ignore_index=ignore_index)
-    return loss, *prepared
+    return loss, *prepared, z.new_empty(0)
 
 
 @_hycon_loss.register_fake
-def _(z, labels, means, seen, temperature, mean_weight, balance, ignore_index, backend):
+def _(z, labels, means, seen, temperature, mean_weight, balance, ignore_index, with_gradient, backend):
     if backend == "triton":
         from allnc.kernels.hycon.loss import empty_results
 
         loss, prepared = empty_results(z, None if means is None else len(means))
-        return loss, *prepared
+        return loss, *prepared, z.new_empty(0)
     num_rows, dim = z.shape
     num_means = 0 if means is None else len(means)
     sums = z.new_empty((num_means or num_rows, dim), dtype=accumulation_dtype(z.dtype))
     state = sums.new_empty(_CPP_STATE_ROWS, num_rows + num_means)
-    return sums.new_empty(()), state, labels.new_empty(num_rows), sums, sums.new_empty(num_means, dim)
+    padded = sum(-(-rows // _CPP_PANEL) * _CPP_PANEL for rows in (num_rows, num_means)) if with_gradient else 0
+    line = _CACHE_LINE // sums.element_size()
+    pull = sums.new_empty(padded, (-(-dim // line) // 2 * 2 + 1) * line)
+    return sums.new_empty(()), state, labels.new_empty(num_rows), sums, sums.new_empty(num_means, dim), pull
 
 
 @torch.library.custom_op("allnc::hycon_loss_backward", mutates_args=())
@@ -80,9 +88,11 @@ def _hycon_loss_backward(
     mu: Tensor,
     temperature: float,
     backend: str,
+    pull: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if backend == "cpp":
-        dz, dmeans = torch.ops.allnc_C.hycon_loss_backward(grad, z, means, state, index, sums, mu, temperature)
+        saved = (state, index, sums, mu, sums.new_empty(0, 0) if pull is None else pull)
+        dz, dmeans = torch.ops.allnc_C.hycon_loss_backward(grad, z, means, *saved, temperature)
         return dz, grad.new_empty(0) if means is None else dmeans
     from allnc.kernels.hycon.loss import Prepared, hycon_loss_backward
 
@@ -91,12 +101,12 @@ def _hycon_loss_backward(
 
 
 @_hycon_loss_backward.register_fake
-def _(grad, z, means, state, index, sums, mu, temperature, backend):
+def _(grad, z, means, state, index, sums, mu, temperature, backend, pull=None):
     return z.new_empty(z.shape), sums.new_empty(0) if means is None else means.new_empty(means.shape)
 
 
 def _save_for_loss(ctx, inputs, output) -> None:
-    z, _, means, _, ctx.temperature, _, _, _, ctx.backend = inputs
+    z, _, means, _, ctx.temperature, *_, ctx.backend = inputs
     _, *prepared = output
     ctx.save_for_backward(z, means, *prepared)
     ctx.mark_non_differentiable(*prepared)
@@ -104,9 +114,9 @@ def _save_for_loss(ctx, inputs, output) -> None:
 
 
 def _loss_autograd(ctx, grad: Tensor, *_: None):
-    z, means, *prepared = ctx.saved_tensors
-    dz, dmeans = torch.ops.allnc.hycon_loss_backward(grad, z, means, *prepared, ctx.temperature, ctx.backend)
-    return dz, None, None if means is None else dmeans, *(None,) * 6
+    z, means, *prepared, pull = ctx.saved_tensors
+    dz, dmeans = torch.ops.allnc.hycon_loss_backward(grad, z, means, *prepared, ctx.temperature, ctx.backend, pull)
+    return dz, None, None if means is None else dmeans, *(None,) * 7
 
 
 _hycon_loss.register_autograd(_loss_autograd, setup_context=_save_for_loss)
@@ -126,10 +136,11 @@ def hycon_fused(batch: Batch, options: Options, backend: str) -> Tensor:
     if backend == "cpp":
         z = z.float() if dtype == torch.float16 else z  # CPUs multiply bfloat16 but not float16
         means = None if means is None else means.to(accumulation_dtype(dtype))
-    if means is not None and not z.is_cuda:  # on a GPU a kernel checks
+    if means is not None and backend != "cpp" and not z.is_cuda:  # C++ checks them, and on a GPU a kernel
         labels = validated_labels(labels, len(means), options.ignore_index)
     temperature, mean_weight, balance, _, ignore_index = options
     assert not isinstance(temperature, Tensor)
+    with_gradient = torch.is_grad_enabled() and (z.requires_grad or (means is not None and means.requires_grad))
     return torch.ops.allnc.hycon_loss(
         z.contiguous(),
         labels.contiguous(),
@@ -139,5 +150,6 @@ def hycon_fused(batch: Batch, options: Options, backend: str) -> Tensor:
         float(mean_weight),
         balance,
         ignore_index,
+        with_gradient,
         backend,
     )[0]

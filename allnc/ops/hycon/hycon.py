@@ -16,10 +16,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from allnc.ops._common import Backend, accumulation_dtype, debug_checks, resolve_backend
+from allnc.ops._common import Backend, accumulation_dtype, debug_checks, resolve_backend, unit_rows
 from allnc.ops.hycon.fused import fuses, hycon_fused
 from allnc.ops.hycon.lse import hycon_lse
 from allnc.ops.hycon.options import Balance, Batch, Options, Reduction, agreed_facts, check_hycon
@@ -48,8 +47,8 @@ def hycon_reference(
     The text to check the fused versions against, and the eager rival of the benchmarks. Arithmetic is in the
     accumulation type of z (float32, or float64 for float64 z).
     """
-    z = z.to(accumulation_dtype(z.dtype))  # [N, D]
     use = labels != ignore_index  # [N]
+    z = z.to(accumulation_dtype(z.dtype)).where(use[:, None], 0)  # [N, D]
     same = (labels[:, None] == labels[None, :]) & use[:, None] & use[None, :]  # [N, N]
     other = ~torch.eye(len(z), dtype=torch.bool, device=z.device) & use[None, :]  # [N, N]
     count = same.sum(1).to(z.dtype)  # [N], n_{y_i}
@@ -59,7 +58,7 @@ def hycon_reference(
     mean_terms = []
     if means is not None:
         seen = torch.ones(len(means), dtype=torch.bool, device=z.device) if seen is None else seen
-        mean_logits = z @ F.normalize(means.to(z.dtype), dim=1).T / temperature  # [N, C], T
+        mean_logits = z @ unit_rows(means.to(z.dtype).where(seen[:, None], 0)).T / temperature  # [N, C], T
         own = labels.where(use, 0)  # [N]
         own_logit = mean_logits.gather(1, own[:, None]).squeeze(1)
         in_mean = (seen[own] & use).to(z.dtype)
@@ -74,7 +73,7 @@ def hycon_reference(
     lse = torch.logsumexp(terms.where(valid[:, None], 0), 1)  # [N]; rows left out may be empty: no -inf - -inf
     positive = (logits * (same & other)).sum(1) + mean_weight * in_mean * own_logit
     pos = positive / num_positive.where(valid, 1)
-    weight = valid.to(z.dtype) if anchor_weight is None else anchor_weight.to(z.dtype) * valid
+    weight = valid.to(z.dtype) if anchor_weight is None else anchor_weight.to(z.dtype).where(valid, 0)
     return reduce_anchors(lse - pos, weight, reduction)
 
 
@@ -100,10 +99,13 @@ def hycon(
 
     Args:
         z: [N, D] float16, bfloat16, float32 or float64; unit rows (environment ALLNC_DEBUG=1 checks them).
-        labels: [N] int64 in [0, C), or `ignore_index` for rows that take no part at all. Without means, any
-            integers.
-        means: [C, D] class means in z's space, any length: normalised here. Differentiable.
-        seen: [C] bool, classes that have a mean; the others are masked. Default: all.
+        labels: [N] int64 in [0, C), or `ignore_index` for rows that take no part at all, whatever they hold. Without
+            means, any integers.
+        means: [C, D] class means in z's space, any length: normalised here. A mean whose entries are all below 8e-31
+            has no direction: it is a zero row without gradient. Differentiable. For float16 and bfloat16 z, Triton,
+            and C++ on processors that multiply bfloat16 if τ >= 1/32, round the unit means to z's type, their logits
+            by up to 2^-12/τ and 2^-9/τ.
+        seen: [C] bool, classes that have a mean; the others are masked, whatever their rows hold. Default: all.
         temperature: τ > 0, or a one-element tensor, which may require a gradient.
         mean_weight: κ >= 0, weight of the own class mean among the positives.
         balance: "class": each class enters the denominator as the average over its activations and its mean;
@@ -152,7 +154,7 @@ def contrast(batch: Batch, options: Options, backend: str, ranks: Ranks | None =
         if ranks is not None:
             batch = _gather(batch, ranks)
         terms = build_terms(batch, options, ranks)
-        lse = hycon_lse(batch.z, terms, options, backend=backend, ranks=ranks)
+        lse = hycon_lse(terms, options, backend=backend, ranks=ranks)
         return reduce_terms(lse, terms, options.reduction)
 
 

@@ -197,15 +197,14 @@ class _LseAcrossRanks(torch.autograd.Function):
         return dz, None if mu is None else dmu, None, None, dtemperature, *(None,) * 4
 
 
-def hycon_lse(z: Tensor, terms: Terms, options: Options, *, backend: str, ranks: Ranks | None = None) -> Tensor:
+def hycon_lse(terms: Terms, options: Options, *, backend: str, ranks: Ranks | None = None) -> Tensor:
     """lse_i = log( Σ_{j≠i} a_j exp(z_i·z_j/τ) + Σ_c b_c exp(z_i·mu_c/τ) ), differentiable in z, mu and τ.
 
     Repeated calls are bit-equal on the CPU, and on a GPU where torch.are_deterministic_algorithms_enabled().
 
     Args:
-        z: [N, D] unit rows, contiguous.
-        terms: mu, a and b are read. mu is contiguous and in the accumulation type of z; Triton, and C++ for bfloat16
-            where the processor multiplies it, round it to z's type.
+        terms: z, mu, a and b are read, z and mu contiguous. mu is in the accumulation type of z; Triton, and C++ for
+            bfloat16 where the processor multiplies it and τ >= 1/32, round it to z's type.
         options: the temperature is read. The value of a tensor is never read on the host, so the running-maximum
             variant is used for it.
         backend: "eager", "cpp" or "triton" (resolved).
@@ -215,7 +214,7 @@ def hycon_lse(z: Tensor, terms: Terms, options: Options, *, backend: str, ranks:
         [N] in a's type; -inf where nothing is contrasted with.
     """
     arguments = (
-        z, terms.mu, terms.a, terms.b, _temperature_tensor(options.temperature, terms.a),
+        terms.z, terms.mu, terms.a, terms.b, _temperature_tensor(options.temperature, terms.a),
         options.shifted, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     if ranks is not None:

@@ -5,6 +5,7 @@ Legend: N activations, D columns, C classes.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -68,6 +69,8 @@ def check_hycon(batch: Batch, options: Options, *, least_rows: int = 1) -> None:
     if means is not None:
         check_floating("means", means)
         check_shape("means", means, ("C", dim))
+        if len(means) == 0:
+            raise ValueError(f"means must have at least one row, or be None; got {list(means.shape)}")
         if seen is not None:
             check_seen(seen, len(means))
     elif seen is not None:
@@ -80,14 +83,14 @@ def check_hycon(batch: Batch, options: Options, *, least_rows: int = 1) -> None:
         check_floating("temperature", tau)
         if tau.numel() != 1:
             raise ValueError(f"temperature must hold one value; got shape {list(tau.shape)}")
-    elif not options.temperature > 0:  # pyright: ignore[reportGeneralTypeIssues]
+    elif not 0 < options.temperature < math.inf:  # pyright: ignore[reportGeneralTypeIssues]
         raise ValueError(f"temperature must be > 0; got {options.temperature}")
-    if not options.mean_weight >= 0:
+    if not 0 <= options.mean_weight < math.inf:
         raise ValueError(f"mean_weight must be >= 0; got {options.mean_weight}")
     check_same_device(z=z, labels=labels, means=means, seen=seen, anchor_weight=anchor_weight, temperature=tau)
     check_no_tangent("hycon", z, means, anchor_weight, tau)
     if debug_checks():
-        norms = z.detach().double().norm(dim=1)
+        norms = z.detach()[labels != options.ignore_index].double().norm(dim=1)
         if not bool(((norms - 1).abs() < 2e-2).all()):
             worst = float(norms[(norms - 1).abs().argmax()])
             raise ValueError(f"z must have unit rows; got a row of norm {worst:.4g}. Use F.normalize(z, dim=1)")

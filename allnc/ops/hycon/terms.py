@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allnc.ops._common import accumulation_dtype, validated_labels
+from allnc.ops._common import accumulation_dtype, unit_rows, validated_labels
 from allnc.ops.hycon.options import Batch, Options, Reduction
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 class Terms(NamedTuple):
-    """What HyCon needs besides lse."""
+    """What HyCon needs."""
 
+    z: Tensor  # [N, D] unit rows, 0 for rows that take no part
     mu: Tensor | None  # [C, D] unit rows
     a: Tensor  # [N] column weights of the activations
     b: Tensor | None  # [C] column weights of the means
@@ -44,6 +45,7 @@ def build_terms(batch: Batch, options: Options, ranks: Ranks | None = None) -> T
     temperature, mean_weight, balance, _, ignore_index = options
     dtype = accumulation_dtype(z.dtype)
     use = labels != ignore_index  # [N]
+    z = z.where(use[:, None], 0)  # rows that take no part may hold anything, and NaN times a weight of 0 is NaN
     if means is None:
         row_class, num_classes = _dense_classes(labels), len(labels)
     else:
@@ -51,14 +53,15 @@ def build_terms(batch: Batch, options: Options, ranks: Ranks | None = None) -> T
     uses = use.to(dtype)
     counts = uses.new_zeros(num_classes).index_add(0, row_class, uses)  # [C], n_c
     zf = z.to(dtype)
-    class_sum = zf.new_zeros(num_classes, z.shape[1]).index_add(0, row_class, zf * uses[:, None])  # [C, D]
+    class_sum = zf.new_zeros(num_classes, z.shape[1]).index_add(0, row_class, zf)  # [C, D]
 
     positives = class_sum[row_class] - zf  # [N, D], sum of the positives of each anchor
     count = counts[row_class]  # [N]
     in_mean = torch.zeros_like(count)  # [N], 1 where the anchor's class has a mean
     mu = b = None
     if means is not None:
-        mu = F.normalize(means.to(dtype), dim=1)  # [C, D]
+        there = means if seen is None else means.where(seen[:, None], 0)  # [C, D]
+        mu = unit_rows(there.to(dtype))  # [C, D]
         has_mean = torch.ones_like(counts) if seen is None else seen.to(dtype)  # [C]
         in_mean = has_mean[row_class]
         own_mean = mu[row_class] if ranks is None else ranks.share(mu[row_class])  # [N, D]
@@ -70,8 +73,8 @@ def build_terms(batch: Batch, options: Options, ranks: Ranks | None = None) -> T
     if ranks is not None and isinstance(temperature, Tensor):
         temperature = ranks.share(temperature.reshape(1).expand(len(z)))
     pos = (zf * positives).sum(1) / (num_positive.where(valid, 1) * temperature)
-    weight = valid.to(dtype) if anchor_weight is None else anchor_weight.to(dtype) * valid
-    return Terms(mu, a, b, pos.where(valid, 0), valid, weight)
+    weight = valid.to(dtype) if anchor_weight is None else anchor_weight.to(dtype).where(valid, 0)
+    return Terms(z, mu, a, b, pos.where(valid, 0), valid, weight)
 
 
 def _dense_classes(labels: Tensor) -> Tensor:

@@ -12,28 +12,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from allnc.ops._common import accumulation_dtype
+from allnc.ops._common import LEAST_ENTRY, accumulation_dtype, normal_scale
 
 
 def centred_unit(x: Tensor, seen: Tensor) -> Tensor:
     """Rows of x minus the mean of the seen rows, at unit length and differentiable; zero rows if not seen.
 
     A row that coincides with the centre to rounding has no direction: it becomes a zero row with zero
-    gradient, not a unit row of amplified noise.
+    gradient, not a unit row of amplified noise. So do all rows where every entry is below LEAST_ENTRY.
 
     Args:
-        x: [C, F] floating; rows of unseen classes are never read into the result, whatever they hold.
+        x: [C, F] floating, of any size; rows of unseen classes are never read into the result, whatever they hold.
         seen: [C] bool.
 
     Returns:
         [C, F] in the accumulation type of x (float32, or float64 for float64 x).
     """
     x = x.to(accumulation_dtype(x.dtype)).where(seen[:, None], 0)  # [C, F]
+    largest = x.detach().abs().amax()
+    x = x * normal_scale(largest)  # one scale for all rows, because they are centred together
     centre = x.sum(0) / seen.sum().clamp(min=1)  # [F]
     centred = (x - centre).where(seen[:, None], 0)
     squared = centred.square().sum(1, keepdim=True)  # [C, 1]
     noise = 8 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x.detach(), dim=1).amax()
-    has_direction = squared > noise.square()
+    has_direction = (squared > noise.square()) & ~(largest < LEAST_ENTRY)  # with NaN neither
     return (centred * squared.where(has_direction, 1).rsqrt().where(has_direction, 0)).contiguous()
 
 

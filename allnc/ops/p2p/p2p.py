@@ -21,8 +21,9 @@ Legend: C classes, F features, K classes seen.
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from allnc._checks import check_choice
@@ -34,6 +35,7 @@ from allnc.ops._common import (
     check_seen,
     check_shape,
     resolve_backend,
+    unit_rows,
 )
 from allnc.ops.p2p.centred_unit import centred_units, pair_dtype
 from allnc.ops.p2p.forms import (
@@ -65,8 +67,8 @@ def p2p_reference(
     num_seen = len(own)
     if num_seen < 2:
         return (own.sum() + other.sum()) * 0
-    X = F.normalize(own - own.mean(0), dim=1)
-    Y = F.normalize(other - other.mean(0), dim=1)
+    X = unit_rows(own - own.mean(0))
+    Y = unit_rows(other - other.mean(0))
     cosines = X @ Y.T  # [K, K]
     same = torch.eye(num_seen, dtype=torch.bool, device=x.device)
     if target == "etf":
@@ -302,7 +304,7 @@ def check_p2p(x: Tensor, y: Tensor | None, seen: Tensor | None, target: str, tem
     check_choice("target", target, ("auto", "etf", "softmax"))
     if isinstance(temperature, Tensor):
         raise TypeError("temperature must be a float; got a torch.Tensor. It is not learnable here: pass its .item()")
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0; got {temperature}")
     check_same_device(x=x, y=y, seen=seen)
     check_no_tangent("p2p", x, y)
@@ -319,8 +321,9 @@ def p2p(
 ) -> Tensor:
     """Peer-to-peer loss: pulls the cosines between the rows of x and of y towards those of a simplex ETF.
 
-    Both are centred over the seen classes and normalised here. With fewer than two seen classes the loss
-    and its gradient are 0.
+    Both are centred over the seen classes and normalised here, whatever their lengths: a row that coincides with the
+    centre to rounding, or all rows where every entry is below 8e-31, are zero rows without gradient. With fewer than
+    two seen classes the loss and its gradient are 0.
 
     Args:
         x: [C, F] float16, bfloat16, float32 or float64; class means or classifier vectors.
