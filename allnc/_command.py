@@ -6,7 +6,9 @@ Only the standard library is imported, so that Ctrl-C is answered from the first
 from __future__ import annotations
 
 import io
+import os
 import sys
+import threading
 from collections.abc import Callable
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 130
@@ -26,6 +28,7 @@ def answer(program: str, body: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without η shows its number; the training goes on
             stream.reconfigure(errors="backslashreplace")
+    threading.excepthook = _in_thread
     try:
         body()
         sys.stdout.flush()
@@ -48,10 +51,17 @@ def answer(program: str, body: Callable[[], None]) -> int:
     return DONE
 
 
+def _in_thread(fault: threading.ExceptHookArgs) -> None:
+    """Let a thread that cannot write end silently: TensorBoard raises its error again at the next event."""
+    if not isinstance(fault.exc_value, OSError):
+        threading.__excepthook__(fault)
+
+
 def _reason(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
-    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    given = (name for name in (error.filename, error.filename2) if name is not None)
+    names = [os.fsdecode(name) if isinstance(name, bytes) else str(name) for name in given]
     return f"{' -> '.join(names)}: {error.strerror}" if names else error.strerror
 
 

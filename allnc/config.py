@@ -32,7 +32,7 @@ def _check_fields(section: str, config: Any) -> None:
         elif not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(_KINDS.get(kind, getattr(kind, "__name__", "")) for kind in kinds)
             raise ValueError(f"{section}.{name} must be of type {wanted}; got {value!r}")
-        elif isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT:
+        elif isinstance(value, float) and math.isfinite(value) and abs(value) > _LARGEST_FLOAT:
             raise ValueError(f"{section}.{name} must be a number that float32 holds; got {value}")
         elif isinstance(value, int) and abs(value) > _LARGEST_INT:
             raise ValueError(f"{section}.{name} must be at most {_LARGEST_INT}; got {value}")

@@ -197,7 +197,7 @@ def test_literals_are_checked_without_the_parser() -> None:
     [
         (TrainConfig, {"lr": "a"}, "train.lr must be of type float; got 'a'"),
         (TrainConfig, {"lr": 1e300}, "train.lr must be a number that float32 holds; got 1e+300"),
-        (TrainConfig, {"lr": float("nan")}, "train.lr must be a number that float32 holds; got nan"),
+        (TrainConfig, {"lr": float("nan")}, "train.lr must be > 0; got nan"),
         (TrainConfig, {"epochs": 2.5}, "train.epochs must be of type int; got 2.5"),
         (TrainConfig, {"epochs": 10**30}, "train.epochs must be at most 4294967295"),
         (TrainConfig, {"milestones": ("a",)}, "train.milestones must be of type list of int; got ('a',)"),

@@ -107,7 +107,10 @@ class Processes:
             return model
         on_gpu = next(model.parameters()).is_cuda
         if on_gpu:
-            nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)
+            # torch's would drop the activation of timm's BatchNormAct2d.
+            from timm.layers.norm_act import convert_sync_batchnorm
+
+            convert_sync_batchnorm(model, self.group)
         else:
             _synchronise(model, self.group)
         return DistributedDataParallel(
@@ -146,7 +149,8 @@ def _synchronise(model: nn.Module, group: dist.ProcessGroup) -> None:
                 f"model.name must have plain BatchNorm on several processes of a CPU; {name} is a "
                 f"{type(module).__name__}: train on one process or on GPUs"
             )
-        module.__class__, module.group = _SyncedBatchNorm, group
+        module.__class__ = _SyncedBatchNorm
+        vars(module)["group"] = group
 
 
 def world_size() -> int:
@@ -181,7 +185,7 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, rows = sums[:-1] / sums[-1], sums[-1].detach()
         centred = x - by_channel(mean)
         variance = _SumBothWays.apply(centred.square().sum(others), self.group) / rows
-        if self.track_running_stats:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
