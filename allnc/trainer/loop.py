@@ -247,6 +247,8 @@ def _train(
     if files is not None:
         if mode != "resume":
             files.start()
+        elif run.epoch < config.train.epochs:
+            (files / SUMMARY).unlink(missing_ok=True)  # of fewer epochs: it would not be the weights' for long
         write_whole(files / CONFIG, _config_text(run).encode())
         for line in _headlines(run, files):
             console.print(line, soft_wrap=True, highlight=False, markup=False)

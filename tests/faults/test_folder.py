@@ -216,6 +216,23 @@ def test_ctrl_c_in_the_first_seconds(moment: str, tmp_path: Path) -> None:
     assert done.returncode == 130 and one_line(done.stderr).startswith("allnc.train: stopped")
 
 
+def test_a_summary_is_that_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run goes on for more epochs and is stopped: the summary of the fewer ones must not stay."""
+    loop.train(TINY, tmp_path, quiet())
+    longer = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, epochs=5))
+    train_epoch = loop.train_epoch
+
+    def interrupted(run: loop.Run, log: loop.RunLog) -> dict[str, float]:
+        if run.epoch == 4:
+            raise KeyboardInterrupt
+        return train_epoch(run, log)
+
+    monkeypatch.setattr(loop, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="continues after epoch 4 of 5"):
+        loop.train(longer, tmp_path, quiet(), mode="resume")
+    assert not (tmp_path / "summary.json").exists()
+
+
 def test_a_damaged_line_of_the_metrics_is_kept_and_said(tmp_path: Path) -> None:
     run = tmp_path / "run"
     loop.train(TINY, run, quiet())
