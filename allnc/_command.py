@@ -44,7 +44,7 @@ def answer(program: str, body: Callable[[], None]) -> int:
         if not _is_memory(error):
             raise
         smaller = "lower train.batch_size, data.views, data.image_size or the model's size"
-        return _mistake(program, f"not enough memory: {smaller} ({error or 'MemoryError'})")
+        return _mistake(program, f"not enough memory: {smaller} ({str(error) or type(error).__name__})")
     except KeyboardInterrupt as stop:
         print(f"{program}: {stop if stop.args else 'stopped'}", file=sys.stderr)
         return INTERRUPTED

@@ -25,8 +25,8 @@ def _evaluate(folder: Path, root: str | None, device: str) -> None:
     from rich.console import Console
 
     from allnc.trainer.checkpoint import load_weights
-    from allnc.trainer.loop import Run
-    from allnc.trainer.processes import world_size
+    from allnc.trainer.launcher import world_size
+    from allnc.trainer.run import Run
     from allnc.trainer.runlog import final_table, finite
 
     if world_size() > 1:

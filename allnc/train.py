@@ -16,14 +16,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(words: list[str]) -> None:
     # Imported here: Ctrl-C is answered during imports, too, and mistakes before those of torch, which take seconds.
-    from allnc.trainer.command import launched_rank, plan, print_config
+    from allnc.trainer import launcher
+    from allnc.trainer.command import plan, print_config
 
     if "--print_config" in words:
         return print_config(words)
     try:
         config, folder, mode = plan(words)
     except ValueError:
-        if launched_rank() == 0:
+        if launcher.rank() == 0:
             raise
         sys.exit(MISTAKE)  # all processes of a launcher have the same words: the first one answers
     from rich.console import Console

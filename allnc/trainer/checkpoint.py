@@ -13,7 +13,6 @@ A file that is damaged, or of another epoch, has another sum and is refused.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import time
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from allnc.config import Config
 from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
-from allnc.trainer.manifest import Manifest, read_manifest
+from allnc.trainer.manifest import Manifest, read_manifest, sum_of
 from allnc.trainer.options import from_dict, to_dict
 
 _READS = 5  # tries: a run may save between the moments at which another program reads its two files
@@ -61,7 +60,7 @@ def save(
     for name, data in files.items():
         write_temporary(folder / name, data)
     sync(folder)
-    sums = {name: _sum(data) for name, data in files.items()}
+    sums = {name: sum_of(data) for name, data in files.items()}
     manifest = Manifest(epoch=epoch, config=config, files=sums, changes=changes)
     write_json(folder / CHECKPOINT, manifest.to_json())
     for name in files:
@@ -74,7 +73,7 @@ def roll_forward(folder: Path) -> None:
     manifest = read_manifest(folder)
     for name, wanted in manifest.files.items() if manifest else ():
         waiting = temporary_of(folder / name)
-        if waiting.is_file() and _sum(waiting.read_bytes()) == wanted:
+        if waiting.is_file() and sum_of(waiting.read_bytes()) == wanted:
             waiting.replace(folder / name)
     sync(folder)
 
@@ -128,7 +127,7 @@ def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
     there = [p for p in (path, temporary_of(path)) if p.is_file()]
     for candidate in there:
         data = candidate.read_bytes()
-        if _sum(data) == manifest.files.get(name):
+        if sum_of(data) == manifest.files.get(name):
             return data
     fault = "is damaged, or of another epoch (its SHA-256 differs)" if there else "is missing"
     raise ValueError(f"{path} {fault}; {CHECKPOINT} names the file of epoch {manifest.epoch}")
@@ -148,7 +147,3 @@ def _model(path: Path, data: bytes) -> tuple[Config, int, dict[str, Tensor]]:
         return from_dict(json.loads(notes["config"])), int(notes["epoch"]), tensors
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} must hold a configuration in its metadata; it cannot be read: {error}") from error
-
-
-def _sum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from allnc.config import SECTIONS, Config
+from allnc.trainer import launcher
 from allnc.trainer.folder import CONFIG, Mode, check_folder, new_folder
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
@@ -56,7 +57,7 @@ def plan(words: Sequence[str]) -> Plan:
     config, recipe = parse(words)
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
-    if launched_rank() > 0:
+    if launcher.rank() > 0:
         return Plan(config, Path(config.out or "runs"), "overwrite" if given else "new")
     if config.out is None:
         folder = new_folder(f"{recipe}-{config.loss.name}-seed{config.seed}")
@@ -237,8 +238,3 @@ def _path(name: str) -> Path:
     if not name or "\0" in name or expanded.startswith("~"):
         raise ValueError(f"--out must be the name of a folder, or ~ or ~user before one; got {name!r}")
     return Path(expanded)
-
-
-def launched_rank() -> int:
-    """The number of this process among those of a launcher such as torchrun; 0 without one."""
-    return int(os.environ.get("RANK", "0"))

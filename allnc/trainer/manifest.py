@@ -54,7 +54,7 @@ class Manifest:
             "changes": list(self.changes),
             "config": to_dict(self.config),
         }
-        return values | {"sha256": _sum(values)}
+        return values | {"sha256": _sum_of_values(values)}
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         values = json.loads(path.read_bytes())
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}, and this version of allnc reads {FORMAT}")
-        if values.pop("sha256") != _sum(values):
+        if values.pop("sha256") != _sum_of_values(values):
             raise ValueError("its SHA-256 differs from the one it names")
         return Manifest(
             epoch=int(values["epoch"]),
@@ -83,8 +83,13 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{path} must be the description of a checkpoint; it cannot be read: {reason}") from error
 
 
-def _sum(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def sum_of(data: bytes) -> str:
+    """Return the SHA-256 by which checkpoint.json knows a file, and itself."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sum_of_values(values: dict[str, Any]) -> str:
+    return sum_of(json.dumps(values, sort_keys=True).encode())
 
 
 def changes_on_resuming(before: Manifest, after: Config) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from allnc.config import DataConfig
 from allnc.data import ImageSet, load
+from tests.rights import needs_root, without_rights
 
 
 def picture(path: Path, value: int = 0) -> Path:
@@ -230,19 +231,12 @@ def test_parts_must_have_the_same_classes(root: Path) -> None:
         read(root)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights for one read")
+@needs_root
 def test_a_folder_without_permission_is_named(root: Path, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent.stat().st_uid == 0 and parent.name.startswith(("pytest", "popen")):
-            parent.chmod(0o755)
     (root / "train" / "dog").chmod(0)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(ValueError, match=r"train/dog must be a readable folder; got: Permission denied"):
-            read(root)
-    finally:
-        os.seteuid(0)
+    refusal = pytest.raises(ValueError, match=r"train/dog must be a readable folder; got: Permission denied")
+    with without_rights(tmp_path), refusal:
+        read(root)
 
 
 @pytest.mark.parametrize("root", ["/nowhere", "x" * 5000, "a\0b", "/dev/null"])

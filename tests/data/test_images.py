@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from allnc.data.images import read_image
+from tests.rights import needs_root, without_rights
 
 GREY = np.array([[0, 255], [128, 64]], np.uint8)
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -239,16 +240,13 @@ def test_a_name_that_would_break_the_line_is_escaped(tmp_path: Path) -> None:
         assert str(caught.value).isprintable() and str(caught.value).encode()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights for one read")
+@needs_root
 def test_no_permission(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", Image.new("RGB", (2, 2)))
     path.chmod(0)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(ValueError, match=r"must be a readable image; got: Permission denied"):
-            read_image(str(path))
-    finally:
-        os.seteuid(0)
+    refusal = pytest.raises(ValueError, match=r"must be a readable image; got: Permission denied")
+    with without_rights(tmp_path), refusal:
+        read_image(str(path))
 
 
 def test_nothing_is_printed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from allnc.config import DataConfig
 from allnc.data import ImageSet, load
+from tests.rights import needs_root, without_rights
 
 
 @pytest.fixture
@@ -162,20 +163,14 @@ def test_a_list_that_is_no_file(root: Path) -> None:
             load(config(root, train_list=str(root / name)))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights for one read")
+@needs_root
 def test_a_list_without_permission(root: Path) -> None:
     (root / "test.txt").write_text("sub/c.png 0\n")
     (root / "train.txt").write_text("a.png 0\n")
     (root / "train.txt").chmod(0)
-    for parent in root.parents[:2]:
-        parent.chmod(0o755)
-    root.chmod(0o755)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(ValueError, match=r"data\.train_list must be a readable file; got .*: Permission denied"):
-            load(config(root))
-    finally:
-        os.seteuid(0)
+    refusal = pytest.raises(ValueError, match=r"data\.train_list must be a readable file; got .*: Permission denied")
+    with without_rights(root), refusal:
+        load(config(root))
 
 
 @pytest.mark.parametrize("folder", ["/nowhere", "x" * 5000, "a\0b", "/dev/null"])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from allnc.data import load
-from allnc.trainer import checkpoint, loop
+from allnc.trainer import checkpoint, loop, run
 from allnc.trainer.manifest import read_manifest
 from tests.faults.runs import TINY, quiet
 
@@ -90,7 +90,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
     images = load(CONFIG.data)  # once: the forks shall train, not import and draw
-    loop.load = lambda _: images
+    run.load = lambda _: images
     loop.git_commit = lambda: None
     loop.plot_angles = loop.plot_curves = lambda *_, **__: None
     assert forked(lambda: loop.train(CONFIG, root / "straight", quiet())) == 0

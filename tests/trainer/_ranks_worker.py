@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.trainer import loop
+from allnc.trainer import run as run_module
 from allnc.trainer.processes import Processes
 from tests.processes import rank_main
 
@@ -44,10 +45,10 @@ def cases() -> dict[str, Config]:
 def train(config: Config, processes: Processes) -> dict[str, Any]:
     """Some steps in float64, then everything that is measured."""
     with pytest.MonkeyPatch.context() as patch:
-        build_loss = loop.build_loss
-        patch.setattr(loop, "check_images_fit", lambda model, *_: model.double())
-        patch.setattr(loop, "build_loss", lambda *a, **k: build_loss(*a, **k).double())
-        run = loop.Run(config, processes=processes)
+        build_loss = run_module.build_loss
+        patch.setattr(run_module, "check_images_fit", lambda model, *_: model.double())
+        patch.setattr(run_module, "build_loss", lambda *a, **k: build_loss(*a, **k).double())
+        run = run_module.Run(config, processes=processes)
         run.connect()
         parts = []
         for step, batch in enumerate(run.loader.epoch(0)):
