@@ -9,9 +9,15 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 130
+_SPEAKING = 10  # seconds: a launcher ends all its processes when the first one ends, which must be the one that speaks
+
+
+class SaidElsewhereError(ValueError):
+    """A mistake that another process of the same launcher says; this one has nothing to add."""
 
 
 def answer(program: str, body: Callable[[], None]) -> int:
@@ -37,9 +43,11 @@ def answer(program: str, body: Callable[[], None]) -> int:
         return MISTAKE
     except OSError as error:
         return _mistake(program, _reason(error))
+    except SaidElsewhereError:
+        time.sleep(_SPEAKING)
+        return MISTAKE
     except ValueError as error:
-        # Of several processes, one says it.
-        return MISTAKE if getattr(error, "said_elsewhere", False) else _mistake(program, str(error))
+        return _mistake(program, str(error))
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise

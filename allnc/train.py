@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from allnc._command import MISTAKE, answer
+from allnc._command import SaidElsewhereError, answer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,10 +23,10 @@ def _train(words: list[str]) -> None:
         return print_config(words)
     try:
         config, folder, mode = plan(words)
-    except ValueError:
+    except ValueError as error:
         if launcher.rank() == 0:
             raise
-        sys.exit(MISTAKE)  # all processes of a launcher have the same words: the first one answers
+        raise SaidElsewhereError("the first process has the same words, and answers") from error
     from rich.console import Console
 
     from allnc.trainer.loop import train

@@ -24,7 +24,7 @@ DOORS: dict[str, set[str]] = {
     "metrics": {"ops"},
     "data": {"config"},
     "models": {"config"},
-    "trainer": {"ops", "losses", "metrics", "data", "models", "config", "_version"},
+    "trainer": {"_command", "ops", "losses", "metrics", "data", "models", "config", "_version"},
     "info": {"ops", "_extension", "_version"},
     "train": {"trainer", "_command"},
     "evaluate": {"trainer", "_command"},

@@ -18,17 +18,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from allnc._command import SaidElsewhereError
 from allnc.models.synced_batchnorm import synchronise
 from allnc.trainer import launcher
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=10)  # of a process that is alive and silent; one that dies ends the others at once
-
-
-class AnotherProcessError(ValueError):
-    """Another process has stopped for a reason that it says itself; this one has nothing to add."""
-
-    said_elsewhere = True
 
 
 class Processes:
@@ -55,7 +50,7 @@ class Processes:
         """Run in every process; what one of them raises ends all of them.
 
         Raises:
-            what `body` raised, in the first process in which it did; AnotherProcessError in the others.
+            what `body` raised, in the first process in which it did; SaidElsewhereError in the others.
         """
         if self.group is None:
             return body()
@@ -71,7 +66,7 @@ class Processes:
         if problem is not None and failed[0] == self.rank:
             raise problem
         if failed:
-            raise AnotherProcessError(f"rank {failed[0]} has stopped; its own error says why")
+            raise SaidElsewhereError(f"rank {failed[0]} has stopped; its own error says why")
         return result  # pyright: ignore[reportReturnType]
 
     def gather(self, value: Any) -> list[Any]:
