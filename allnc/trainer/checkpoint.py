@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ from allnc.config import Config
 from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
 from allnc.trainer.manifest import Manifest, read_manifest, sum_of
 from allnc.trainer.options import from_dict, to_dict
-
-_READS = 5  # tries: a run may save between the moments at which another program reads its two files
 
 
 def save(
@@ -105,16 +102,14 @@ def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
     Raises:
         ValueError: there is no such file, or it is damaged.
     """
-    for attempt in range(_READS):
-        manifest = read_manifest(folder)
-        if manifest is None:
-            break
+    manifest = read_manifest(folder)
+    while manifest is not None:
         try:
             return _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
-        except (ValueError, FileNotFoundError):
-            if attempt == _READS - 1:
+        except ValueError:
+            before, manifest = manifest, read_manifest(folder)
+            if manifest == before:  # else a run has saved the next one meanwhile
                 raise
-            time.sleep(0.05)
     path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(f"RUN_DIR must be a run folder with {WEIGHTS}; got {folder} without it")
@@ -122,14 +117,21 @@ def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
 
 
 def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
-    """Return the bytes of a file of the checkpoint, from its place or from beside it."""
+    """Return the bytes of a file of the checkpoint, from beside its place or from there.
+
+    In this order, because it may be moved there meanwhile: only a newer checkpoint can then hide it.
+    """
     path = folder / name
-    there = [p for p in (path, temporary_of(path)) if p.is_file()]
-    for candidate in there:
-        data = candidate.read_bytes()
+    fault = "is missing"
+    for candidate in (temporary_of(path), path):
+        try:
+            data = candidate.read_bytes()
+        except FileNotFoundError:
+            continue
         if sum_of(data) == manifest.files.get(name):
             return data
-    fault = "is damaged, or of another epoch (its SHA-256 differs)" if there else "is missing"
+        if candidate == path:
+            fault = "is damaged, or of another epoch (its SHA-256 differs)"
     raise ValueError(f"{path} {fault}; {CHECKPOINT} names the file of epoch {manifest.epoch}")
 
 
