@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from allnc._checks import check_integer, check_interval
 
 SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memory as one uint8 tensor
+FEATURE_MODELS = ("linear", "mlp")  # what trains on stored features instead of images
+FEATURES_MANIFEST = "features.json"  # of a folder that allnc.features wrote
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
 
 
@@ -52,29 +54,33 @@ class DataConfig:
 
     Args:
         name: data set; image_list reads `relative/path label` lines, image_folder a folder for each class, as
-            torchvision's ImageFolder.
+            torchvision's ImageFolder; features reads what `python -m allnc.features` wrote.
         root: folder of the images or of the data set's own files; None looks in the usual places.
         train_list: text file with the training images (image_list only).
         test_list: text file with the test images (image_list only).
         download: let torchvision download the files when they are not there.
         imbalance: profile of the class sizes that are cut out of the training images; none takes every image; auto
             takes exponential for the balanced small sets (digits, fashion_mnist, cifar10, cifar100) and none for
-            image_list and image_folder, whose class sizes are their own.
+            image_list, image_folder and features, whose class sizes are their own.
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
         subset_seed: which images make the long-tailed subset, independent of the run's seed.
         image_size: side in pixels of the images that the network sees (large images only).
-        views: augmented views of each image in a batch, >= 1.
+        views: augmented views of each image in a batch, >= 1; of features, that many different passes of those
+            stored, drawn anew in each epoch.
         augmentation: none, shift_rotate (digits), crop_flip_cutout, autoaugment (CIFAR recipe: AutoAugment
             and cutout in the first view, resized crop and colour jitter in the others), resized_crop (large
-            images), randaugment (large images: RandAugment in the first view).
+            images), randaugment (large images: RandAugment in the first view). Features have none: they were
+            augmented when they were made.
         rebalance_sampler: sampler of the re-balancing branch; uniform lets one batch serve both branches.
         many: a class with more training images than this is a many-shot class.
         few: a class with fewer training images than this is a few-shot class.
         workers: processes that decode large images, >= 0.
     """
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder"] = "digits"
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder", "features"] = (
+        "digits"
+    )
     root: str | None = None
     train_list: str | None = None
     test_list: str | None = None
@@ -115,9 +121,16 @@ class DataConfig:
             raise ValueError(
                 "data.root must be given with data.name image_folder: a folder with train/ and val/ or test/"
             )
+        if self.name == "features" and not self.root:
+            raise ValueError("data.root must be given with data.name features: the folder that allnc.features wrote")
         if self.name != "image_list" and (self.train_list or self.test_list):
             raise ValueError(
                 f"data.train_list and data.test_list are read by image_list only; got data.name {self.name}"
+            )
+        if self.name == "features" and self.augmentation != "none":
+            raise ValueError(
+                f"data.augmentation must be none with data.name features; got {self.augmentation}: features are stored "
+                "as they are, augmented ones by --passes of allnc.features"
             )
         small = self.name in SMALL_SETS
         if small and self.augmentation in ("resized_crop", "randaugment"):
@@ -131,7 +144,7 @@ class DataConfig:
                 f"data.augmentation must be none, resized_crop or randaugment with data.name {self.name}; "
                 f"got {self.augmentation}, which is for small images held in memory"
             )
-        if self.name in ("digits", "image_list", "image_folder") and self.download:
+        if self.name not in ("fashion_mnist", "cifar10", "cifar100") and self.download:
             raise ValueError(f"data.download must be false with data.name {self.name}; got true: nothing to download")
 
 
@@ -140,10 +153,12 @@ class ModelConfig:
     """The network: an encoder and the heads that the loss asks for.
 
     Args:
-        name: resnetD, the CIFAR ResNet of depth D = 6n + 2 (8, 20, 32, 44, 56 ...), or timm:NAME.
+        name: resnetD, the CIFAR ResNet of depth D = 6n + 2 (8, 20, 32, 44, 56 ...), or timm:NAME; for data.name
+            features, linear (the features go to the heads as they are) or mlp (a residual layer pair before them).
         width: channels of the first of the three stages of a CIFAR ResNet, >= 1 (features have 4 x width).
         shortcut: CIFAR ResNet only: A pads with zero channels (as He et al.), B projects with a 1 x 1
             convolution.
+        mlp_hidden: mlp only: width between its two layers, >= 1; None takes that of the features.
         pretrained: start a timm model from its published weights.
         heads: shared, one classifier for both branches; separate, one each (the re-balancing one predicts).
         classifier: linear, or normalised (scaled cosine between features and class vectors).
@@ -155,6 +170,7 @@ class ModelConfig:
     name: str = "resnet20"
     width: int = 16
     shortcut: Literal["A", "B"] = "A"
+    mlp_hidden: int | None = None
     pretrained: bool = False
     heads: Literal["shared", "separate"] = "shared"
     classifier: Literal["linear", "normalised"] = "linear"
@@ -169,13 +185,16 @@ class ModelConfig:
         if self.projection_hidden is not None:
             check_interval("model.projection_hidden", self.projection_hidden, 1, math.inf)
         check_interval("model.projection_dim", self.projection_dim, 1, math.inf)
+        if self.mlp_hidden is not None:
+            check_interval("model.mlp_hidden", self.mlp_hidden, 1, math.inf)
         if self.name.startswith("timm:") and len(self.name) > 5:
             return
         depth = self.name.removeprefix("resnet")
-        if not (self.name.startswith("resnet") and depth.isdecimal() and int(depth) >= 8 and int(depth) % 6 == 2):
+        resnet = self.name.startswith("resnet") and depth.isdecimal() and int(depth) >= 8 and int(depth) % 6 == 2
+        if not resnet and self.name not in FEATURE_MODELS:
             raise ValueError(
-                f"model.name must be resnetD with D = 6n + 2 (resnet8, resnet20, resnet32 ...) or timm:NAME; "
-                f"got {self.name!r} (the large-image ResNet-50 is timm:resnet50)"
+                f"model.name must be resnetD with D = 6n + 2 (resnet8, resnet20, resnet32 ...), timm:NAME, or for "
+                f"features linear or mlp; got {self.name!r} (the large-image ResNet-50 is timm:resnet50)"
             )
         if self.pretrained:
             raise ValueError(
@@ -358,6 +377,11 @@ class Config:
         check_interval("seed", self.seed, 0, 2**32 - 1)
         if self.loss.name == "allnc" and self.loss.contrast == "cosine" and self.data.views != 2:
             raise ValueError(f"data.views must be 2 with loss.hycon cosine; got {self.data.views}")
+        if (self.data.name == "features") != (self.model.name in FEATURE_MODELS):
+            raise ValueError(
+                f"model.name must be {' or '.join(FEATURE_MODELS)} with data.name features, and only then; got "
+                f"{self.model.name} with data.name {self.data.name}"
+            )
 
 
 SECTIONS = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "train": TrainConfig}

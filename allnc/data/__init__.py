@@ -1,5 +1,7 @@
 """Images: long-tailed subsets, sources, augmented views, samplers and loaders."""
 
+from allnc.data.feature_loader import train_loader
+from allnc.data.features import FeatureSet
 from allnc.data.loader import Batch, TrainLoader, plain_batches
 from allnc.data.longtail import class_sizes, subset
 from allnc.data.samplers import class_probabilities
@@ -7,6 +9,7 @@ from allnc.data.sources import ImageSet, load
 
 __all__ = [
     "Batch",
+    "FeatureSet",
     "ImageSet",
     "TrainLoader",
     "class_probabilities",
@@ -14,4 +17,5 @@ __all__ = [
     "load",
     "plain_batches",
     "subset",
+    "train_loader",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from allnc.config import BATCH_AUGMENTATIONS, DataConfig
+from allnc.data.features import FeatureSet
 from allnc.data.images import read_image, readable_formats
 from allnc.data.samplers import generator, rebalanced_order, uniform_order
 from allnc.data.sources import ImageSet
@@ -82,8 +83,13 @@ class TrainLoader:
         self.own = torch.cat([own, batch_size + own]) if two_batches else own  # columns of `indices`
         self.num_own = len(own)
         self.counts = images.class_counts
+        self._open()
+
+    def _open(self) -> None:
+        """Get ready whatever supplies the views."""
+        images, config = self.set, self.config
         self.in_memory = images.images is not None and config.augmentation in BATCH_AUGMENTATIONS
-        self.pixels = images.images.to(device) if images.images is not None and self.in_memory else None
+        self.pixels = images.images.to(self.device) if images.images is not None and self.in_memory else None
         self.workers = None if self.in_memory else _ViewDataset(images, config, train=True)
 
     def __len__(self) -> int:
@@ -131,6 +137,9 @@ def plain_batches(
     images: ImageSet, config: DataConfig, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield every image once, in order, not augmented: ([n, c, H, W] float32, [n] int64) on the device."""
+    if isinstance(images, FeatureSet):
+        yield from images.plain_batches(batch_size, device)
+        return
     starts = range(0, len(images), batch_size)
     if images.images is not None:
         for start in starts:

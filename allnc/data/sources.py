@@ -48,6 +48,7 @@ class ImageSet:
         classes: names of the classes, [C]; empty when they have none.
         available: images of the set from which this one was cut, >= n; None stands for n.
         notes: sentences for whoever starts a run: what was left out or looks wrong.
+        identity: what a resumed run must find again, beside the class sizes; empty where nothing else is known.
 
     Raises:
         ValueError: sizes that do not fit, or labels outside of 0 to C - 1.
@@ -62,6 +63,7 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     available: int | None = None
     notes: tuple[str, ...] = ()
+    identity: str = ""
 
     def __post_init__(self) -> None:
         number = len(self.paths) if self.images is None else len(self.images)
@@ -86,6 +88,11 @@ class ImageSet:
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    def shape(self, config: DataConfig) -> tuple[int, ...]:
+        """Shape of an image as the model sees it."""
+        side = config.image_size if self.images is None else self.images.shape[-1]
+        return (self.channels, side, side)
 
     @property
     def class_counts(self) -> Tensor:
@@ -123,6 +130,10 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         train, test = _cifar(config)
     elif config.name == "image_list":
         train, test = _image_lists(config)
+    elif config.name == "features":
+        from allnc.data.features import read_features  # whose set is one of these
+
+        train, test = read_features(config)
     else:
         train, test = _image_folder(config)
     if config.profile != "none":

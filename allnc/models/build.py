@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from allnc.config import ModelConfig
+from allnc.config import FEATURE_MODELS, ModelConfig
+from allnc.models.feature_heads import feature_encoder
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
 from allnc.models.resnet_cifar import CifarResNet
 
@@ -93,7 +94,7 @@ def build_model(
 
     Args:
         config: encoder and heads.
-        in_channels: channels of the images.
+        in_channels: channels of the images; the width of stored features.
         num_classes: number of classes C.
         head: the head that the loss reads (`LossConfig.head`).
         two_branches: whether the loss has two branches; with one, separate heads would leave one untrained.
@@ -103,6 +104,8 @@ def build_model(
     """
     if config.name.startswith("timm:"):
         encoder, feature_dim = _timm_encoder(config, in_channels)
+    elif config.name in FEATURE_MODELS:
+        encoder, feature_dim = feature_encoder(config.name, in_channels, config.mlp_hidden), in_channels
     else:
         depth = int(config.name.removeprefix("resnet"))
         encoder = CifarResNet(depth, width=config.width, in_channels=in_channels, shortcut=config.shortcut)

@@ -30,6 +30,18 @@ FLAGS: dict[str, str] = {
 }
 
 
+class Program(NamedTuple):
+    """A program whose command line is a configuration, and what it knows beside it."""
+
+    name: str
+    does: str
+    flags: dict[str, str]  # what each means
+    options: dict[str, str]  # those with a value
+
+
+TRAIN = Program("allnc.train", "Train a model.", FLAGS, {})
+
+
 class Plan(NamedTuple):
     """What a command line asks for."""
 
@@ -62,7 +74,7 @@ def plan(words: Sequence[str]) -> Plan:
     if config.out is None:
         folder = new_folder(f"{recipe}-{config.loss.name}-seed{config.seed}")
         return Plan(dataclasses.replace(config, out=str(folder)), folder, "new")
-    folder = _path(config.out)
+    folder = path_of(config.out)
     mode: Mode = "overwrite" if given else "new"
     check_folder(folder, mode)
     return Plan(dataclasses.replace(config, out=str(folder)), folder, mode)
@@ -74,19 +86,23 @@ def print_config(words: Sequence[str]) -> None:
     print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
 
 
-def parse(words: Sequence[str]) -> tuple[Config, str]:
+def parse(words: Sequence[str], program: Program = TRAIN) -> tuple[Config, str]:
     """Return the configuration of a command line without flags, and the name of its recipe.
+
+    Args:
+        words: the command line, without the program's own flags and options.
+        program: the program whose options --help lists and whose names are known.
 
     Raises:
         ValueError: an unknown option or recipe, a value that does not fit, an option that would be ignored.
         SystemExit: after --help.
     """
-    given = _given(words)
-    names, rest = _take(words, "config")  # recipes come first whatever the order: every override wins over them
+    given = given_options(words, program)
+    names, rest = take(words, "config")  # recipes come first whatever the order: every override wins over them
     recipes = [_recipe_path(name) for name in names or [DEFAULT_RECIPE]]
     for recipe in recipes:
         _check_recipe(recipe)
-    parser = _parser(recipes)
+    parser = _parser(recipes, program)
     try:
         values = parser.parse_args(rest).as_dict()
     except ArgumentError as error:
@@ -99,11 +115,11 @@ def parse(words: Sequence[str]) -> tuple[Config, str]:
     return config, recipes[-1].stem
 
 
-def _parser(recipes: list[Path]) -> ArgumentParser:
+def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
     """Return a parser whose defaults are those of the recipes, the last one first."""
     parser = ArgumentParser(
-        prog="python -m allnc.train",
-        description="Train a model. Every option of a configuration can be given by its dotted name.",
+        prog=f"python -m {program.name}",
+        description=f"{program.does} Every option of a configuration can be given by its dotted name.",
         exit_on_error=False,
         allow_abbrev=False,
         default_config_files=[str(path) for path in recipes],
@@ -113,7 +129,9 @@ def _parser(recipes: list[Path]) -> ArgumentParser:
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
-    for flag, meaning in FLAGS.items():
+    for option, meaning in program.options.items():
+        parser.add_argument(f"--{option}", help=meaning)
+    for flag, meaning in program.flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
@@ -125,9 +143,9 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def _given(words: Sequence[str]) -> list[str]:
+def given_options(words: Sequence[str], program: Program = TRAIN) -> list[str]:
     """Return the options that were given, and refuse unknown ones with the nearest known name."""
-    known = [*option_names(), *SECTIONS, *FLAGS, "config", "help"]
+    known = [*option_names(), *SECTIONS, *program.flags, *program.options, "config", "help"]
     given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
     for name in given:
         if name not in known:
@@ -135,7 +153,7 @@ def _given(words: Sequence[str]) -> list[str]:
     return given
 
 
-def _take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+def take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
     """Take every `--option X` and `--option=X` out of the words; return the values and the other words."""
     values, rest = [], []
     remaining = iter(words)
@@ -215,12 +233,12 @@ def _readable(error: ArgumentError) -> str:
 
 def _resumed(words: Sequence[str]) -> Plan:
     """Plan to continue a run: its own configuration, with what the words change."""
-    outs, rest = _take(words, "out")
+    outs, rest = take(words, "out")
     if not outs:
         raise ValueError("--resume needs --out DIR, the folder of the run")
-    folder = _path(outs[-1])
+    folder = path_of(outs[-1])
     check_folder(folder, "resume")
-    if _take(rest, "config")[0]:
+    if take(rest, "config")[0]:
         raise ValueError(f"--resume continues {folder} with its own {CONFIG}; remove --config")
     config, _ = parse(["--config", str(folder / CONFIG), *rest])
     config = dataclasses.replace(config, out=str(folder))
@@ -233,7 +251,7 @@ def _resumed(words: Sequence[str]) -> Plan:
     return Plan(config, folder, "resume")
 
 
-def _path(name: str) -> Path:
+def path_of(name: str) -> Path:
     expanded = os.path.expanduser(name)
     if not name or "\0" in name or expanded.startswith("~"):
         raise ValueError(f"--out must be the name of a folder, or ~ or ~user before one; got {name!r}")

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -43,14 +44,16 @@ class RunFolder:
     Args:
         path: the folder; made, with its parents, where it does not exist.
         mode: `new` wants a folder without a run, `resume` one with a run, `overwrite` either.
+        check: what says whether the folder suits the mode; another one for what is not a run.
 
     Raises:
         ValueError: the folder does not suit the mode, or another process has it.
         OSError: it cannot be made or written.
     """
 
-    def __init__(self, path: Path, mode: Mode = "new") -> None:
-        check_folder(path, mode)
+    def __init__(self, path: Path, mode: Mode = "new", check: Callable[[Path, Mode], None] | None = None) -> None:
+        check = check or check_folder
+        check(path, mode)
         if not path.exists():
             _made.add(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ class RunFolder:
         self._lock: int | None
         self._lock, self.locked = _acquire(path)
         try:
-            check_folder(path, mode)  # again: another run may have come and gone since
+            check(path, mode)  # again: another run may have come and gone since
         except ValueError:
             self.release()
             raise
@@ -97,13 +100,7 @@ class RunFolder:
 
 def check_folder(path: Path, mode: Mode) -> None:
     """Raise ValueError unless the folder suits the mode; nothing is written."""
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"--out must be a folder; got {path}, a link to {os.readlink(path)}, which is missing")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--out must be a folder; got the file {path}")
-    above = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"--out must be a folder that can be written; got {path}, but {above} cannot be")
+    check_place(path)
     if mode == "resume":
         if not is_run(path):
             raise ValueError(f"--out must be a run folder to resume; {path} has no {CONFIG} of a run")
@@ -115,6 +112,17 @@ def check_folder(path: Path, mode: Mode) -> None:
             )
     elif path.exists() and set(path.iterdir()) - set(own_files(path, leftovers=True)):
         raise ValueError(f"--out must be a new or an empty folder, or one of a run; {path} holds other files")
+
+
+def check_place(path: Path) -> None:
+    """Raise ValueError unless there is a folder that can be written, or can be one."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"--out must be a folder; got {path}, a link to {os.readlink(path)}, which is missing")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out must be a folder; got the file {path}")
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"--out must be a folder that can be written; got {path}, but {above} cannot be")
 
 
 def is_run(path: Path) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from allnc.config import DataConfig
-from allnc.data import ImageSet, plain_batches
+from allnc.data import FeatureSet, ImageSet, plain_batches
 from allnc.metrics import CollapseAccumulator, shot_accuracy
+from allnc.metrics.accumulate import predictions_of
 from allnc.models import LongTailModel, ModelOutput
 from allnc.trainer.processes import Processes
 
@@ -36,17 +37,17 @@ def outputs(
 @torch.inference_mode()
 def check_images_fit(model: LongTailModel, images: ImageSet, config: DataConfig) -> None:
     """Raise ValueError unless the model takes images of the size that it will see; models say so in many ways."""
-    side = config.image_size if images.images is None else images.images.shape[-1]
+    shape = images.shape(config)
     first = next(model.parameters())
     was_training = model.training
     model.eval()
     try:
-        model(torch.zeros(1, images.channels, side, side, dtype=first.dtype, device=first.device))
+        model(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
     except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         raise ValueError(
-            f"model.name must be a model for {images.channels} x {side} x {side} images, or data.image_size of the "
+            f"model.name must be a model for {' x '.join(map(str, shape))} images, or data.image_size of the "
             f"model's size; it fails: {error}"
         ) from error
     model.train(was_training)
@@ -80,11 +81,18 @@ def neural_collapse(
 ) -> tuple[dict[str, float], Tensor]:
     """Return the collapse metrics of the training set and its class means [C, F]."""
     accumulator = CollapseAccumulator(train.num_classes, model.feature_dim, class_counts=train.class_counts)
-    for output, labels in outputs(model, _own(train, processes), config, device):
+    own = _own(train, processes)
+    again = isinstance(own, FeatureSet)  # a second pass is cheap then, and keeping float32 copies of all is not
+    for output, labels in outputs(model, own, config, device):
         # On the CPU: the features are kept for NC4, and hundreds of thousands of them would crowd a GPU.
-        accumulator.update(output.features.cpu(), labels.cpu(), output.logits_rebalance.cpu())
+        logits = None if again else output.logits_rebalance.cpu()
+        accumulator.update(output.features.cpu(), labels.cpu(), logits)
     if processes.size > 1:
         accumulator = _merged(accumulator, train, processes)
+    if again:
+        for output, _ in outputs(model, own, config, device):
+            accumulator.count_disagreement(output.features.cpu(), predictions_of(output.logits_rebalance).cpu())
+        accumulator.nearest = sum(processes.gather(accumulator.nearest), torch.zeros_like(accumulator.nearest))
     return accumulator.compute(model.classifier_weight.detach().cpu()), accumulator.means
 
 

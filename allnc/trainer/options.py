@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from allnc.config import BATCH_AUGMENTATIONS, SECTIONS, SMALL_SETS, Config, LossConfig
+from allnc.config import BATCH_AUGMENTATIONS, FEATURE_MODELS, SECTIONS, SMALL_SETS, Config, LossConfig
 
 
 def ignored_options(config: Config) -> dict[str, str]:
@@ -45,6 +45,10 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("loss", "gamma", "loss.horizon is 0: the re-balancing branch alone from the start")
     if model.name.startswith("timm:"):
         drop("model", "width shortcut", f"model.name is {model.name}")
+    if model.name in FEATURE_MODELS:
+        drop("model", "width shortcut", f"model.name {model.name} has the width of the features")
+    if model.name != "mlp":
+        drop("model", "mlp_hidden", f"model.name is {model.name}")
     if model.classifier == "linear":
         drop("model", "classifier_scale", "model.classifier is linear")
     if data.profile == "none":
@@ -57,6 +61,9 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("data", "image_size", f"{data.name} has its own size")
         if data.augmentation in BATCH_AUGMENTATIONS:
             drop("data", "workers", "small images are augmented in whole batches")
+    if data.name == "features":
+        drop("data", "image_size workers", "features are read as they were stored")
+        drop("train", "channels_last", "features are rows of numbers, not images")
     if train.schedule == "cosine":
         drop("train", "milestones", "train.schedule is cosine")
     return ignored

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from allnc.config import Config
-from allnc.data import ImageSet, TrainLoader, load
+from allnc.data import ImageSet, load, train_loader
 from allnc.losses.build import LOSSES, build_loss
 from allnc.models import build_model
 from allnc.trainer import checkpoint
@@ -68,7 +68,7 @@ class Run:
             )
 
         entry = LOSSES[config.loss.name]
-        self.loader = TrainLoader(
+        self.loader = train_loader(
             self.train_set,
             config.data,
             batch_size=config.train.batch_size,
@@ -84,7 +84,8 @@ class Run:
             head=entry.head(config.loss),
             two_branches=entry.two_branches,
         )
-        self.memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        channels_last = config.train.channels_last and len(self.train_set.shape(config.data)) == 3
+        self.memory = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory)
         check_images_fit(self.model, self.train_set, config.data)
         self.network: torch.nn.Module = self.model  # what is trained; see `connect`
@@ -120,6 +121,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "class_counts": self.counts,
+            "identity": self.train_set.identity,
             "seconds": self.seconds,
             "best": self.best,
         }
@@ -140,6 +142,8 @@ class Run:
                 f"a resumed run must have the training images it began with; class {wrong} has "
                 f"{int(self.counts[wrong])}, and had {int(state['class_counts'][wrong])}"
             )
+        if state.get("identity", "") != self.train_set.identity:
+            raise ValueError("a resumed run must have the features it began with; data.root holds others")
         self.load_model(weights, manifest.epoch)
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])

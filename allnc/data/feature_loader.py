@@ -1,0 +1,66 @@
+"""Batches of stored features, by the interface of TrainLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from allnc.config import DataConfig
+from allnc.data.features import FeatureSet
+from allnc.data.loader import Batch, TrainLoader
+from allnc.data.samplers import generator
+from allnc.data.sources import ImageSet
+
+
+class FeatureLoader(TrainLoader):
+    """Epochs of batches of features; the views of an image in a step are different passes, drawn for each anew.
+
+    Batches are gathered in float16, and are float32 on the device.
+
+    Raises:
+        ValueError: as TrainLoader, or more views than passes are stored.
+    """
+
+    set: FeatureSet
+
+    def _open(self) -> None:
+        views, passes = self.config.views, self.set.stored.passes
+        if views > passes:
+            raise ValueError(
+                f"data.views must be <= {passes}, the passes that are stored in data.root, because the views of an "
+                f"image are different passes; got {views}: allnc.features --passes {views} stores as many"
+            )
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch (0-based), on the device."""
+        views, num_rebalance = self.config.views, self.num_own if self.two_batches else 0
+        random = generator(self.seed, "augment", epoch)
+        for index in self.indices(epoch):
+            own = index[self.own]  # [B + R] of this process
+            passes = self._passes(random, len(index))[:, self.own].flatten()
+            rows = self.set.stored.rows(self.set.positions[own].repeat(views), passes)
+            labels = self.set.labels[own].repeat(views)
+            yield Batch(rows.to(self.device).float(), labels.to(self.device), self.num_own, num_rebalance)
+
+    def _passes(self, random: torch.Generator, images: int) -> Tensor:
+        """Draw different passes for the views of each image, [V, images]."""
+        return torch.rand(self.set.stored.passes, images, generator=random).argsort(0)[: self.config.views]
+
+
+def train_loader(
+    images: ImageSet,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    two_batches: bool,
+    device: torch.device,
+    share: Callable[[int], slice] = slice,
+) -> TrainLoader:
+    """Return the loader of a training set, of images or of features; arguments as those of TrainLoader."""
+    kind = FeatureLoader if isinstance(images, FeatureSet) else TrainLoader
+    return kind(
+        images, config, batch_size=batch_size, seed=seed, two_batches=two_batches, device=device, share=share
+    )

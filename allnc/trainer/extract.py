@@ -1,0 +1,219 @@
+"""Storing the features of every image: file after file, each whole or not there, so that it can stop at any moment.
+
+features.json is written first and again after each file, whose SHA-256 it then names. A file that it does not name is
+made anew when the extraction goes on. All that decides a bit of a file (images, weights, batches, random numbers)
+starts anew with it, so that the result does not depend on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from allnc.config import FEATURES_MANIFEST, Config
+from allnc.data import ImageSet, TrainLoader, load, plain_batches
+from allnc.data.features import FORMAT, PARTS, passes_of, read_manifest, shard_names, sum_of_values
+from allnc.models import build_model
+from allnc.trainer.checkpoint import load_weights
+from allnc.trainer.extract_command import Plan, check_folder
+from allnc.trainer.folder import RunFolder, write_json, write_whole
+from allnc.trainer.manifest import sum_of
+from allnc.trainer.measure import BATCH, check_images_fit
+from allnc.trainer.options import from_dict, to_dict
+from allnc.trainer.runtime import git_commit, pick_device, pick_matmul_precision, seed_everything, versions
+
+
+def extract(plan: Plan, console: Console) -> None:
+    """Store features of all images of a configuration, in a folder that this process alone writes.
+
+    Args:
+        plan: what to store, and where.
+        console: where a line a file goes.
+
+    Raises:
+        ValueError: images, model or folder are not to be had or not those of the beginning, or a feature is not finite
+            in float16.
+        KeyboardInterrupt: with a line that says how to go on.
+    """
+    with RunFolder(plan.folder, plan.mode, check_folder) as folder:
+        manifest = read_manifest(plan.folder) if plan.mode == "resume" else None
+        if manifest is not None:
+            run = Path(manifest["run"]) if manifest["run"] else None
+            rows, passes = manifest["shard_rows"], manifest["passes"]
+            plan = Plan(plan.folder, "resume", from_dict(manifest["config"]), run, passes, rows)
+        work = _Extraction(plan)
+        if manifest is None:
+            manifest = work.manifest
+        elif changed := [name for name, value in work.manifest.items() if name in _FIXED and manifest[name] != value]:
+            raise ValueError(
+                f"--resume needs the images and the model that {plan.folder} was begun with; "
+                f"{' and '.join(changed).replace('_', ' ')} differ"
+            )
+        try:
+            _store(work, manifest, folder, console)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; --resume --out {folder} continues") from None
+
+
+_FIXED = ("images", "labels", "weights", "feature_dim", "num_classes", "classes")  # of the manifest, when resumed
+
+
+def _store(work: _Extraction, manifest: dict[str, Any], folder: RunFolder, console: Console) -> None:
+    """Make the files that the manifest does not name yet."""
+
+    def said(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    counts = " and ".join(f"{len(work.sets[part])} {part}" for part in PARTS)
+    said(f"features of {counts} images, {manifest['feature_dim']} wide, {manifest['passes']} passes; {folder}")
+    _write_manifest(folder, manifest)
+    started, stored = time.perf_counter(), 0
+    for part in PARTS:
+        images = work.sets[part]
+        for pass_ in range(passes_of(part, manifest["passes"])):
+            for number, name in enumerate(shard_names(part, pass_, len(images), manifest["shard_rows"])):
+                if name in manifest["shards"]:
+                    continue
+                first = number * manifest["shard_rows"]
+                stop = min(first + manifest["shard_rows"], len(images))
+                features = work.features(part, pass_, first, stop)
+                data = to_bytes({"features": features, "labels": images.labels[first:stop].clone()})
+                write_whole(folder / name, data)
+                manifest["shards"][name] = sum_of(data)
+                _write_manifest(folder, manifest)
+                stored += stop - first
+                rate = stored / (time.perf_counter() - started)
+                said(f"{part} pass {pass_}: {stop} of {len(images)} images, {rate:.0f} images/s")
+    said(f"whole; train on them with --config features --data.root {folder}")
+
+
+def _write_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
+    values = {name: value for name, value in manifest.items() if name != "sha256"}
+    write_json(folder / FEATURES_MANIFEST, values | {"sha256": sum_of_values(values)})
+
+
+class _Extraction:
+    """Images and encoder of a plan, and what features.json says of them.
+
+    The encoder runs in float32 (TF32 where train.matmul_precision has it): bfloat16 keeps fewer digits than the files.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        config = plan.config
+        assert config is not None
+        self.device = pick_device(config.train)
+        torch.set_float32_matmul_precision(pick_matmul_precision(config.train, self.device))
+        if self.device.type == "cpu":
+            if config.train.threads is not None:
+                torch.set_num_threads(config.train.threads)
+            torch.set_flush_denormal(True)
+        seed_everything(config.seed)
+        train, test = load(config.data)
+        self.sets: dict[str, ImageSet] = {"train": train, "test": test}
+        config, self.encoder, width = self._encoder(config, plan.run)
+        self.config = config
+        self.manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "config": to_dict(config),
+            "run": None if plan.run is None else str(plan.run.absolute()),
+            "passes": plan.passes,
+            "shard_rows": plan.shard_rows,
+            "feature_dim": width,
+            "num_classes": train.num_classes,
+            "classes": list(train.classes),
+            "mean": list(train.mean),
+            "std": list(train.std),
+            "images": {part: len(images) for part, images in self.sets.items()},
+            "labels": {part: sum_of(images.labels.numpy().tobytes()) for part, images in self.sets.items()},
+            "weights": _sum_of_weights(self.encoder),
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "commit": git_commit(),
+            "shards": {},
+        }
+
+    def _encoder(self, config: Config, run: Path | None) -> tuple[Config, nn.Module, int]:
+        """Return the configuration with the model's own section, the encoder, and the width of its features."""
+        weights: dict[str, Tensor] = {}
+        if run is not None:
+            of_run, _, weights = load_weights(run)
+            config = dataclasses.replace(config, model=dataclasses.replace(of_run.model, pretrained=False))
+        images = self.sets["train"]
+        model = build_model(config.model, in_channels=images.channels, num_classes=images.num_classes)
+        if run is not None:
+            own = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
+            try:
+                model.encoder.load_state_dict(own)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"--run must hold weights of its model for these images: {reason}") from None
+        self.memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        model = model.to(self.device).to(memory_format=self.memory)
+        check_images_fit(model, images, config.data)
+        return config, model.encoder.eval(), model.feature_dim
+
+    def features(self, part: str, pass_: int, first: int, stop: int) -> Tensor:
+        """Return the features of some images of a pass, [stop - first, F] float16.
+
+        Raises:
+            ValueError: one is not finite in float16; the image is named.
+        """
+        images = self.sets[part].select(np.arange(first, stop))
+        features = torch.empty(stop - first, self.manifest["feature_dim"], dtype=torch.float16)
+        for rows, pixels in self._plain(images) if pass_ == 0 else self._views(images, pass_ * len(self.sets[part]) + first):
+            with torch.inference_mode():
+                features[rows] = self.encoder(pixels.contiguous(memory_format=self.memory)).half().cpu()
+            wrong = (~features[rows].isfinite()).any(1).nonzero()
+            if len(wrong):
+                index = int(rows[wrong[0, 0]])
+                name = images.paths[index] if len(images.paths) else f"{part} image {first + index}"
+                raise ValueError(
+                    f"features must be finite and at most 65504, what float16 holds; those of {name} are not: the "
+                    f"model's weights are damaged, or the model needs a normalisation at its end"
+                )
+        return features
+
+    def _plain(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield which images, and their pixels as test images have them."""
+        places = torch.arange(len(images)).split(BATCH)
+        for rows, (pixels, _) in zip(places, plain_batches(images, self.config.data, BATCH, self.device), strict=True):
+            yield rows, pixels
+
+    def _views(self, images: ImageSet, stream: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield which images, and an augmented view of each; `stream` is the start of their random numbers."""
+        config = dataclasses.replace(self.config.data, views=1, rebalance_sampler="uniform")
+        whole = len(images) // BATCH * BATCH  # the loader leaves out an incomplete batch
+        for first, stop in ((0, whole), (whole, len(images))):
+            if first < stop:
+                loader = TrainLoader(
+                    images.select(np.arange(first, stop)),
+                    config,
+                    batch_size=min(BATCH, stop - first),
+                    seed=self.config.seed,
+                    two_batches=False,
+                    device=self.device,
+                )
+                epoch = stream + first
+                for rows, batch in zip(loader.indices(epoch), loader.epoch(epoch), strict=True):
+                    yield first + rows, batch.images
+
+
+def _sum_of_weights(encoder: nn.Module) -> str:
+    """Return a SHA-256 over all parameters and buffers, wherever and in whatever memory order they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
