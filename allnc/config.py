@@ -78,9 +78,7 @@ class DataConfig:
         workers: processes that decode large images, >= 0.
     """
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder", "features"] = (
-        "digits"
-    )
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder", "features"] = "digits"
     root: str | None = None
     train_list: str | None = None
     test_list: str | None = None

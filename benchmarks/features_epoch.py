@@ -1,17 +1,18 @@
 """An epoch of heads on stored features of iNaturalist's size: `python benchmarks/features_epoch.py`.
 
-437,513 x 768 float16 features in clusters, 8,142 classes in iNaturalist 2018's profile (1,000 to 2 images), are written as
-`python -m allnc.features` writes them. Then, each in a process of its own, `loss.backend auto` trains a whole epoch at
-batch 16,384 through the trainer's own objects, and eager some steps of it. Every step is timed by part: waiting for
-the batch, heads forward, loss forward and backward down to the model's outputs, heads backward, optimiser. Beside it
-the loss's two halves are run alone, classification (the same on both sides) and geometry (HyCon, P2P, class means).
-A process that needs more than --limit GiB of memory of its own fails as it would on a machine of that size.
+437,513 x 768 float16 features in clusters, 8,142 classes in iNaturalist 2018's profile (1,000 to 2 images), are
+written as `python -m allnc.features` writes them. Then, each in a process of its own, `loss.backend auto` trains a
+whole epoch at batch 16,384 through the trainer's own objects, and eager some steps of it. Every step is timed by
+part: waiting for the batch, heads forward, loss forward and backward down to the model's outputs, heads backward,
+optimiser. Beside it the loss's two halves are run alone: classification, the same on both sides, and geometry (HyCon,
+P2P, class means). A process that needs more than --limit GiB of its own fails as on a machine of that size.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import resource
 import subprocess
@@ -47,11 +48,11 @@ PARTS = ("batch", "heads forward", "loss", "heads backward", "optimiser")
 
 
 def class_sizes(ranks: tuple[tuple[int, int], ...], total: int) -> np.ndarray:
-    """Sizes of classes, [C], through the given ranks, exponential between them but for the head's, which gives the total."""
+    """Sizes of classes, [C], through the ranks and exponential between them, but for the head, which makes the total."""
 
     def sizes(power: float) -> np.ndarray:
         parts = []
-        for (first, high), (last, low) in zip(ranks, ranks[1:], strict=False):
+        for (first, high), (last, low) in itertools.pairwise(ranks):
             share = (np.arange(first, last) - first) / (last - first)
             parts.append(low * (high / low) ** ((1 - share) ** (power if first == 0 else 1.0)))
         return np.rint(np.concatenate([*parts, [ranks[-1][1]]])).astype(np.int64)
@@ -237,7 +238,9 @@ def main() -> None:
         results = [_run_child(options, folder, backend) for backend in ("auto", "eager")]
     _show(options, results)
     if options.json:
-        options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "results": results}, indent=1))
+        options.json.write_text(
+            json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "results": results}, indent=1)
+        )
 
 
 def _run_child(options: argparse.Namespace, folder: Path, backend: str) -> dict[str, Any]:

@@ -61,6 +61,4 @@ def train_loader(
 ) -> TrainLoader:
     """Return the loader of a training set, of images or of features; arguments as those of TrainLoader."""
     kind = FeatureLoader if isinstance(images, FeatureSet) else TrainLoader
-    return kind(
-        images, config, batch_size=batch_size, seed=seed, two_batches=two_batches, device=device, share=share
-    )
+    return kind(images, config, batch_size=batch_size, seed=seed, two_batches=two_batches, device=device, share=share)

@@ -139,7 +139,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if values.pop("sha256") != sum_of_values(values):
             raise ValueError("its SHA-256 differs from the one it names")
     except FileNotFoundError:
-        raise ValueError(f"{shown(str(folder))} must be a folder that allnc.features wrote; it has no {MANIFEST}") from None
+        raise ValueError(
+            f"{shown(str(folder))} must be a folder that allnc.features wrote; it has no {MANIFEST}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{shown(str(path))} must be the description of stored features; got: {reason}") from error

@@ -171,7 +171,9 @@ class _Extraction:
         """
         images = self.sets[part].select(np.arange(first, stop))
         features = torch.empty(stop - first, self.manifest["feature_dim"], dtype=torch.float16)
-        for rows, pixels in self._plain(images) if pass_ == 0 else self._views(images, pass_ * len(self.sets[part]) + first):
+        for rows, pixels in (
+            self._plain(images) if pass_ == 0 else self._views(images, pass_ * len(self.sets[part]) + first)
+        ):
             with torch.inference_mode():
                 features[rows] = self.encoder(pixels.contiguous(memory_format=self.memory)).half().cpu()
             wrong = (~features[rows].isfinite()).any(1).nonzero()

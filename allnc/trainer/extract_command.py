@@ -105,7 +105,9 @@ def check_folder(path: Path, mode: Mode) -> None:
     if mode == "resume" and not begun:
         raise ValueError(f"--resume needs a folder that allnc.features has begun; {path} has no {FEATURES_MANIFEST}")
     if mode == "new" and begun:
-        raise ValueError(f"--out must be a new folder; {path} holds features: give --resume to continue, or another --out")
+        raise ValueError(
+            f"--out must be a new folder; {path} holds features: give --resume to continue, or another --out"
+        )
     foreign = [entry.name for entry in path.iterdir() if not _is_own(entry.name, begun)] if path.exists() else []
     if foreign:
         raise ValueError(f"--out must be a folder of features alone; {path} holds {min(foreign)!r}, too")
@@ -125,4 +127,3 @@ def _whole_number(option: str, default: int, words: list[str]) -> tuple[int, lis
     if not (values[-1].isdecimal() and 1 <= int(values[-1]) <= 2**31):
         raise ValueError(f"--{option} must be a whole number >= 1; got {values[-1]}")
     return int(values[-1]), rest
-
