@@ -1,11 +1,12 @@
 """An epoch of heads on stored features of iNaturalist's size: `python benchmarks/features_epoch.py`.
 
-437,513 x 768 float16 features in clusters, 8,142 classes in iNaturalist 2018's profile (1,000 to 2 images), are
-written as `python -m allnc.features` writes them. Then, each in a process of its own, `loss.backend auto` trains a
-whole epoch at batch 16,384 through the trainer's own objects, and eager some steps of it. Every step is timed by
-part: waiting for the batch, heads forward, loss forward and backward down to the model's outputs, heads backward,
-optimiser. Beside it the loss's two halves are run alone: classification, the same on both sides, and geometry (HyCon,
-P2P, class means). A process that needs more than --limit GiB of its own fails as on a machine of that size.
+437,513 x 768 float16 features in clusters, 8,142 classes in iNaturalist 2018's profile (1,000 to 2 images), in as many
+passes as --views, are written as `python -m allnc.features` writes them. Then, each in a process of its own,
+`loss.backend auto` trains a whole epoch at batch 16,384 through the trainer's own objects, and eager some steps of it.
+Every step is timed by part: waiting for the batch, heads forward, loss forward and backward down to the model's
+outputs, heads backward, optimiser. Beside it the loss's two halves are run alone: classification, the same on both
+sides, and geometry (HyCon, P2P, class means). A process that needs more than --limit GiB of its own fails as on a
+machine of that size.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from safetensors.torch import save_file
 
 from allnc.config import FEATURES_MANIFEST
 from allnc.data import Batch
-from allnc.data.features import FORMAT, shard_names, sum_of_values
+from allnc.data.features import FORMAT, passes_of, shard_names, sum_of_values
 from allnc.models import ModelOutput
 from allnc.trainer.command import parse
 from allnc.trainer.loop import loss_of
@@ -48,7 +49,7 @@ PARTS = ("batch", "heads forward", "loss", "heads backward", "optimiser")
 
 
 def class_sizes(ranks: tuple[tuple[int, int], ...], total: int) -> np.ndarray:
-    """Sizes of classes, [C], through the ranks and exponential between them, but for the head, which makes the total."""
+    """Sizes of classes, [C], through the ranks and exponential between, but for the head, which makes the total."""
 
     def sizes(power: float) -> np.ndarray:
         parts = []
@@ -69,7 +70,7 @@ def class_sizes(ranks: tuple[tuple[int, int], ...], total: int) -> np.ndarray:
     return result
 
 
-def make_features(folder: Path, width: int, scale: float) -> None:
+def make_features(folder: Path, width: int, views: int, scale: float) -> None:
     """Write features in clusters, a cluster a class, train and test, as allnc.features does."""
     generator = torch.Generator().manual_seed(0)
     counts = class_sizes(RANKS, IMAGES)
@@ -80,7 +81,9 @@ def make_features(folder: Path, width: int, scale: float) -> None:
     shards = {}
     for part, of_part in labels.items():
         order = torch.from_numpy(of_part)[torch.randperm(len(of_part), generator=generator)]
-        for name, rows in zip(shard_names(part, 0, len(order), SHARD_ROWS), order.split(SHARD_ROWS), strict=True):
+        passes = passes_of(part, views)
+        names = [n for pass_ in range(passes) for n in shard_names(part, pass_, len(order), SHARD_ROWS)]
+        for name, rows in zip(names, order.split(SHARD_ROWS) * passes, strict=True):
             noise = torch.randn(len(rows), width, generator=generator)
             features = (0.5 * centres[rows] + noise).half()
             save_file({"features": features, "labels": rows.clone()}, folder / name)
@@ -89,7 +92,7 @@ def make_features(folder: Path, width: int, scale: float) -> None:
     values = {
         "format": FORMAT,
         "config": to_dict(config),
-        "passes": 1,
+        "passes": views,
         "shard_rows": SHARD_ROWS,
         "feature_dim": width,
         "num_classes": len(counts),
@@ -155,7 +158,7 @@ def halves(run: Run, batch: Batch, progress: float) -> dict[str, float | None]:
 
     def geometry() -> None:
         x = leaves_of(output)
-        hycon, p2p = loss._geometry(x.features, batch.labels, weight, x.z, x.h, 1, None)
+        hycon, p2p = loss._geometry(x.features, batch.labels, weight, x.z, x.h, run.config.data.views, None)
         (hycon + p2p.sum()).backward()
 
     def whole() -> None:
@@ -163,8 +166,7 @@ def halves(run: Run, batch: Batch, progress: float) -> dict[str, float | None]:
 
     found: dict[str, float | None] = {}
     for name, body in (("classification", classification), ("geometry", geometry), ("loss", whole)):
-        found[f"{name} MiB"] = peak_memory(body, run.device)
-        found[f"{name} s"] = float(np.median([timed(body)[1] for _ in range(2)]))
+        found[f"{name} MiB"], found[f"{name} s"] = timed(lambda body=body: peak_memory(body, run.device))
     weight.grad = None
     return found
 
@@ -174,7 +176,14 @@ def child(options: argparse.Namespace) -> None:
     limit = int(options.limit * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # memory of the process's own, not of mapped files
     words = ["--config", "features", "--data.root", str(options.folder), "--loss.backend", options.backend]
-    words += ["--train.batch_size", str(options.batch_size), "--model.name", options.model]
+    words += [
+        "--data.views",
+        str(options.views),
+        "--train.batch_size",
+        str(options.batch_size),
+        "--model.name",
+        options.model,
+    ]
     words += ["--train.threads", str(options.threads), "--train.precision", options.precision]
     config, _ = parse(words)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, device="cpu"))
@@ -213,6 +222,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the features are made, or are already; default: temporary")
     parser.add_argument("--batch-size", type=int, default=16_384)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--views", type=int, default=2, help="of an image in a step: rows are so many times the batch")
     parser.add_argument("--model", choices=("linear", "mlp"), default="linear")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=2)
@@ -233,20 +243,21 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / FEATURES_MANIFEST).exists():
-            _, seconds = timed(lambda: make_features(folder, options.width, options.scale))
+            _, seconds = timed(lambda: make_features(folder, options.width, options.views, options.scale))
             print(f"features made in {seconds:.0f} s")
-        results = [_run_child(options, folder, backend) for backend in ("auto", "eager")]
+        results = []
+        for backend in ("auto", "eager"):
+            results.append(_run_child(options, folder, backend))
+            if options.json:  # after each: the second may take long
+                values = {"options": {k: str(v) for k, v in vars(options).items()}, "results": results}
+                options.json.write_text(json.dumps(values, indent=1))
     _show(options, results)
-    if options.json:
-        options.json.write_text(
-            json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "results": results}, indent=1)
-        )
 
 
 def _run_child(options: argparse.Namespace, folder: Path, backend: str) -> dict[str, Any]:
     words = [sys.executable, __file__, "--backend", backend, "--folder", str(folder), "--limit", str(options.limit)]
     words += ["--batch-size", str(options.batch_size), "--model", options.model, "--threads", str(options.threads)]
-    words += ["--precision", options.precision]
+    words += ["--precision", options.precision, "--views", str(options.views)]
     words += ["--steps", str(options.steps if backend == "auto" else options.eager_steps)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -28,6 +28,7 @@ DOORS: dict[str, set[str]] = {
     "info": {"ops", "_extension", "_version"},
     "train": {"trainer", "_command"},
     "evaluate": {"trainer", "_command"},
+    "features": {"trainer", "_command"},
     "__init__": {"ops", "losses", "metrics", "_version"},
 }
 

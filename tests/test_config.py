@@ -16,7 +16,7 @@ from allnc.trainer.command import parse, plan, recipe_names
 from allnc.trainer.manifest import Manifest
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
 
-RECIPES = ["cifar100_lt", "cifar10_lt", "digits_lt", "fashion_lt", "imagenet_lt", "inat18", "places_lt"]
+RECIPES = ["cifar100_lt", "cifar10_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt", "inat18", "places_lt"]
 
 
 def test_every_recipe_parses() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from allnc._checks import check_choice, check_interval
 from allnc.losses.base import LossOutput, checked_counts
 from allnc.losses.longtail import LONG_TAIL, CrossEntropy, LongTail, long_tail_loss
+from allnc.ops._common import accumulation_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -106,6 +107,8 @@ class GBBN(nn.Module):
             `LossOutput` with parts "cls" (the total), "uniform", "rebalance" and "eta".
         """
         eta = self.eta(progress)
+        if logits_uniform is logits_rebalance and logits_uniform.is_floating_point():  # one copy in float32, not two
+            logits_uniform = logits_rebalance = logits_uniform.to(accumulation_dtype(logits_uniform.dtype))
         uniform = self.uniform_loss(logits_uniform, labels_uniform)
         rebalance = self.rebalance_loss(logits_rebalance, labels_rebalance)
         # A branch of weight 0 is logged but left out of the graph: 0 x inf would be NaN.

@@ -75,7 +75,8 @@ def _store(work: _Extraction, manifest: dict[str, Any], folder: RunFolder, conso
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     counts = " and ".join(f"{len(work.sets[part])} {part}" for part in PARTS)
-    said(f"features of {counts} images, {manifest['feature_dim']} wide, {manifest['passes']} passes; {folder}")
+    passes = f"{manifest['passes']} pass{'es' if manifest['passes'] > 1 else ''}"
+    said(f"features of {counts} images, {manifest['feature_dim']} wide, {passes}; {folder}")
     _write_manifest(folder, manifest)
     started, stored = time.perf_counter(), 0
     for part in PARTS:

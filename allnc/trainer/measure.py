@@ -19,6 +19,7 @@ from allnc.models import LongTailModel, ModelOutput
 from allnc.trainer.processes import Processes
 
 BATCH = 500
+FEATURE_BATCH = 4096  # rows of stored features are small; what a batch costs by its classes is shared by more of them
 
 
 @torch.inference_mode()
@@ -29,7 +30,8 @@ def outputs(
     was_training = model.training
     model.eval()
     memory = torch.channels_last if _is_channels_last(model) else torch.contiguous_format
-    for pixels, labels in plain_batches(images, config, BATCH, device):
+    batch = FEATURE_BATCH if isinstance(images, FeatureSet) else BATCH
+    for pixels, labels in plain_batches(images, config, batch, device):
         yield model(pixels.contiguous(memory_format=memory)), labels
     model.train(was_training)
 

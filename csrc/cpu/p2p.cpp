@@ -195,13 +195,15 @@ void multiply_into(Tensor& out, const Tensor& a, const Tensor& b, double beta, d
 template <class T>
 double visit_pair(
     const Tensor& x, const Tensor* y, const Options& options, bool with_gradient, Tensor& dx, Tensor* dy) {
-  // Products that stay in the second-level cache; with fewer rows, matrix products would wait for memory.
-  constexpr int64_t kElements = int64_t{1} << 18, kLeastRows = 128;
-  const int64_t classes = x.size(0);
+  // Products that stay in the second-level cache; with fewer rows, matrix products would wait for memory. The gradient
+  // of the columns is read and written for every pass, and of thousands of classes it stays in no cache: more rows
+  // share it then (C = 8142, F = 768, softmax: 1.4 times as fast with 512 rows as with 128).
+  constexpr int64_t kElements = int64_t{1} << 18, kManyClasses = 4096;
+  const int64_t classes = x.size(0), least_rows = classes < kManyClasses ? 128 : 512;
   const Tensor& other = y ? *y : x;
   Tensor& d_other = dy ? *dy : dx;
   const bool triangle = !y && !options.softmax;
-  const int64_t step = std::min(classes, std::max(kLeastRows, kElements / classes));
+  const int64_t step = std::min(classes, std::max(least_rows, kElements / classes));
   const double seen = static_cast<double>(options.num_seen);
   const double scale = options.softmax ? 1 / seen : (triangle ? 4 : 2) / (seen * seen);  // of residuals or weights
   Tensor buffer = empty_like_on(x, {step * classes}, x.scalar_type());

@@ -340,6 +340,8 @@ def test_stopped_before_the_end(
     (folder / "notes.txt").touch()
     refused(capsys, features.main, ["--resume", "--out", str(folder)], "holds 'notes.txt', too")
     (folder / "notes.txt").unlink()
+    with extract.RunFolder(folder, "resume", extract.check_folder):
+        refused(capsys, features.main, ["--resume", "--out", str(folder)], f"{folder} is in use by process")
     assert features.main(["--resume", "--out", str(folder)]) == 0 and load(heads(folder).data)
 
 

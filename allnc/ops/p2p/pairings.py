@@ -63,7 +63,9 @@ def pairings_of_checked(
 ) -> Tensor:
     """`p2p_pairings` of arguments that are right, on a backend that can run."""
     options = {"target": target, "temperature": temperature, "backend": backend}
-    if set(pairings) == set(PAIRINGS):
+    # All at once form the gradients of both sides; of fixed means, as those of frozen features, nobody asks for them.
+    one_sided = backend != "triton" and torch.is_grad_enabled() and weights.requires_grad and not means.requires_grad
+    if set(pairings) == set(PAIRINGS) and not one_sided:
         return p2p_values(means, weights, seen, blocks="all", **options)
     zero = means.new_zeros(1, dtype=pair_dtype(means, weights))
     return torch.cat(
