@@ -19,8 +19,8 @@ from rich.table import Table
 from allnc.config import Config, DataConfig
 from allnc.data import Batch, ImageSet
 from allnc.trainer.command import parse
-from allnc.trainer.loop import loss_of, train_step
 from allnc.trainer.run import Run
+from allnc.trainer.step import loss_of, train_step
 
 
 class Images(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from allnc.config import Config
 from allnc.data import ImageSet, TrainLoader, load
 from allnc.losses.build import LOSSES, build_loss
-from allnc.models import build_model
+from allnc.models import LongTailModel, build_model
 from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, neural_collapse
@@ -95,6 +95,7 @@ class Run:
             projection_dim=config.model.projection_dim,
             group=self.processes.group,
         ).to(self.device)
+        self.average = _moving_average(self.model, config.train.ema_decay)
         self.optimizer = build_optimizer(self.model, config.train)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.epoch = 0  # epochs done
@@ -103,14 +104,30 @@ class Run:
         self.changes: tuple[dict[str, Any], ...] = ()  # options changed on resuming
         self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
 
+    @property
+    def measured(self) -> LongTailModel:
+        """The model that is measured and that other programs get: the moving average where there is one."""
+        return self.model if self.average is None else self.average.module
+
     def autocast(self) -> torch.autocast:
         """The context in which the model runs in training."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def connect(self) -> None:
-        """Let the gradients be those of all processes; all must call it, once each has its run."""
-        may_rest = self.model.uniform_classifier is not None
-        self.network = self.processes.averaging(self.model, may_rest=may_rest)
+        """Let BatchNorm and the gradients be those of all processes; all must call it, once each has its run."""
+        self.processes.connect(self.model)
+        if self.passes == 1:  # a batch in parts averages its gradients once it has them all
+            may_rest = self.model.uniform_classifier is not None
+            self.network = self.processes.averaging(self.model, may_rest=may_rest)
+
+    @property
+    def passes(self) -> int:
+        """In how many parts a batch passes the encoder, on every process."""
+        size, micro_batch = self.config.train.batch_size, self.config.train.micro_batch
+        if micro_batch is None:
+            return 1
+        most, least = -(-size // self.processes.size), size // self.processes.size
+        return min(-(-most // micro_batch), least)  # at most: a part has an image
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of the epochs done."""
@@ -123,7 +140,9 @@ class Run:
             "seconds": self.seconds,
             "best": self.best,
         }
-        model = self.model.state_dict()
+        if self.average is not None:
+            training["model"] = self.model.state_dict()
+        model = self.measured.state_dict()
         checkpoint.save(folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes)
 
     def restore(self, folder: Path) -> None:
@@ -141,8 +160,10 @@ class Run:
                 f"{int(self.counts[wrong])}, and had {int(state['class_counts'][wrong])}"
             )
         self.load_model(weights, manifest.epoch)
+        self.model.load_state_dict(state.get("model", weights))
         self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if manifest.config.train.optimizer == self.config.train.optimizer:  # else the new one starts without a past
+            self.optimizer.load_state_dict(state["optimizer"])
         configure(self.optimizer, self.config.train)  # the state has the old settings
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -152,7 +173,7 @@ class Run:
     def load_model(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
         """Take the weights that a checkpoint has after an epoch."""
         try:
-            self.model.load_state_dict(weights)
+            self.measured.load_state_dict(weights)
         except RuntimeError as error:  # torch lists every name and shape
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None
@@ -177,12 +198,21 @@ class Run:
 
     def measure_accuracy(self) -> dict[str, float | None]:
         """Return accuracy by shot on the test set."""
-        return accuracy(self.model, self.test_set, self.counts, self.config.data, self.device, self.processes)
+        return accuracy(self.measured, self.test_set, self.counts, self.config.data, self.device, self.processes)
 
     def measure_collapse(self) -> tuple[dict[str, float], torch.Tensor]:
         """Return the collapse metrics of the training set and its class means [C, F]."""
-        return neural_collapse(self.model, self.train_set, self.config.data, self.device, self.processes)
+        return neural_collapse(self.measured, self.train_set, self.config.data, self.device, self.processes)
 
     def conventions(self) -> dict[str, Any]:
         """Return what the measured numbers refer to: epochs done, and the limits of many and few."""
         return {"epochs": self.epoch, "many_above": self.config.data.many, "few_below": self.config.data.few}
+
+
+def _moving_average(model: LongTailModel, decay: float | None) -> Any:
+    """The moving average of a model's weights and buffers: timm's ModelEmaV3, or None."""
+    if decay is None:
+        return None
+    from timm.utils import ModelEmaV3  # imported where it is used: it takes a second
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)

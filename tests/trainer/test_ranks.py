@@ -52,6 +52,16 @@ def test_steps_are_those_of_one_process(ranks: list[dict[Any, Any]], name: str) 
             assert got["measured"] == ranks[0][size, name]["measured"]
 
 
+def test_batchnorm_in_parts_is_alike_on_all_processes(ranks: list[dict[Any, Any]]) -> None:
+    """Which rows meet in a part depends on the number of processes, the weights not on which process has them."""
+    for size in range(2, WORLD + 1):
+        first = ranks[0][size, "ghosts"]["model"]
+        for rank in range(1, size):
+            for key, value in ranks[rank][size, "ghosts"]["model"].items():
+                assert torch.equal(value, first[key]), (size, rank, key)
+        assert int(first["encoder.bn.num_batches_tracked"]) == len(ranks[0][size, "ghosts"]["parts"])
+
+
 def launch(size: int, *words: str, launcher: tuple[str, ...] = ("--standalone",)) -> Process:
     launcher = (sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(size))
     return subprocess.Popen(
