@@ -58,11 +58,11 @@ def group_normalised(model: nn.Module) -> nn.Module:
             if not isinstance(norm, nn.BatchNorm2d):
                 continue
             groups = math.gcd(norm.num_features, min(32, max(1, norm.num_features // 8)))
-            instead: nn.Module = nn.GroupNorm(groups, norm.num_features, eps=norm.eps, affine=norm.affine)
+            instead = nn.GroupNorm(groups, norm.num_features, eps=norm.eps, affine=norm.affine)
             instead.load_state_dict(norm.state_dict(), strict=False)  # without the running statistics
-            if hasattr(norm, "act"):  # timm's BatchNormAct2d goes on
-                instead = nn.Sequential(instead, norm.drop, norm.act)
-            setattr(parent, name, instead)
+            # timm's BatchNormAct2d goes on with dropout and activation.
+            rest = [module for module in (getattr(norm, "drop", None), getattr(norm, "act", None)) if module]
+            setattr(parent, name, nn.Sequential(instead, *rest) if rest else instead)
     return model
 
 

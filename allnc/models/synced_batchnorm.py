@@ -47,14 +47,13 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, rows = sums[:-1] / sums[-1], sums[-1].detach()
         centred = x - by_channel(mean)
         variance = _SumBothWays.apply(centred.square().sum(others), self.group) / rows
-        mean_before, variance_before, steps = self.running_mean, self.running_var, self.num_batches_tracked
-        kept = mean_before is not None and variance_before is not None and steps is not None
-        if self.track_running_stats and kept:
+        means, variances, steps = self.running_mean, self.running_var, self.num_batches_tracked
+        if self.track_running_stats and means is not None and variances is not None and steps is not None:
             with torch.no_grad():
                 steps.add_(1)
                 rate = self.momentum if self.momentum is not None else 1 / float(steps)
-                mean_before.lerp_(mean, rate)
-                variance_before.lerp_(variance * (rows / (rows - 1)), rate)
+                means.lerp_(mean, rate)
+                variances.lerp_(variance * (rows / (rows - 1)), rate)
         scale = (variance + self.eps).rsqrt()
         y = centred * by_channel(scale * self.weight if self.affine else scale)
         return (y + by_channel(self.bias) if self.affine else y).to(input.dtype)

@@ -37,7 +37,8 @@ def configure(optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
 def _kind(name: str) -> Any:
     if name in ("sgd", "adamw"):
         return {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
-    from timm.optim import Lamb, Lars
+    from timm.optim.lamb import Lamb
+    from timm.optim.lars import Lars
 
     return {"lars": Lars, "lamb": Lamb}[name]
 

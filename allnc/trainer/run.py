@@ -213,6 +213,6 @@ def _moving_average(model: LongTailModel, decay: float | None) -> Any:
     """The moving average of a model's weights and buffers: timm's ModelEmaV3, or None."""
     if decay is None:
         return None
-    from timm.utils import ModelEmaV3  # imported where it is used: it takes a second
+    from timm.utils.model_ema import ModelEmaV3  # where it is used: timm takes a second
 
     return ModelEmaV3(model, decay=decay, use_warmup=True)

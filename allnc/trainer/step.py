@@ -34,7 +34,8 @@ def train_step(run: Run, batch: Batch, *, progress: float) -> dict[str, Tensor]:
         batch: this process's images of the step.
         progress: share of training done, in [0, 1].
     """
-    total, parts = (_backward if run.passes == 1 else _backward_in_parts)(run, batch, progress)
+    backward = _backward if run.passes == 1 else _backward_in_parts
+    total, parts = backward(run, batch, progress)
     clip = run.config.train.grad_clip
     if clip is not None:
         run.scaler.unscale_(run.optimizer)
@@ -43,6 +44,13 @@ def train_step(run: Run, batch: Batch, *, progress: float) -> dict[str, Tensor]:
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return {"loss": total.detach(), **parts}
+
+
+def forward(run: Run, batch: Batch, *, progress: float) -> LossOutput:
+    """Return the loss of a batch, which passes the model at once and under autocast, and the loss's parts."""
+    with run.autocast():
+        output = run.network(_pixels(run, batch.images), train_uniform=run.loss.trains_uniform(progress))
+    return loss_of(run, output, batch, progress=progress)
 
 
 def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> LossOutput:
@@ -61,10 +69,8 @@ def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> 
 
 
 def _backward(run: Run, batch: Batch, progress: float) -> LossOutput:
-    """Leave the gradients of a batch that passes the encoder at once."""
-    with run.autocast():
-        output = run.network(_pixels(run, batch.images), train_uniform=run.loss.trains_uniform(progress))
-    loss = loss_of(run, output, batch, progress=progress)
+    """Leave the gradients of a batch."""
+    loss = forward(run, batch, progress=progress)
     run.scaler.scale(loss.total).backward()
     return loss
 

@@ -60,7 +60,8 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
                 run.average.update(run.model, step=step + 1)
     loss = {name: value.clone() for name, value in run.loss.state_dict().items()}
     model = {name: value.clone() for name, value in run.model.state_dict().items()}
-    run.model.float(), run.measured.float()
+    for network in (run.model, run.measured):
+        network.float()
     measured, means = run.measure()
     return {"parts": parts, "model": model, "loss": loss, "measured": measured, "means": means}
 

@@ -31,7 +31,8 @@ def changed(**sections: dict[str, Any]) -> Config:
 
 def run_and_batch(config: Config, dtype: torch.dtype = torch.float64) -> tuple[Run, Batch]:
     run = Run(config)
-    run.model.to(dtype), run.loss.to(dtype)
+    for module in (run.model, run.loss):
+        module.to(dtype)
     run.connect()
     batch = next(run.loader.epoch(0))
     return run, batch._replace(images=batch.images.to(dtype))
