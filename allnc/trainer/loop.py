@@ -24,6 +24,7 @@ from allnc.trainer.runlog import RunLog, final_table, finite
 from allnc.trainer.runtime import git_commit, pick_device, versions
 from allnc.trainer.step import train_step
 
+LEAST_SCALE = 2.0**-14  # of a float16 loss, which begins with 2^16
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for a GPU
 
 
@@ -139,14 +140,19 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
         if run.average is not None:
             run.average.update(run.model, step=step + 1)
         if (index + 1) % CHECK_EVERY == 0 or index + 1 == steps:
-            run.processes.together(partial(_check_finite, sums, run.epoch + 1, index + 1))
+            run.processes.together(partial(_check_finite, run, sums, index + 1))
         log.step()
     means = {name: float(value) / steps for name, value in sums.items()}
     named = {n if n in ("loss", "eta") else f"loss_{n}": v for n, v in means.items()}
     return named | {"lr": rate}
 
 
-def _check_finite(sums: dict[str, torch.Tensor], epoch: int, step: int) -> None:
+def _check_finite(run: Run, sums: dict[str, torch.Tensor], step: int) -> None:
+    epoch = run.epoch + 1
+    if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:  # halved at every overflow: no step was made
+        raise DivergenceError(
+            f"gradients must fit in float16; they overflow at every scale by epoch {epoch}, step {step}"
+        )
     if torch.isfinite(sums["loss"]):
         return
     broken = [name for name, value in sums.items() if name != "loss" and not torch.isfinite(torch.as_tensor(value))]

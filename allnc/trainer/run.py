@@ -15,6 +15,7 @@ from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure
+from allnc.trainer.options import dotted
 from allnc.trainer.processes import Processes
 from allnc.trainer.runtime import (
     check_backend,
@@ -25,6 +26,8 @@ from allnc.trainer.runtime import (
     restore_random_state,
     seed_everything,
 )
+
+OF_A_MACHINE = ("out", "data.root", "data.train_list", "data.test_list", "data.workers", "train.threads")
 
 
 class DivergenceError(ValueError):
@@ -114,11 +117,30 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def connect(self) -> None:
-        """Let BatchNorm and the gradients be those of all processes; all must call it, once each has its run."""
+        """Let BatchNorm and the gradients be those of all processes; all must call it, once each has its run.
+
+        Raises:
+            ValueError: a process has other images or options, on another machine perhaps.
+        """
+        if self.processes.size > 1:
+            self.processes.together(self._agree)
         self.processes.connect(self.model)
         if self.passes == 1:  # a batch in parts averages its gradients once it has them all
             may_rest = self.model.uniform_classifier is not None
             self.network = self.processes.averaging(self.model, may_rest=may_rest)
+
+    def _agree(self) -> None:
+        """Raise ValueError, in the first process, unless all have the same options and images."""
+        sets = {"training": self.train_set, "test": self.test_set}
+        own = {f"{name} images": f"{len(s):,} (SHA-256 {s.fingerprint()[:16]})" for name, s in sets.items()}
+        own |= {name: str(value) for name, value in dotted(self.config).items() if name not in OF_A_MACHINE}
+        for rank, theirs in enumerate(self.processes.gather(own)):
+            other = next((name for name in own if theirs[name] != own[name]), None)
+            if other is not None and self.processes.is_first:
+                raise ValueError(
+                    f"every process must have the same {other}; rank {rank} has {theirs[other]}, and rank 0 has "
+                    f"{own[other]}: compare the command, the lists and the folders of their machines"
+                )
 
     @property
     def passes(self) -> int:
