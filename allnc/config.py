@@ -158,6 +158,8 @@ class ModelConfig:
             convolution.
         mlp_hidden: mlp only: width between its two layers, >= 1; None takes that of the features.
         pretrained: start a timm model from its published weights.
+        norm: batch keeps the encoder's own normalisation; group puts GroupNorm in the place of each BatchNorm2d, so
+            that no image sees another and train.micro_batch changes nothing.
         heads: shared, one classifier for both branches; separate, one each (the re-balancing one predicts).
         classifier: linear, or normalised (scaled cosine between features and class vectors).
         classifier_scale: factor of the cosine of a normalised classifier, > 0.
@@ -170,6 +172,7 @@ class ModelConfig:
     shortcut: Literal["A", "B"] = "A"
     mlp_hidden: int | None = None
     pretrained: bool = False
+    norm: Literal["batch", "group"] = "batch"
     heads: Literal["shared", "separate"] = "shared"
     classifier: Literal["linear", "normalised"] = "linear"
     classifier_scale: float = 16.0
@@ -185,6 +188,8 @@ class ModelConfig:
         check_interval("model.projection_dim", self.projection_dim, 1, math.inf)
         if self.mlp_hidden is not None:
             check_interval("model.mlp_hidden", self.mlp_hidden, 1, math.inf)
+        if self.pretrained and self.norm == "group":
+            raise ValueError("model.norm must be batch with model.pretrained, whose weights are made for it; got group")
         if self.name.startswith("timm:") and len(self.name) > 5:
             return
         depth = self.name.removeprefix("resnet")
@@ -279,10 +284,19 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training set, >= 1.
-        batch_size: images (not views) in a step, >= 2.
-        lr: peak learning rate, > 0.
-        momentum: Nesterov momentum of SGD, in [0, 1).
-        weight_decay: L2 penalty of matrices and kernels (not of biases or normalisation), >= 0.
+        batch_size: images (not views) in a step, of all processes together, >= 2.
+        micro_batch: images of a process that pass the encoder at a time, >= 1, in parts as equal as can be: memory is
+            that of a part, the step takes one forward more, and all images of a batch contrast as before. BatchNorm
+            takes the statistics of a part. None: the whole batch at once.
+        optimizer: sgd with Nesterov momentum, lars, adamw or lamb.
+        lr: peak learning rate, > 0; of a batch of 256 images where lr_scaling is not none.
+        lr_scaling: how the peak grows with the batch: none, linear (lr x batch_size / 256) or sqrt (its square root).
+        momentum: momentum of sgd and lars, and beta1 of adamw and lamb (beta2 is 0.999), in [0, 1).
+        weight_decay: of matrices and kernels (not of biases or normalisation), >= 0: L2 penalty for sgd, lars and lamb,
+            decoupled for adamw.
+        ema_decay: share of the old weights kept at each step by the moving average that is then measured and saved, in
+            (0, 1); it grows from 0 by 1 - (1 + step)^(-2/3), so that the first weights are soon forgotten. None: the
+            weights themselves.
         warmup_epochs: epochs of linear warm-up, >= 0 (fractions allowed); at most half of all epochs are
             used.
         schedule: cosine to zero by step, or step (x 0.1 at the milestones).
@@ -304,9 +318,13 @@ class TrainConfig:
 
     epochs: int = 30
     batch_size: int = 128
+    micro_batch: int | None = None
+    optimizer: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
     lr: float = 0.1
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    ema_decay: float | None = None
     warmup_epochs: float = 1.0
     schedule: Literal["cosine", "step"] = "cosine"
     milestones: tuple[int, ...] = ()
@@ -325,6 +343,10 @@ class TrainConfig:
         _check_fields("train", self)
         check_interval("train.epochs", self.epochs, 1, math.inf)
         check_interval("train.batch_size", self.batch_size, 2, math.inf)
+        if self.micro_batch is not None:
+            check_interval("train.micro_batch", self.micro_batch, 1, self.batch_size)
+        if self.ema_decay is not None:
+            check_interval("train.ema_decay", self.ema_decay, 0, 1, open_low=True, open_high=True)
         check_interval("train.lr", self.lr, 0, math.inf, open_low=True)
         check_interval("train.momentum", self.momentum, 0, 1, open_high=True)
         check_interval("train.weight_decay", self.weight_decay, 0, math.inf)

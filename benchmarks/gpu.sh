@@ -11,15 +11,16 @@
 #   compiled    torch.compile of eager at the main shapes (compiling takes most of its time)
 #   tune        block sizes by time
 #   ncu         tensor-pipe and memory utilisation of the main kernels at N = 16k, D = 128
+#   train       a training step of ResNet-50 with AllNC and with plain CE: contrast over 1,024 and 4,096 images
 #   all         all of these
 #
 # FOLDER gets one log a stage and the CSV files. What a machine lacks is said and left out. Wheels in ./.whl (pytest's
 # plugins, rivals) are installed first. Where only few files can be taken home: tar czf home.tgz FOLDER
 set -uo pipefail
 cd "$(dirname "$0")/.."
-known="build correct sanitize bench class_mean compiled tune ncu"
+known="build correct sanitize bench class_mean compiled tune ncu train"
 if [ $# -lt 2 ]; then
-    sed -n '2,19s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,20s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 out=${!#}
@@ -166,11 +167,19 @@ ncu() {
         --dtypes bfloat16 --rounds 2
 }
 
+train() {
+    has jsonargparse || { missing jsonargparse "the trainer is not measured"; return; }
+    local size
+    for size in $images; do
+        part "train-$size" 200 "$python" benchmarks/step_share.py imagenet_lt --batch-size "$size" --micro-batch "$micro" --seconds 20
+    done
+}
+
 failed=0
 if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then
-    preset=gpu seconds=0.5 main_rows=16384
+    preset=gpu seconds=0.5 main_rows=16384 images='256 1024 4096' micro=256
 else # a rehearsal
-    preset=cpu seconds=0.2 main_rows=512
+    preset=cpu seconds=0.2 main_rows=512 images=8 micro=4
 fi
 : >"$log"
 build

@@ -14,13 +14,14 @@ from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfi
 from allnc.train import main
 from allnc.trainer.command import parse, plan, recipe_names
 from allnc.trainer.manifest import Manifest
+from allnc.trainer.optim import peak_rate
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
 
 RECIPES = ["cifar100_lt", "cifar10_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt", "inat18", "places_lt"]
 
 
 def test_every_recipe_parses() -> None:
-    assert recipe_names() == RECIPES
+    assert recipe_names() == sorted([*RECIPES, "batch/1024", "batch/4096"])
     for name in RECIPES:
         config, stem = parse(["--config", name])
         assert stem == name
@@ -31,6 +32,16 @@ def test_recipes_share_their_budget_with_the_baseline() -> None:
     for name in RECIPES:
         ours, baseline = parse(["--config", name])[0], parse(["--config", name, "--loss.name", "ce"])[0]
         assert dataclasses.replace(baseline, loss=ours.loss) == ours
+
+
+@pytest.mark.parametrize("name", ["imagenet_lt", "inat18", "places_lt"])
+@pytest.mark.parametrize("size", [1024, 4096])
+def test_a_larger_batch_is_a_recipe_over_another(name: str, size: int) -> None:
+    small, _ = parse(["--config", name])
+    large, stem = parse(["--config", name, "--config", f"batch/{size}"])
+    assert stem == f"{name}-{size}" and large.train.batch_size == size
+    assert peak_rate(large.train) == pytest.approx(peak_rate(small.train) * size / small.train.batch_size)
+    assert (large.data, large.model, large.loss) == (small.data, small.model, small.loss)
 
 
 def test_overrides_win_whatever_their_place() -> None:

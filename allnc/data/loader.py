@@ -43,6 +43,14 @@ class Batch(NamedTuple):
         by_view = values.unflatten(0, (-1, self.num_uniform + self.num_rebalance))  # [V, B + R, ...]
         return (by_view[:, self.num_uniform :] if rebalance else by_view[:, : self.num_uniform]).flatten(0, 1)
 
+    def parts(self, number: int) -> list[Tensor]:
+        """Return the rows of each of so many parts, as equal as can be: all views of some images of both branches."""
+        width = self.num_uniform + self.num_rebalance
+        rows = torch.arange(len(self.labels), device=self.labels.device).view(-1, width)  # [V, B + R]
+        branches = rows.split([self.num_uniform, self.num_rebalance], dim=1)
+        shares = zip(*(branch.tensor_split(number, dim=1) for branch in branches), strict=True)
+        return [torch.cat(share, dim=1).flatten() for share in shares]
+
 
 class TrainLoader:
     """Endless supply of epochs of augmented batches; an epoch depends on (seed, epoch) only.

@@ -7,6 +7,7 @@ or contradictory is said before a run starts.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import zlib
@@ -102,6 +103,15 @@ class ImageSet:
     def count_text(self) -> str:
         """The number of images, as `186 of 520` when some were left out."""
         return f"{len(self)}" if self.available in (None, len(self)) else f"{len(self)} of {self.available}"
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of labels, pixels in memory and file names, by which processes compare their sets."""
+        sha = hashlib.sha256(self.labels.numpy().tobytes())
+        if self.images is not None:
+            sha.update(self.images.numpy().tobytes())
+        for path in self.paths:
+            sha.update(os.path.basename(path).encode(errors="surrogateescape") + b"\0")
+        return sha.hexdigest()
 
     def select(self, positions: np.ndarray) -> ImageSet:
         """Return the set of the images at `positions`, in that order."""

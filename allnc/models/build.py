@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from allnc.config import FEATURE_MODELS, ModelConfig
 from allnc.models.feature_heads import feature_encoder
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
+from allnc.models.normalisation import group_normalised
 from allnc.models.resnet_cifar import CifarResNet
 
 
@@ -62,7 +63,10 @@ class LongTailModel(nn.Module):
             train_uniform: whether the loss trains the uniform branch's own classifier, if there is one; else its
                 logits have no graph.
         """
-        features = self.encoder(images)
+        return self.heads(self.encoder(images), train_uniform=train_uniform)
+
+    def heads(self, features: Tensor, *, train_uniform: bool = True) -> ModelOutput:
+        """Return logits and heads of features [N, F], with these; `train_uniform` as in `forward`."""
         logits = uniform = self.classifier(features)
         if self.uniform_classifier is not None:
             with torch.set_grad_enabled(train_uniform and torch.is_grad_enabled()):
@@ -100,7 +104,7 @@ def build_model(
         two_branches: whether the loss has two branches; with one, separate heads would leave one untrained.
 
     Raises:
-        ValueError: timm does not know the model.
+        ValueError: timm does not know the model, or it has no BatchNorm2d to put GroupNorm in its place.
     """
     if config.name.startswith("timm:"):
         encoder, feature_dim = _timm_encoder(config, in_channels)
@@ -110,6 +114,8 @@ def build_model(
         depth = int(config.name.removeprefix("resnet"))
         encoder = CifarResNet(depth, width=config.width, in_channels=in_channels, shortcut=config.shortcut)
         feature_dim = encoder.num_features
+    if config.norm == "group":
+        encoder = group_normalised(encoder)
     heads = config.heads if two_branches else "shared"
     return LongTailModel(encoder, feature_dim, num_classes, config, head=head, heads=heads)
 

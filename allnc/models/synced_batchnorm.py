@@ -47,12 +47,13 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, rows = sums[:-1] / sums[-1], sums[-1].detach()
         centred = x - by_channel(mean)
         variance = _SumBothWays.apply(centred.square().sum(others), self.group) / rows
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+        means, variances, steps = self.running_mean, self.running_var, self.num_batches_tracked
+        if self.track_running_stats and means is not None and variances is not None and steps is not None:
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean, rate)
-                self.running_var.lerp_(variance * (rows / (rows - 1)), rate)
+                steps.add_(1)
+                rate = self.momentum if self.momentum is not None else 1 / float(steps)
+                means.lerp_(mean, rate)
+                variances.lerp_(variance * (rows / (rows - 1)), rate)
         scale = (variance + self.eps).rsqrt()
         y = centred * by_channel(scale * self.weight if self.affine else scale)
         return (y + by_channel(self.bias) if self.affine else y).to(input.dtype)

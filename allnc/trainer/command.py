@@ -87,7 +87,7 @@ def print_config(words: Sequence[str]) -> None:
 
 
 def parse(words: Sequence[str], program: Program = TRAIN) -> tuple[Config, str]:
-    """Return the configuration of a command line without flags, and the name of its recipe.
+    """Return the configuration of a command line without flags, and the names of its recipes joined by a dash.
 
     Args:
         words: the command line, without the program's own flags and options.
@@ -112,7 +112,7 @@ def parse(words: Sequence[str], program: Program = TRAIN) -> tuple[Config, str]:
     for name in given:
         if name in ignored:
             raise ValueError(f"--{name} would be ignored: {ignored[name]}; remove it")
-    return config, recipes[-1].stem
+    return config, "-".join(recipe.stem for recipe in recipes)
 
 
 def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
@@ -125,7 +125,9 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
         default_config_files=[str(path) for path in recipes],
     )
     known = ", ".join(recipe_names())
-    parser.add_argument("--config", help=f"recipe ({known}) or YAML file; default {DEFAULT_RECIPE}")
+    parser.add_argument(
+        "--config", help=f"recipe ({known}) or YAML file, several one over the other; default {DEFAULT_RECIPE}"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
@@ -140,7 +142,7 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
 
 def recipe_names() -> list[str]:
     """Return the names that --config knows without a path."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 
 
 def given_options(words: Sequence[str], program: Program = TRAIN) -> list[str]:

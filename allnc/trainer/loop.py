@@ -12,10 +12,7 @@ import yaml
 from rich.console import Console
 
 from allnc.config import Config
-from allnc.data import Batch
-from allnc.losses import LossOutput
 from allnc.metrics.plots import plot_angles, plot_curves
-from allnc.models import ModelOutput
 from allnc.trainer import checkpoint
 from allnc.trainer.folder import ANGLES, CONFIG, CURVES, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
 from allnc.trainer.manifest import read_manifest
@@ -25,7 +22,9 @@ from allnc.trainer.processes import Processes, launched
 from allnc.trainer.run import DivergenceError, Run
 from allnc.trainer.runlog import RunLog, final_table, finite
 from allnc.trainer.runtime import git_commit, pick_device, versions
+from allnc.trainer.step import train_step
 
+LEAST_SCALE = 2.0**-14  # of a float16 loss, which begins with 2^16
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for a GPU
 
 
@@ -138,52 +137,22 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
             group["lr"] = rate
         for name, value in train_step(run, batch, progress=step / (config.epochs * steps)).items():
             sums[name] = sums.get(name, 0) + value
+        if run.average is not None:
+            run.average.update(run.model, step=step + 1)
         if (index + 1) % CHECK_EVERY == 0 or index + 1 == steps:
-            run.processes.together(partial(_check_finite, sums, run.epoch + 1, index + 1))
+            run.processes.together(partial(_check_finite, run, sums, index + 1))
         log.step()
     means = {name: float(value) / steps for name, value in sums.items()}
     named = {n if n in ("loss", "eta") else f"loss_{n}": v for n, v in means.items()}
     return named | {"lr": rate}
 
 
-def train_step(run: Run, batch: Batch, *, progress: float) -> dict[str, torch.Tensor]:
-    """Move the weights by one batch; return its loss and the loss's parts."""
-    total, parts = forward(run, batch, progress=progress)
-    run.scaler.scale(total).backward()
-    clip = run.config.train.grad_clip
-    if clip is not None:
-        run.scaler.unscale_(run.optimizer)
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return {"loss": total.detach(), **parts}
-
-
-def forward(run: Run, batch: Batch, *, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss of a batch and its parts; the model runs under autocast."""
-    images = batch.images.contiguous(memory_format=run.memory)
-    with run.autocast():
-        output = run.network(images, train_uniform=run.loss.trains_uniform(progress))
-    return loss_of(run, output, batch, progress=progress)
-
-
-def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> LossOutput:
-    """Return the loss of the model's outputs, which it takes in the types they come in and adds up in float32."""
-    return run.loss(
-        output.features,
-        batch.labels,
-        run.model.classifier_weight,
-        (batch.branch(output.logits_uniform, rebalance=False), batch.branch(batch.labels, rebalance=False)),
-        (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(batch.labels, rebalance=True)),
-        progress,
-        z=output.z,
-        h=output.h,
-        num_views=run.config.data.views,
-    )
-
-
-def _check_finite(sums: dict[str, torch.Tensor], epoch: int, step: int) -> None:
+def _check_finite(run: Run, sums: dict[str, torch.Tensor], step: int) -> None:
+    epoch = run.epoch + 1
+    if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:  # halved at every overflow: no step was made
+        raise DivergenceError(
+            f"gradients must fit in float16; they overflow at every scale by epoch {epoch}, step {step}"
+        )
     if torch.isfinite(sums["loss"]):
         return
     broken = [name for name, value in sums.items() if name != "loss" and not torch.isfinite(torch.as_tensor(value))]
@@ -210,6 +179,9 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     ]
     if run.processes.size > 1:
         lines.append(f"{run.processes.size} processes share each batch of {config.train.batch_size} images")
+    if run.passes > 1:
+        own = -(-config.train.batch_size // run.processes.size)
+        lines.append(f"each batch passes the encoder in {run.passes} parts of at most {-(-own // run.passes)} images")
     lines += [f"note: {note}" for part in (run.train_set, run.test_set) for note in part.notes]
     if run.epoch:
         lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")
@@ -246,7 +218,7 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
     write_json(files / SUMMARY, summary)
     console.print(final_table(summary))
     (files / PLOTS).mkdir(exist_ok=True)
-    weight, data = run.model.classifier_weight.detach(), config.data
+    weight, data = run.measured.classifier_weight.detach(), config.data
     plot_angles(means, weight, files / ANGLES, class_counts=run.counts, many=data.many, few=data.few)
     plot_curves(records, files / CURVES)
     console.print(

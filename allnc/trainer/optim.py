@@ -1,41 +1,84 @@
-"""SGD and its learning rate, a plain function of the step, so that a resumed run needs no scheduler state."""
+"""Optimisers and their learning rate, a plain function of the step, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from allnc.config import TrainConfig
 
+REFERENCE_BATCH = 256  # images, to which train.lr refers where it is scaled
+BETA2 = 0.999
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """Return SGD with Nesterov momentum; weight decay acts on matrices and kernels only."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]  # biases and normalisation
-    optimizer = torch.optim.SGD([{"params": decayed}, {"params": plain}], lr=config.lr)
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimiser of a configuration; weight decay and layer-wise rates act on matrices and kernels only.
+
+    Source: LARS: You et al., Large Batch Training of Convolutional Networks (2017); LAMB: You et al., Large Batch
+        Optimization for Deep Learning (ICLR 2020); both are timm's.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    plain = [p for p in trained if p.ndim <= 1]  # biases and normalisation
+    optimizer = _kind(config.optimizer)([{"params": decayed}, {"params": plain}], lr=config.lr)
     configure(optimizer, config)
     return optimizer
 
 
-def configure(optimizer: torch.optim.SGD, config: TrainConfig) -> None:
+def configure(optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
     """Give the two parameter groups of `build_optimizer` the settings of a configuration."""
-    for group, weight_decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
-        group |= {"momentum": config.momentum, "nesterov": config.momentum > 0, "weight_decay": weight_decay}
+    for group, is_decayed in zip(optimizer.param_groups, (True, False), strict=True):
+        group |= _settings(config, is_decayed)
+
+
+def _kind(name: str) -> Any:
+    if name in ("sgd", "adamw"):
+        return {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+    from timm.optim.lamb import Lamb
+    from timm.optim.lars import Lars
+
+    return {"lars": Lars, "lamb": Lamb}[name]
+
+
+def _settings(config: TrainConfig, is_decayed: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay if is_decayed else 0.0}
+    if config.optimizer in ("sgd", "lars"):
+        settings["momentum"] = config.momentum
+    else:
+        settings["betas"] = (config.momentum, BETA2)
+    if config.optimizer == "sgd":
+        settings["nesterov"] = config.momentum > 0
+    if config.optimizer in ("lars", "lamb"):
+        settings["always_adapt"] = is_decayed  # else a weight decay of 0 would turn the layer-wise rates off
+    if config.optimizer == "lamb":
+        settings["max_grad_norm"] = None  # train.grad_clip clips
+    return settings
+
+
+def peak_rate(config: TrainConfig) -> float:
+    """Return the learning rate after the warm-up: `lr`, scaled to the batch as `lr_scaling` says.
+
+    Source: linear: Goyal et al., Accurate, Large Minibatch SGD (2017); sqrt: You et al. (ICLR 2020).
+    """
+    ratio = config.batch_size / REFERENCE_BATCH
+    return config.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_scaling]
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of a step (0-based).
 
-    Linear warm-up to `lr` over `warmup_epochs`; then half a cosine to zero over the rest, or `lr` divided
-    by ten after each milestone.
+    Linear warm-up to the peak over `warmup_epochs`; then half a cosine to zero over the rest, or the peak divided by
+    ten after each milestone.
     """
+    peak = peak_rate(config)
     warmup = min(config.warmup_epochs, config.epochs / 2) * steps_per_epoch  # a short trial has its peak, too
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1)
     if config.schedule == "step":
         passed = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
-        return config.lr * 0.1**passed
+        return peak * 0.1**passed
     rest = config.epochs * steps_per_epoch - warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / rest))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / rest))

@@ -23,6 +23,7 @@ from allnc.models.synced_batchnorm import synchronise
 from allnc.trainer import launcher
 
 T = TypeVar("T")
+_BUCKET = 8 * 2**20  # numbers in one exchange: a copy of some of the gradients, never of all
 _TIMEOUT = timedelta(minutes=10)  # of a process that is alive and silent; one that dies ends the others at once
 
 
@@ -82,34 +83,55 @@ class Processes:
         if not self.is_first:
             torch.manual_seed(int(np.random.SeedSequence([seed, self.rank, epoch]).generate_state(1)[0]))
 
-    def averaging(self, model: nn.Module, *, may_rest: bool) -> nn.Module:
-        """The model whose gradients are averaged over the processes and whose BatchNorm sees the rows of all.
-
-        The model itself has the same parameters, and stays the one that is saved and measured.
-
-        Args:
-            model: the model, on its device.
-            may_rest: whether a part of it can be without a gradient in a step.
+    def connect(self, model: nn.Module) -> None:
+        """Let every BatchNorm of a model see the rows of all processes, in place.
 
         Raises:
             ValueError: on a CPU, a BatchNorm that does more than torch's.
         """
         if self.group is None:
-            return model
-        on_gpu = next(model.parameters()).is_cuda
-        if on_gpu:
+            return
+        if next(model.parameters()).is_cuda:
             # torch's would drop the activation of timm's BatchNormAct2d.
             from timm.layers.norm_act import convert_sync_batchnorm
 
             convert_sync_batchnorm(model, self.group)
         else:
             synchronise(model, self.group)
+
+    def averaging(self, model: nn.Module, *, may_rest: bool) -> nn.Module:
+        """The model whose backward averages the gradients over the processes; its parameters are the model's own.
+
+        Args:
+            model: the model, on its device.
+            may_rest: whether a part of it can be without a gradient in a step.
+        """
+        if self.group is None:
+            return model
         return DistributedDataParallel(
             model,
-            device_ids=[launcher.local_rank()] if on_gpu else None,
+            device_ids=[launcher.local_rank()] if next(model.parameters()).is_cuda else None,
             process_group=self.group,
             find_unused_parameters=may_rest,
         )
+
+    def average(self, gradients: list[torch.Tensor]) -> None:
+        """Average gradients over the processes, in place; every process must have those of the same parameters."""
+        if self.group is None:
+            return
+        buckets: list[list[torch.Tensor]] = []
+        room = 0
+        for gradient in gradients:
+            if room < gradient.numel() or buckets[-1][0].dtype != gradient.dtype:
+                buckets.append([])
+                room = _BUCKET
+            buckets[-1].append(gradient)
+            room -= gradient.numel()
+        for bucket in buckets:
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat, group=self.group)
+            for gradient, mean in zip(bucket, flat.div_(self.size).split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
 
 
 @contextmanager

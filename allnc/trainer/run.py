@@ -10,11 +10,12 @@ import torch
 from allnc.config import Config
 from allnc.data import ImageSet, load, train_loader
 from allnc.losses.build import LOSSES, build_loss
-from allnc.models import build_model
+from allnc.models import LongTailModel, build_model
 from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure
+from allnc.trainer.options import dotted
 from allnc.trainer.processes import Processes
 from allnc.trainer.runtime import (
     check_backend,
@@ -25,6 +26,8 @@ from allnc.trainer.runtime import (
     restore_random_state,
     seed_everything,
 )
+
+OF_A_MACHINE = ("out", "data.root", "data.train_list", "data.test_list", "data.workers", "train.threads")
 
 
 class DivergenceError(ValueError):
@@ -96,6 +99,7 @@ class Run:
             projection_dim=config.model.projection_dim,
             group=self.processes.group,
         ).to(self.device)
+        self.average = _moving_average(self.model, config.train.ema_decay)
         self.optimizer = build_optimizer(self.model, config.train)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.epoch = 0  # epochs done
@@ -104,14 +108,49 @@ class Run:
         self.changes: tuple[dict[str, Any], ...] = ()  # options changed on resuming
         self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
 
+    @property
+    def measured(self) -> LongTailModel:
+        """The model that is measured and that other programs get: the moving average where there is one."""
+        return self.model if self.average is None else self.average.module
+
     def autocast(self) -> torch.autocast:
         """The context in which the model runs in training."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def connect(self) -> None:
-        """Let the gradients be those of all processes; all must call it, once each has its run."""
-        may_rest = self.model.uniform_classifier is not None
-        self.network = self.processes.averaging(self.model, may_rest=may_rest)
+        """Let BatchNorm and the gradients be those of all processes; all must call it, once each has its run.
+
+        Raises:
+            ValueError: a process has other images or options, on another machine perhaps.
+        """
+        if self.processes.size > 1:
+            self.processes.together(self._agree)
+        self.processes.connect(self.model)
+        if self.passes == 1:  # a batch in parts averages its gradients once it has them all
+            may_rest = self.model.uniform_classifier is not None
+            self.network = self.processes.averaging(self.model, may_rest=may_rest)
+
+    def _agree(self) -> None:
+        """Raise ValueError, in the first process, unless all have the same options and images."""
+        sets = {"training": self.train_set, "test": self.test_set}
+        own = {f"{name} images": f"{len(s):,} (SHA-256 {s.fingerprint()[:16]})" for name, s in sets.items()}
+        own |= {name: str(value) for name, value in dotted(self.config).items() if name not in OF_A_MACHINE}
+        for rank, theirs in enumerate(self.processes.gather(own)):
+            other = next((name for name in own if theirs[name] != own[name]), None)
+            if other is not None and self.processes.is_first:
+                raise ValueError(
+                    f"every process must have the same {other}; rank {rank} has {theirs[other]}, and rank 0 has "
+                    f"{own[other]}: compare the command, the lists and the folders of their machines"
+                )
+
+    @property
+    def passes(self) -> int:
+        """In how many parts a batch passes the encoder, on every process."""
+        size, micro_batch = self.config.train.batch_size, self.config.train.micro_batch
+        if micro_batch is None:
+            return 1
+        most, least = -(-size // self.processes.size), size // self.processes.size
+        return min(-(-most // micro_batch), least)  # at most: a part has an image
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of the epochs done."""
@@ -125,7 +164,9 @@ class Run:
             "seconds": self.seconds,
             "best": self.best,
         }
-        model = self.model.state_dict()
+        if self.average is not None:
+            training["model"] = self.model.state_dict()
+        model = self.measured.state_dict()
         checkpoint.save(folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes)
 
     def restore(self, folder: Path) -> None:
@@ -145,8 +186,10 @@ class Run:
         if state.get("identity", "") != self.train_set.identity:
             raise ValueError("a resumed run must have the features it began with; data.root holds others")
         self.load_model(weights, manifest.epoch)
+        self.model.load_state_dict(state.get("model", weights))
         self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if manifest.config.train.optimizer == self.config.train.optimizer:  # else the new one starts without a past
+            self.optimizer.load_state_dict(state["optimizer"])
         configure(self.optimizer, self.config.train)  # the state has the old settings
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -156,7 +199,7 @@ class Run:
     def load_model(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
         """Take the weights that a checkpoint has after an epoch."""
         try:
-            self.model.load_state_dict(weights)
+            self.measured.load_state_dict(weights)
         except RuntimeError as error:  # torch lists every name and shape
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None
@@ -181,12 +224,21 @@ class Run:
 
     def measure_accuracy(self) -> dict[str, float | None]:
         """Return accuracy by shot on the test set."""
-        return accuracy(self.model, self.test_set, self.counts, self.config.data, self.device, self.processes)
+        return accuracy(self.measured, self.test_set, self.counts, self.config.data, self.device, self.processes)
 
     def measure_collapse(self) -> tuple[dict[str, float], torch.Tensor]:
         """Return the collapse metrics of the training set and its class means [C, F]."""
-        return neural_collapse(self.model, self.train_set, self.config.data, self.device, self.processes)
+        return neural_collapse(self.measured, self.train_set, self.config.data, self.device, self.processes)
 
     def conventions(self) -> dict[str, Any]:
         """Return what the measured numbers refer to: epochs done, and the limits of many and few."""
         return {"epochs": self.epoch, "many_above": self.config.data.many, "few_below": self.config.data.few}
+
+
+def _moving_average(model: LongTailModel, decay: float | None) -> Any:
+    """The moving average of a model's weights and buffers: timm's ModelEmaV3, or None."""
+    if decay is None:
+        return None
+    from timm.utils.model_ema import ModelEmaV3  # where it is used: timm takes a second
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)

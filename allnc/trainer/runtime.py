@@ -95,6 +95,19 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def dropout_state(device: torch.device) -> list[torch.Tensor]:
+    """Return the state of the generators from which a forward draws on a device."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def restore_dropout_state(states: list[torch.Tensor], device: torch.device) -> None:
+    """Set them to a state from `dropout_state`."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 def versions() -> dict[str, str]:
     """Return the versions that decide a run's numbers."""
     return {

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from allnc import evaluate
+from allnc.losses import LossOutput
 from allnc.train import main
-from allnc.trainer import loop
+from allnc.trainer import loop, step
 from allnc.trainer.checkpoint import load_weights
 from tests.faults.runs import TINY, quiet
 
@@ -66,6 +68,24 @@ def test_the_last_finite_checkpoint_is_kept_and_can_be_resumed(
     assert "has done its 3 epochs: raise train.epochs, or remove train.lr" in capsys.readouterr().err
     assert main(["--resume", "--out", str(folder), "--train.epochs", "4"]) == 0
     assert len(json.loads((folder / "summary.json").read_text())["changes"]) == 3
+
+
+def test_gradients_that_overflow_at_every_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss is finite, every step is left out, and nothing would ever be learned."""
+    loss_of = step.loss_of
+
+    def steep(*arguments: Any, **named: Any) -> LossOutput:
+        output = loss_of(*arguments, **named)
+        infinite = (output.total - output.total.detach()) * torch.finfo(torch.float32).max * 4
+        return LossOutput(output.total + infinite, output.parts)
+
+    monkeypatch.setattr(step, "loss_of", steep)
+    words = ["--train.epochs", "30", "--model.width", "4", "--train.precision", "fp16", "--out", str(tmp_path / "run")]
+    assert main([*words, "--train.eval_every", "30"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "gradients must fit in float16; they overflow at every scale" in error
 
 
 @pytest.mark.parametrize("where", ["model", "means", "momentum"])

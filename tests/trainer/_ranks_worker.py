@@ -24,6 +24,7 @@ PLAIN = Config(
     train=TrainConfig(epochs=2, batch_size=45, lr=0.02, precision="fp32", device="cpu", threads=1),
 )
 STEPS = 4
+GHOSTS = dataclasses.replace(PLAIN, train=dataclasses.replace(PLAIN.train, micro_batch=4))  # BatchNorm in parts
 
 
 def cases() -> dict[str, Config]:
@@ -38,6 +39,7 @@ def cases() -> dict[str, Config]:
         "two samplers, two heads": changed(data={"rebalance_sampler": "reversed"}, model={"heads": "separate"}),
         "cosine": changed(loss={"hycon": "cosine"}),
         "baseline, clipped": changed(loss={"name": "logit_adjusted"}, train={"grad_clip": 0.5}),
+        "in parts": changed(model={"norm": "group"}, train={"micro_batch": 4, "grad_clip": 0.5, "ema_decay": 0.9}),
         "views through transforms": changed(data={"augmentation": "autoaugment", "workers": 0}),
     }
 
@@ -54,9 +56,12 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
         for step, batch in enumerate(run.loader.epoch(0)):
             batch = batch._replace(images=batch.images.double())
             parts.append(loop.train_step(run, batch, progress=step / (2 * STEPS)))
+            if run.average is not None:
+                run.average.update(run.model, step=step + 1)
     loss = {name: value.clone() for name, value in run.loss.state_dict().items()}
     model = {name: value.clone() for name, value in run.model.state_dict().items()}
-    run.model.float()
+    for network in (run.model, run.measured):
+        network.float()
     measured, means = run.measure()
     return {"parts": parts, "model": model, "loss": loss, "measured": measured, "means": means}
 
@@ -68,6 +73,7 @@ def work(rank: int, world: int, _: list[str]) -> dict[Any, Any]:
         if rank < size:
             for name, config in cases().items():
                 results[size, name] = train(config, Processes(rank, size, group))
+            results[size, "ghosts"] = train(GHOSTS, Processes(rank, size, group))
     return results
 
 

@@ -52,6 +52,16 @@ def test_steps_are_those_of_one_process(ranks: list[dict[Any, Any]], name: str) 
             assert got["measured"] == ranks[0][size, name]["measured"]
 
 
+def test_batchnorm_in_parts_is_alike_on_all_processes(ranks: list[dict[Any, Any]]) -> None:
+    """Which rows meet in a part depends on the number of processes, the weights not on which process has them."""
+    for size in range(2, WORLD + 1):
+        first = ranks[0][size, "ghosts"]["model"]
+        for rank in range(1, size):
+            for key, value in ranks[rank][size, "ghosts"]["model"].items():
+                assert torch.equal(value, first[key]), (size, rank, key)
+        assert int(first["encoder.bn.num_batches_tracked"]) == len(ranks[0][size, "ghosts"]["parts"])
+
+
 def launch(size: int, *words: str, launcher: tuple[str, ...] = ("--standalone",)) -> Process:
     launcher = (sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(size))
     return subprocess.Popen(
@@ -193,6 +203,25 @@ def test_two_machines(alone: dict[str, Any], tmp_path: Path) -> None:
         _, errors = machine.communicate(timeout=200)
         assert machine.returncode == 0, errors
     assert_alike(result(tmp_path / "run"), alone)
+
+
+@pytest.mark.parametrize("difference", ["training images", "train.batch_size"])
+def test_a_machine_with_other_images_or_options(difference: str, tmp_path: Path) -> None:
+    words = own_images(tmp_path / "machine0")
+    for rank in range(2):
+        make_images(tmp_path / f"machine{rank}")
+    if difference == "training images":
+        (tmp_path / "machine1" / "train" / "0" / "3.png").rename(tmp_path / "machine1" / "train" / "0" / "99.png")
+    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(20_000 + os.getpid() % 20_000))
+    machines = []
+    for rank in range(2):
+        own = [*words, "--data.root", str(tmp_path / f"machine{rank}"), "--out", str(tmp_path / f"run{rank}")]
+        own += ["--train.batch_size", "8"] if rank == 1 and difference == "train.batch_size" else []
+        machines.append(launch(1, *own, launcher=(*where, "--node-rank", str(rank))))
+    outputs = [machine.communicate(timeout=100)[1] for machine in machines]
+    assert all(machine.returncode != 0 for machine in machines)
+    said = [line for errors in outputs for line in errors.splitlines() if line.startswith("allnc.train: error")]
+    assert f"every process must have the same {difference}; rank 1 has " in one_line("\n".join(said))
 
 
 def test_one_process_under_the_launcher(alone: dict[str, Any], tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from allnc import _extension
 from allnc.config import Config, DataConfig
 from allnc.data import Batch, ImageSet
 from allnc.trainer.command import parse
-from allnc.trainer.loop import train_step
 from allnc.trainer.run import Run
+from allnc.trainer.step import train_step
 from tests.backends import needs_interpreter
 from tests.launches import Dispatches, count_launches
 

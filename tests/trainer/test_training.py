@@ -14,8 +14,9 @@ from rich.console import Console
 
 from allnc import evaluate
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from allnc.losses import LossOutput
 from allnc.train import main
-from allnc.trainer import loop, measure
+from allnc.trainer import loop, measure, step
 from allnc.trainer.checkpoint import load_weights
 
 TINY = Config(
@@ -132,7 +133,7 @@ def test_every_baseline_trains_with_one_head(name: str) -> None:
     run = loop.Run(config)
     assert run.model.uniform_classifier is None and run.model.predictor is None and not run.loader.two_batches
     batch = next(iter(run.loader.epoch(0)))
-    total, _ = loop.forward(run, batch, progress=0.0)
+    total, _ = step.forward(run, batch, progress=0.0)
     total.backward()
     assert all(p.grad is not None for p in run.model.parameters())
 
@@ -149,7 +150,7 @@ def test_two_branches_read_their_own_batches(monkeypatch: pytest.MonkeyPatch) ->
         return forward(*arguments, **named)
 
     monkeypatch.setattr(run.loss, "forward", spy)
-    loop.forward(run, batch, progress=0.5)
+    step.forward(run, batch, progress=0.5)
     assert len(seen["features"]) == len(seen["labels"]) == len(seen["z"]) == 2 * (64 + 64)
     counts = [torch.bincount(seen[branch][1], minlength=10) for branch in ("uniform", "rebalance")]
     assert counts[0][0] > counts[0][-1] and counts[1][0] < counts[1][-1]
@@ -168,17 +169,15 @@ def test_autocast_trains(precision: str, tmp_path: Path) -> None:
 def test_a_loss_that_diverges_is_named_and_the_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = loop.forward
+    forward = step.forward
 
     def broken(run: loop.Run, batch: Any, *, progress: float) -> Any:
         total, parts = forward(run, batch, progress=progress)
-        return (
-            (total * float("nan"), {**parts, "hycon": total.detach() * float("nan")})
-            if run.epoch == 1
-            else (total, parts)
-        )
+        if run.epoch != 1:
+            return LossOutput(total, parts)
+        return LossOutput(total * float("nan"), {**parts, "hycon": total.detach() * float("nan")})
 
-    monkeypatch.setattr(loop, "forward", broken)
+    monkeypatch.setattr(step, "forward", broken)
     with pytest.raises(loop.DivergenceError, match=r"got nan by epoch 2, step 4 in .*hycon.*: lower train\.lr"):
         loop.train(TINY, tmp_path, quiet())
     _, epoch, weights = load_weights(tmp_path)
