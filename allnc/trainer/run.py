@@ -76,6 +76,7 @@ class Run:
             two_batches=entry.two_branches and config.data.rebalance_sampler != "uniform",
             device=self.device,
             share=self.processes.share,
+            epochs=config.train.epochs,
         )
         model = build_model(
             config.model,
