@@ -36,10 +36,10 @@ from allnc.data import Batch
 from allnc.data.features import FORMAT, passes_of, shard_names, sum_of_values
 from allnc.models import ModelOutput
 from allnc.trainer.command import parse
-from allnc.trainer.loop import loss_of
 from allnc.trainer.manifest import sum_of
 from allnc.trainer.options import to_dict
 from allnc.trainer.run import Run
+from allnc.trainer.step import loss_of
 
 # iNaturalist 2018: rank of a class by size -> its images. 842 classes have more than 100, 3,224 fewer than 20.
 RANKS = ((0, 1000), (842, 100), (4918, 20), (8141, 2))
@@ -124,7 +124,7 @@ def step(run: Run, batch: Batch, progress: float) -> dict[str, float]:
 
     def forward() -> ModelOutput:
         with run.autocast():
-            return run.network(batch.images, train_uniform=run.loss.trains_uniform(progress))
+            return run.network(run.loader.pixels(batch.images), train_uniform=run.loss.trains_uniform(progress))
 
     output, seconds["heads forward"] = timed(forward)
     leaves = leaves_of(output)
@@ -148,7 +148,7 @@ def step(run: Run, batch: Batch, progress: float) -> dict[str, float]:
 def halves(run: Run, batch: Batch, progress: float) -> dict[str, float | None]:
     """Seconds and peak MiB of the loss's halves alone, forward and backward, on the outputs of the model."""
     with run.autocast():
-        output = run.network(batch.images)
+        output = run.network(run.loader.pixels(batch.images))
     loss: Any = run.loss
     weight = run.model.classifier_weight
 

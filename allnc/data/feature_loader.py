@@ -17,7 +17,7 @@ from allnc.data.sources import ImageSet
 class FeatureLoader(TrainLoader):
     """Epochs of batches of features; the views of an image in a step are different passes, drawn for each anew.
 
-    Batches are gathered in float16, and are float32 on the device.
+    Batches are float16, as they are stored, until `pixels` widens what the model takes.
 
     Raises:
         ValueError: as TrainLoader, or more views than passes are stored.
@@ -32,17 +32,21 @@ class FeatureLoader(TrainLoader):
                 f"data.views must be <= {passes}, the passes that are stored in data.root, because the views of an "
                 f"image are different passes; got {views}: allnc.features --passes {views} stores as many"
             )
+        self.in_memory = True
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch (0-based), on the device."""
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return the network's input for rows of a batch, float32."""
+        return images.float() if images.dtype == torch.float16 else images
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
         views, num_rebalance = self.config.views, self.num_own if self.two_batches else 0
         random = generator(self.seed, "augment", epoch)
         for index in self.indices(epoch):
-            own = index[self.own]  # [B + R] of this process
-            passes = self._passes(random, len(index))[:, self.own].flatten()
+            own = index[self.plan.own]  # [B + R] of this process
+            passes = self._passes(random, len(index))[:, self.plan.own].flatten()
             rows = self.set.stored.rows(self.set.positions[own].repeat(views), passes)
             labels = self.set.labels[own].repeat(views)
-            yield Batch(rows.to(self.device).float(), labels.to(self.device), self.num_own, num_rebalance)
+            yield Batch(rows.to(self.device), labels.to(self.device), self.num_own, num_rebalance)
 
     def _passes(self, random: torch.Generator, images: int) -> Tensor:
         """Draw different passes for the views of each image, [V, images]."""
@@ -58,7 +62,9 @@ def train_loader(
     two_batches: bool,
     device: torch.device,
     share: Callable[[int], slice] = slice,
+    epochs: int = 0,
 ) -> TrainLoader:
     """Return the loader of a training set, of images or of features; arguments as those of TrainLoader."""
     kind = FeatureLoader if isinstance(images, FeatureSet) else TrainLoader
-    return kind(images, config, batch_size=batch_size, seed=seed, two_batches=two_batches, device=device, share=share)
+    options = {"batch_size": batch_size, "seed": seed, "two_batches": two_batches, "device": device}
+    return kind(images, config, **options, share=share, epochs=epochs)

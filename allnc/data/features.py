@@ -82,10 +82,12 @@ class FeatureSet(ImageSet):
     Args:
         stored: the features of all images of the part from which this set may be cut.
         positions: which of them are in this set, [n] int64.
+        made: SHA-256 of the SHA-256 of all files.
     """
 
     stored: StoredFeatures
     positions: Tensor
+    made: str
 
     def __post_init__(self) -> None:
         assert self.labels.shape == self.positions.shape
@@ -98,6 +100,13 @@ class FeatureSet(ImageSet):
     def shape(self, config: DataConfig) -> tuple[int, ...]:
         """Shape of what the model sees of an image."""
         return (self.stored.dim,)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of labels, features and which of them are in this set."""
+        sha = hashlib.sha256(self.made.encode())
+        for values in (self.labels, self.positions):
+            sha.update(values.numpy())
+        return sha.hexdigest()
 
     def select(self, positions: np.ndarray) -> FeatureSet:
         """Return the set of the images at `positions`, in that order; the features stay where they are."""
@@ -188,9 +197,9 @@ def _read_part(folder: Path, manifest: dict[str, Any], part: str) -> FeatureSet:
         mean=(),
         std=(),
         classes=tuple(manifest["classes"]),
-        identity=sum_of_values(manifest["shards"]),
         stored=stored,
         positions=torch.arange(number),
+        made=sum_of_values(manifest["shards"]),
     )
 
 

@@ -1,6 +1,8 @@
 """Batches of views: from memory with whole-batch augmentation, or from worker processes, behind one
 interface.
 
+Images on disk come as uint8, a quarter of the bytes of float32, and are normalised where and when they are wanted.
+
 Legend: B images of the uniform branch, R of the re-balancing branch (0 when one batch serves both), V views,
 N = V (B + R) rows. Rows are view-major: row v (B + R) + b is view v of image b, and the uniform branch's
 images come first.
@@ -8,30 +10,26 @@ images come first.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from allnc.config import BATCH_AUGMENTATIONS, DataConfig
 from allnc.data.features import FeatureSet
-from allnc.data.images import read_image, readable_formats
 from allnc.data.samplers import generator, rebalanced_order, uniform_order
 from allnc.data.sources import ImageSet
-from allnc.data.views import Draws, augment_batch, image_transforms, normalise
+from allnc.data.views import Draws, augment_batch, normalise
+from allnc.data.waiting import Waiting
+from allnc.data.workers import PART, Keys, Views, from_workers, view_major
 
 
 class Batch(NamedTuple):
     """Views of one step; `num_uniform` and `num_rebalance` count images, B and R."""
 
-    images: Tensor  # [N, c, H, W] float32
+    images: Tensor  # [N, c, H, W]: what TrainLoader.pixels makes the network's input of
     labels: Tensor  # [N] int64
     num_uniform: int
     num_rebalance: int
@@ -55,6 +53,9 @@ class Batch(NamedTuple):
 class TrainLoader:
     """Endless supply of epochs of augmented batches; an epoch depends on (seed, epoch) only.
 
+    Workers are started once: while the last batches of an epoch are used and the model is measured, they make the
+    first ones of the next.
+
     Args:
         images: the training set.
         config: views, augmentation and samplers.
@@ -63,6 +64,7 @@ class TrainLoader:
         two_batches: draw a second batch of the same size for the re-balancing branch.
         device: where batches are wanted.
         share: which of B images are this process's; the batches are those of one process with all of them.
+        epochs: epochs of the run, beyond which nothing is made ahead.
 
     Raises:
         ValueError: fewer images than one batch (an incomplete last batch is left out).
@@ -78,6 +80,7 @@ class TrainLoader:
         two_batches: bool,
         device: torch.device,
         share: Callable[[int], slice] = slice,
+        epochs: int = 0,
     ) -> None:
         if len(images) < batch_size:
             raise ValueError(
@@ -88,57 +91,115 @@ class TrainLoader:
         own = torch.arange(batch_size)[share(batch_size)]
         if not len(own):
             raise ValueError(f"train.batch_size must be at least the number of processes; got {batch_size}")
-        self.own = torch.cat([own, batch_size + own]) if two_batches else own  # columns of `indices`
         self.num_own = len(own)
-        self.counts = images.class_counts
+        self.plan = _Plan(images, config.rebalance_sampler if two_batches else None, batch_size, seed, own)
+        self.epochs = epochs
+        self.ahead: tuple[int, Iterator[Tensor]] | None = None  # the epoch that comes next, and its parts
+        self.waiting = Waiting()
         self._open()
 
     def _open(self) -> None:
         """Get ready whatever supplies the views."""
         images, config = self.set, self.config
         self.in_memory = images.images is not None and config.augmentation in BATCH_AUGMENTATIONS
-        self.pixels = images.images.to(self.device) if images.images is not None and self.in_memory else None
-        self.workers = None if self.in_memory else _ViewDataset(images, config, train=True)
+        self.stored = images.images.to(self.device) if images.images is not None and self.in_memory else None
+        self.views = None if self.in_memory else Views(images, config, train=True)
 
     def __len__(self) -> int:
-        return len(self.set) // self.batch_size
+        return len(self.plan)
+
+    def indices(self, epoch: int) -> Tensor:
+        """Return the images of each batch of an epoch, [batches, B + R]."""
+        return self.plan.indices(epoch)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch (0-based), on the device; `waiting` tells how long they were waited for."""
+        return self.waiting.watch(self._batches(epoch), self.batch_size)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return the network's input for images of a batch, all or some of them.
+
+        Args:
+            images: [n, c, H, W], rows of `Batch.images`, in any memory format.
+
+        Returns:
+            [n, c, H, W], float32, normalised, in the same memory format.
+        """
+        return normalise(images, self.set.mean, self.set.std) if images.dtype == torch.uint8 else images
+
+    def advice(self) -> str | None:
+        """Say what to do if the last epoch was spent waiting for images; None if it was not, or nothing helps."""
+        return None if self.in_memory else self.waiting.advice(self.config.workers)
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        views, num_rebalance = self.config.views, self.num_own if self.two_batches else 0
+        batches = self.indices(epoch)
+        images = self._augmented(batches, epoch) if self.in_memory else self._decoded(epoch)
+        for index, pixels in zip(batches, images, strict=True):
+            labels = self.set.labels[index[self.plan.own]].repeat(views).to(self.device)
+            yield Batch(pixels, labels, self.num_own, num_rebalance)
+
+    def _augmented(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
+        assert self.stored is not None
+        random = generator(self.seed, "augment", epoch)
+        views, width = self.config.views, batches.shape[1]
+        rows = (width * torch.arange(views)[:, None] + self.plan.own).flatten()  # of the whole batch's V (B + R)
+        for index in batches:
+            repeated = self.stored[index[self.plan.own].to(self.device)].repeat(views, 1, 1, 1)
+            draws = Draws(random, views * width, rows)
+            yield augment_batch(repeated, self.config.augmentation, self.set.mean, self.set.std, draws)
+
+    def _decoded(self, epoch: int) -> Iterator[Tensor]:
+        assert self.views is not None
+        following, parts = self.ahead or (None, None)
+        self.ahead = None  # what is left of an epoch that breaks off is of no use
+        width = len(self.plan.own)
+        if parts is None or following != epoch:
+            del parts  # ends its workers before others start
+            keys = self.plan.parts(epoch, max(epoch + 1, self.epochs))
+            parts = from_workers(self.views, keys, self.config.workers, self.device, batch_size=width)
+        for _ in range(len(self)):
+            yield view_major(list(islice(parts, -(-width // PART))))
+        if epoch + 1 < self.epochs:
+            self.ahead = epoch + 1, parts
+
+
+class _Plan:
+    """Which images make the batches; it knows nothing of the loader, whose workers end when the last of it goes.
+
+    Args:
+        images: the training set.
+        rebalance: sampler of a second batch of the same size; None for one batch.
+        batch_size: images of the uniform branch in a batch, B.
+        seed: of the order and the augmentation.
+        own: this process's images of the B, positions in [0, B).
+    """
+
+    def __init__(self, images: ImageSet, rebalance: str | None, batch_size: int, seed: int, own: Tensor) -> None:
+        self.labels, self.counts, self.rebalance = images.labels, images.class_counts, rebalance
+        self.batch_size, self.seed = batch_size, seed
+        self.own = own if rebalance is None else torch.cat([own, batch_size + own])  # columns of `indices`
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
 
     def indices(self, epoch: int) -> Tensor:
         """Return the images of each batch of an epoch, [batches, B + R]."""
         count = len(self) * self.batch_size
-        order = uniform_order(len(self.set), self.seed, epoch)[:count].view(-1, self.batch_size)
-        if not self.two_batches:
+        order = uniform_order(len(self.labels), self.seed, epoch)[:count].view(-1, self.batch_size)
+        if self.rebalance is None:
             return order
-        sampler = self.config.rebalance_sampler
-        second = rebalanced_order(self.set.labels, self.counts, sampler, count, self.seed, epoch)
+        second = rebalanced_order(self.labels, self.counts, self.rebalance, count, self.seed, epoch)
         return torch.cat([order, second.view(-1, self.batch_size)], dim=1)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch (0-based), on the device."""
-        views, num_rebalance = self.config.views, self.num_own if self.two_batches else 0
-        batches = self.indices(epoch)
-        images = self._augmented(batches, epoch) if self.in_memory else self._decoded(batches, epoch)
-        for index, pixels in zip(batches, images, strict=True):
-            labels = self.set.labels[index[self.own]].repeat(views).to(self.device)
-            yield Batch(pixels, labels, self.num_own, num_rebalance)
-
-    def _augmented(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
-        assert self.pixels is not None
-        random = generator(self.seed, "augment", epoch)
-        views, width = self.config.views, batches.shape[1]
-        rows = (width * torch.arange(views)[:, None] + self.own).flatten()  # of the whole batch's V (B + R)
-        for index in batches:
-            repeated = self.pixels[index[self.own].to(self.device)].repeat(views, 1, 1, 1)
-            draws = Draws(random, views * width, rows)
-            yield augment_batch(repeated, self.config.augmentation, self.set.mean, self.set.std, draws)
-
-    def _decoded(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
-        assert self.workers is not None
-        seeds = torch.randint(2**62, batches.shape, generator=generator(self.seed, "augment", epoch))
-        own = zip(batches[:, self.own].tolist(), seeds[:, self.own].tolist(), strict=True)
-        plan = [list(zip(indices, of_batch, strict=True)) for indices, of_batch in own]
-        for stacked in _from_workers(self.workers, plan, self.config.workers, self.device):
-            yield stacked.transpose(0, 1).flatten(0, 1)  # [N, c, H, W]
+    def parts(self, first: int, stop: int) -> Iterator[Keys]:
+        """Yield positions and seeds of this process's images, part by part of each batch of the epochs."""
+        for epoch in range(first, stop):
+            batches = self.indices(epoch)
+            seeds = torch.randint(2**62, batches.shape, generator=generator(self.seed, "augment", epoch))
+            for index, of_batch in zip(batches[:, self.own], seeds[:, self.own], strict=True):
+                for part in zip(index.split(PART), of_batch.split(PART), strict=True):
+                    yield list(zip(*(values.tolist() for values in part), strict=True))
 
 
 def plain_batches(
@@ -157,116 +218,15 @@ def plain_batches(
                 images.labels[start : start + batch_size].to(device),
             )
         return
-    plan = [[(i, 0) for i in range(s, min(s + batch_size, len(images)))] for s in starts]
-    loader = _from_workers(_ViewDataset(images, config, train=False), plan, config.workers, device)
-    for start, stacked in zip(starts, loader, strict=True):
-        labels = images.labels[start : start + batch_size]
-        yield stacked.flatten(0, 1), labels.to(device)
-
-
-class _ViewDataset(Dataset[Tensor]):
-    """Maps (index, seed) to the views [V, c, H, W] of an image; with the seed, no worker matters."""
-
-    def __init__(self, images: ImageSet, config: DataConfig, *, train: bool) -> None:
-        size = config.image_size if images.images is None else images.images.shape[-1]
-        self.set, self.num_views = images, config.views if train else 1
-        readable_formats()  # imported here, or else by each worker of each epoch
-        self.first, self.others = image_transforms(config.augmentation, size, images.mean, images.std, train=train)
-
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        index, seed = key
-        image = self._read(index)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return torch.stack([(self.first if v == 0 else self.others)(image) for v in range(self.num_views)])
-
-    def _read(self, index: int) -> Tensor | Image.Image:
-        return read_image(self.set.paths[index]) if self.set.images is None else self.set.images[index]
-
-
-def _from_workers(
-    dataset: _ViewDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device
-) -> Iterator[Tensor]:
-    """Yield the batches [n, V, c, H, W] of a plan of (index, seed) pairs.
-
-    Raises:
-        ValueError: an image that cannot be read, a worker process that was killed, or too little shared memory or too
-            few files for the workers.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=plan,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
-    )
-    others = set(multiprocessing.active_children())
-    try:
-        with _own_signal_handler():
-            batches = iter(loader)
-    except Exception as error:
-        # A worker that dies now makes torch's handler raise anywhere in here, and what that interrupts may raise, too.
-        if "DataLoader worker" in f"{error} {error.__context__}":
-            raise ValueError(f"{_ended(0)}; got data.workers {workers}") from error
-        if not isinstance(error, OSError):
-            raise
-        raise ValueError(f"data.workers must be processes that can be started; got {workers}: {error}") from error
-    processes = set(multiprocessing.active_children()) - others
-    problem = None
-    try:
-        for batch in batches:
-            yield batch.to(device, non_blocking=True)
-    except ValueError as error:
-        # A worker wraps its error in the text of a traceback, of which a user needs the last line.
-        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = None
-    except (RuntimeError, EOFError, OSError) as error:
-        codes = [process.exitcode for process in processes if process.exitcode]
-        line = "".join(str(error).strip().splitlines()[-1:])
-        # The memory of a batch is fetched from its worker, which fails in several ways when that has just died.
-        if "DataLoader worker" in line or (codes and isinstance(error, (EOFError, OSError))):
-            problem = _ended(codes[0] if codes else 0)
-        elif "No space left on device" in line or "shared memory" in line:
-            problem = "shared memory is too small for the workers' batches: enlarge /dev/shm or lower data.workers"
-        elif "Too many open files" in line:
-            problem = "the workers have too many files open: raise the limit (ulimit -n) or lower data.workers"
-        else:
-            raise
-        problem += f"; got data.workers {workers}"
-        error.__traceback__ = None
-    if problem is not None:
-        # Raised here, and without the first error's traceback, so that nothing refers to the iterator: it ends its
-        # workers when the last reference goes. One that lives on is copied into the workers of the next iterator,
-        # where it waits for five seconds and complains of processes that are not its own.
-        del batches
-        raise ValueError(problem)
-
-
-@contextmanager
-def _own_signal_handler() -> Iterator[None]:
-    """Keep the handler of SIGCHLD as it is.
-
-    torch sets one that raises in the main process at whatever line it is when a worker dies, in the midst of a
-    checkpoint maybe. The loader looks after its workers by itself when it waits for a batch, every five seconds.
-    """
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if handler is not None:  # None is one that was not set from Python and could not be set again
-            signal.signal(signal.SIGCHLD, handler)
-
-
-def _ended(code: int) -> str:
-    """Say in one line how a worker process ended (0: not known) and what helps."""
-    if code >= 0:
-        return f"a process that reads images ended{f' with status {code}' if code else ''}; data.workers 0 shows where"
-    name = signal.Signals(-code).name
-    help_ = {
-        "SIGKILL": "most often the machine ran out of memory: lower data.workers or free memory",
-        "SIGBUS": "most often shared memory is too small: enlarge /dev/shm or lower data.workers",
-    }.get(name, "data.workers 0 reads in the main process and shows where")
-    return f"a process that reads images was ended by {name}; {help_}"
+    stops = [min(start + batch_size, len(images)) for start in starts]
+    ranges = [
+        range(at, min(at + PART, end))
+        for start, end in zip(starts, stops, strict=True)
+        for at in range(start, end, PART)
+    ]
+    keys = ([(i, 0) for i in part] for part in ranges)
+    views = Views(images, config, train=False)
+    parts = from_workers(views, keys, config.workers, device, batch_size=batch_size)
+    for start, end in zip(starts, stops, strict=True):
+        pixels = view_major(list(islice(parts, -(-(end - start) // PART))))
+        yield normalise(pixels, images.mean, images.std), images.labels[start:end].to(device)

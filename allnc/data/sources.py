@@ -11,8 +11,7 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from allnc.data.folders import read_folders
 from allnc.data.images import shown
 from allnc.data.lists import read_lists
 from allnc.data.longtail import shuffled_by_class, sizes_within, subset
+from allnc.data.paths import PathList
 
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,7 +49,6 @@ class ImageSet:
         classes: names of the classes, [C]; empty when they have none.
         available: images of the set from which this one was cut, >= n; None stands for n.
         notes: sentences for whoever starts a run: what was left out or looks wrong.
-        identity: what a resumed run must find again, beside the class sizes; empty where nothing else is known.
 
     Raises:
         ValueError: sizes that do not fit, or labels outside of 0 to C - 1.
@@ -60,11 +59,10 @@ class ImageSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     images: Tensor | None = None
-    paths: tuple[str, ...] = ()
+    paths: PathList = field(default_factory=lambda: PathList.of(()))
     classes: tuple[str, ...] = ()
     available: int | None = None
     notes: tuple[str, ...] = ()
-    identity: str = ""
 
     def __post_init__(self) -> None:
         number = len(self.paths) if self.images is None else len(self.images)
@@ -120,7 +118,7 @@ class ImageSet:
             self,
             labels=self.labels[index],
             images=None if self.images is None else self.images[index],
-            paths=tuple(self.paths[i] for i in index.tolist()) if self.paths else (),
+            paths=self.paths.take(index.numpy()) if self.images is None else self.paths,
         )
 
 
@@ -308,18 +306,18 @@ def _image_folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
             f"{shown(test.folder)} must have the classes of {shown(train.folder)}; they differ in "
             f"{', '.join(map(shown, odd[:3]))}{' ...' if len(odd) > 3 else ''}"
         )
-    sets = [_on_disk(part.paths, part.labels, len(part.classes)) for part in (train, test)]
+    sets = [_on_disk(PathList.of(part.paths), np.array(part.labels), len(part.classes)) for part in (train, test)]
     return (
         replace(sets[0], classes=train.classes, notes=tuple(train.notes)),
         replace(sets[1], classes=test.classes, notes=tuple(test.notes)),
     )
 
 
-def _on_disk(paths: Sequence[str], labels: Sequence[int], num_classes: int) -> ImageSet:
+def _on_disk(paths: PathList, labels: np.ndarray, num_classes: int) -> ImageSet:
     return ImageSet(
-        labels=torch.from_numpy(np.array(labels, np.int64)),
+        labels=torch.from_numpy(labels.astype(np.int64)),
         num_classes=num_classes,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        paths=tuple(paths),
+        paths=paths,
     )

@@ -20,7 +20,8 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """Scale uint8 pixels to [0, 1], then subtract the mean and divide by the deviation of each channel."""
     shift = torch.tensor(mean, device=images.device)[:, None, None] * 255
     scale = torch.tensor(std, device=images.device)[:, None, None] * 255
-    return (images.float() - shift) / scale  # [N, c, H, W]
+    # In place, as there may be gigabytes of it.
+    return images.to(torch.float32, copy=True).sub_(shift).div_(scale)  # [N, c, H, W]
 
 
 class Draws:
@@ -120,11 +121,12 @@ def image_transforms(
         train: False gives the plain pipeline of a test image for both: resize by 8/7, centre crop.
 
     Returns:
-        Two modules from an image to a float32 tensor [c, size, size].
+        Two modules from an image to a tensor [c, size, size]: uint8, or normalised float32 for autoaugment, in which
+        the square that is cut out must be exactly the mean pixel.
     """
     from torchvision.transforms import v2
 
-    last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    last = [v2.ToImage()]
     jitter = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
     if not train or kind == "none":
         plain = v2.Compose([v2.Lambda(_middle), v2.Resize(size * 8 // 7), v2.CenterCrop(size), *last])
@@ -132,6 +134,7 @@ def image_transforms(
     if kind == "autoaugment":
         policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
         # A square of half the side: torchvision's erasing takes the share of the area.
+        last += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
         cutout = v2.RandomErasing(1.0, scale=(CUTOUT**2, CUTOUT**2), ratio=(1.0, 1.0))
         first = v2.Compose([v2.RandomCrop(size, PADDING), v2.RandomHorizontalFlip(), policy, *last, cutout])
         second = v2.Compose([v2.RandomResizedCrop(size, (0.2, 1.0)), v2.RandomHorizontalFlip(), *jitter, *last])

@@ -209,7 +209,7 @@ class _Extraction:
                 )
                 epoch = stream + first
                 for rows, batch in zip(loader.indices(epoch), loader.epoch(epoch), strict=True):
-                    yield first + rows, batch.images
+                    yield first + rows, loader.pixels(batch.images)
 
 
 def _sum_of_weights(encoder: nn.Module) -> str:

@@ -20,7 +20,7 @@ from allnc.trainer.optim import learning_rate
 from allnc.trainer.options import to_dict
 from allnc.trainer.processes import Processes, launched
 from allnc.trainer.run import DivergenceError, Run
-from allnc.trainer.runlog import RunLog, final_table, finite
+from allnc.trainer.runlog import RunLog, final_table, finite, mean_of
 from allnc.trainer.runtime import git_commit, pick_device, versions
 from allnc.trainer.step import train_step
 
@@ -92,6 +92,7 @@ def _train(
             run.best = max(run.best, record.get("accuracy", 0.0))
             record["seconds"] = time.perf_counter() - started
             run.seconds["total"] += record["seconds"]
+            log.note(run.loader.advice())
             log.epoch(record)  # before the checkpoint: a record too many is dropped on resuming, one too few is lost
             if files is not None:
                 run.save(folder)
@@ -122,7 +123,7 @@ def _measurements(run: Run) -> dict[str, Any]:
     return measured
 
 
-def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
+def train_epoch(run: Run, log: RunLog) -> dict[str, float | None]:
     """Run one epoch and return the mean loss, the mean of its parts, and the last learning rate."""
     config, steps = run.config.train, len(run.loader)
     run.model.train()
@@ -144,7 +145,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
         log.step()
     means = {name: float(value) / steps for name, value in sums.items()}
     named = {n if n in ("loss", "eta") else f"loss_{n}": v for n, v in means.items()}
-    return named | {"lr": rate}
+    return named | {"lr": rate, "loader_wait": run.loader.waiting.share}
 
 
 def _check_finite(run: Run, sums: dict[str, torch.Tensor], step: int) -> None:
@@ -203,6 +204,7 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
         "best_accuracy": run.best,
         "seconds": run.seconds["total"],
         "images_per_second": images / run.seconds["training"],
+        "loader_wait": mean_of(records, "loader_wait"),
         "seed": config.seed,
         **run.conventions(),
         "class_counts": run.counts.tolist(),

@@ -47,6 +47,8 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("model", "width shortcut", f"model.name is {model.name}")
     if model.name in FEATURE_MODELS:
         drop("model", "width shortcut", f"model.name {model.name} has the width of the features")
+    if model.name == "linear":
+        drop("train", "micro_batch", "model.name linear has no encoder that a batch could pass in parts")
     if model.name != "mlp":
         drop("model", "mlp_hidden", f"model.name is {model.name}")
     if model.classifier == "linear":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from allnc.config import Config
-from allnc.data import ImageSet, load, train_loader
+from allnc.data import FeatureSet, ImageSet, load, train_loader
 from allnc.losses.build import LOSSES, build_loss
 from allnc.models import LongTailModel, build_model
 from allnc.trainer import checkpoint
@@ -79,6 +79,7 @@ class Run:
             two_batches=entry.two_branches and config.data.rebalance_sampler != "uniform",
             device=self.device,
             share=self.processes.share,
+            epochs=config.train.epochs,
         )
         model = build_model(
             config.model,
@@ -147,10 +148,14 @@ class Run:
     def passes(self) -> int:
         """In how many parts a batch passes the encoder, on every process."""
         size, micro_batch = self.config.train.batch_size, self.config.train.micro_batch
-        if micro_batch is None:
+        if micro_batch is None or self.config.model.name == "linear":  # which has no encoder
             return 1
         most, least = -(-size // self.processes.size), size // self.processes.size
         return min(-(-most // micro_batch), least)  # at most: a part has an image
+
+    def _features(self) -> str | None:
+        """What a resumed run must find again where it trains on stored features: of images, their files may move."""
+        return self.train_set.fingerprint() if isinstance(self.train_set, FeatureSet) else None
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of the epochs done."""
@@ -160,7 +165,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "class_counts": self.counts,
-            "identity": self.train_set.identity,
+            "features": self._features(),
             "seconds": self.seconds,
             "best": self.best,
         }
@@ -183,7 +188,7 @@ class Run:
                 f"a resumed run must have the training images it began with; class {wrong} has "
                 f"{int(self.counts[wrong])}, and had {int(state['class_counts'][wrong])}"
             )
-        if state.get("identity", "") != self.train_set.identity:
+        if state.get("features") != self._features():
             raise ValueError("a resumed run must have the features it began with; data.root holds others")
         self.load_model(weights, manifest.epoch)
         self.model.load_state_dict(state.get("model", weights))

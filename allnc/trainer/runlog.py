@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, console: Console, *, epochs: int, done: int = 0) -> None:
-        self.console, self.epochs = console, epochs
+        self.console, self.epochs, self.noted = console, epochs, False
         self.path = None if folder is None else folder / METRICS
         self.records = [] if self.path is None else self._continue(self.path, done)
         self.board = None if folder is None else SummaryWriter(str(folder), purge_step=done + 1 if done else None)
@@ -86,6 +87,12 @@ class RunLog:
     def step(self) -> None:
         """Move the bar by a step."""
         self.progress.advance(self.task)
+
+    def note(self, text: str | None) -> None:
+        """Print a remark on an epoch, of which one is enough for the run; None is no remark."""
+        if text is not None and not self.noted:
+            self.noted = True
+            self.console.print(f"note: {text}", soft_wrap=True, highlight=False, markup=False)
 
     def epoch(self, record: Record) -> None:
         """Write the record of an epoch everywhere; what is not finite becomes null, which JSON can hold."""
@@ -160,6 +167,12 @@ def final_table(summary: Record) -> Table:
 def finite(value: Any) -> Any:
     """Return None for a number that is not finite (a ratio whose denominator vanished), else the value."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def mean_of(records: Sequence[Record], name: str) -> float | None:
+    """Return the mean of a measure over the epochs that have it; None where none has."""
+    values = [record[name] for record in records if record.get(name) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _percent(value: float | None) -> str:

@@ -110,4 +110,4 @@ def _backward_in_parts(run: Run, batch: Batch, progress: float) -> LossOutput:
 
 
 def _pixels(run: Run, images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=run.memory)
+    return run.loader.pixels(images.contiguous(memory_format=run.memory))

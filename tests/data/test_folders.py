@@ -42,7 +42,7 @@ def test_images_and_order_are_those_of_torchvision(root: Path) -> None:
     train, test = read(root)
     for found, part in ((train, "train"), (test, "val")):
         wanted = ImageFolder(str(root / part))
-        assert found.paths == tuple(path for path, _ in wanted.samples)
+        assert tuple(found.paths) == tuple(path for path, _ in wanted.samples)
         assert found.labels.tolist() == wanted.targets and found.classes == tuple(wanted.classes)
 
 

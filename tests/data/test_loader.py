@@ -18,6 +18,7 @@ from PIL import Image
 
 from allnc.config import DataConfig
 from allnc.data import ImageSet, TrainLoader, load, plain_batches
+from allnc.data.paths import PathList
 from allnc.data.views import normalise
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def _on_disk(folder: Path) -> ImageSet:
         paths.append(str(folder / f"{i}.png"))
         Image.effect_noise((24, 20), 20 + i).convert("RGB").save(paths[-1])
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    return ImageSet(labels=labels, num_classes=3, mean=(0.5,) * 3, std=(0.5,) * 3, paths=tuple(paths))
+    return ImageSet(labels=labels, num_classes=3, mean=(0.5,) * 3, std=(0.5,) * 3, paths=PathList.of(paths))
 
 
 def test_views_do_not_depend_on_the_workers(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_an_unreadable_image_is_named_whatever_its_name(workers: int, tmp_path: 
     broken = tmp_path / "two\nlines.png"
     shutil.copy(images.paths[0], broken)
     broken.write_bytes(broken.read_bytes()[:60])
-    images = dataclasses.replace(images, paths=(*images.paths[:5], str(broken)))
+    images = dataclasses.replace(images, paths=PathList.of([*images.paths[:5], str(broken)]))
     config = DataConfig(name="image_folder", root="x", augmentation="none", image_size=16, workers=workers)
     with pytest.raises(ValueError) as caught:
         list(plain_batches(images, config, 6, CPU))

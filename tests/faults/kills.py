@@ -76,7 +76,7 @@ def result(folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     _, epoch, weights = checkpoint.load_weights(folder)
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "images_per_second", "loader_wait")
     return {
         "records": [{k: v for k, v in record.items() if k not in timed} for record in records],
         "summary": {k: v for k, v in summary.items() if k not in timed},
