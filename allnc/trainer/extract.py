@@ -20,17 +20,17 @@ from rich.console import Console
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from allnc.config import FEATURES_MANIFEST, Config
-from allnc.data import ImageSet, TrainLoader, load, plain_batches
+from allnc.config import FEATURES_MANIFEST
+from allnc.data import ImageSet, TrainLoader, plain_batches
 from allnc.data.features import FORMAT, PARTS, passes_of, read_manifest, shard_names, sum_of_values
-from allnc.models import build_model
 from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.extract_command import Plan, check_folder
 from allnc.trainer.folder import RunFolder, write_json, write_whole
 from allnc.trainer.manifest import sum_of
-from allnc.trainer.measure import BATCH, check_images_fit
+from allnc.trainer.measure import BATCH
 from allnc.trainer.options import from_dict, to_dict
-from allnc.trainer.runtime import git_commit, pick_device, pick_matmul_precision, seed_everything, versions
+from allnc.trainer.run import Run
+from allnc.trainer.runtime import git_commit, versions
 
 
 def extract(plan: Plan, console: Console) -> None:
@@ -54,10 +54,10 @@ def extract(plan: Plan, console: Console) -> None:
         work = _Extraction(plan)
         if manifest is None:
             manifest = work.manifest
-        elif changed := [name for name, value in work.manifest.items() if name in _FIXED and manifest[name] != value]:
+        elif changed := [what for name, what in _FIXED.items() if work.manifest[name] != manifest[name]]:
             raise ValueError(
                 f"--resume needs the images and the model that {plan.folder} was begun with; "
-                f"{' and '.join(changed).replace('_', ' ')} differ"
+                f"{' and '.join(changed)} differ"
             )
         try:
             _store(work, manifest, folder, console)
@@ -65,7 +65,8 @@ def extract(plan: Plan, console: Console) -> None:
             raise KeyboardInterrupt(f"stopped; --resume --out {folder} continues") from None
 
 
-_FIXED = ("images", "labels", "weights", "feature_dim", "num_classes", "classes")  # of the manifest, when resumed
+# Entries of features.json that must be the same when an extraction goes on, and what they mean.
+_FIXED = {"images_sha256": "images", "weights_sha256": "weights", "classes": "class names"}
 
 
 def _store(work: _Extraction, manifest: dict[str, Any], folder: RunFolder, console: Console) -> None:
@@ -110,59 +111,40 @@ class _Extraction:
     """
 
     def __init__(self, plan: Plan) -> None:
-        config = plan.config
-        assert config is not None
-        self.device = pick_device(config.train)
-        torch.set_float32_matmul_precision(pick_matmul_precision(config.train, self.device))
-        if self.device.type == "cpu":
-            if config.train.threads is not None:
-                torch.set_num_threads(config.train.threads)
-            torch.set_flush_denormal(True)
-        seed_everything(config.seed)
-        train, test = load(config.data)
-        self.sets: dict[str, ImageSet] = {"train": train, "test": test}
-        config, self.encoder, width = self._encoder(config, plan.run)
-        self.config = config
+        assert plan.config is not None
+        config, epoch, weights = plan.config, 0, None
+        if plan.run is not None:
+            of_run, epoch, weights = load_weights(plan.run)
+            model = dataclasses.replace(of_run.model, pretrained=False)  # the checkpoint has every weight
+            config = dataclasses.replace(config, model=model, loss=of_run.loss)  # which decides on the heads
+        # What a training makes of images and weights; its steps, which there are none of, shall not refuse a small set.
+        run = Run(dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2, micro_batch=None)))
+        if weights is not None:
+            run.load_model(weights, epoch)
+        self.sets: dict[str, ImageSet] = {"train": run.train_set, "test": run.test_set}
+        self.config, self.device, self.memory = config, run.device, run.memory
+        self.encoder = run.model.encoder.eval()
+        train = run.train_set
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "config": to_dict(config),
             "run": None if plan.run is None else str(plan.run.absolute()),
             "passes": plan.passes,
             "shard_rows": plan.shard_rows,
-            "feature_dim": width,
+            "feature_dim": run.model.feature_dim,
             "num_classes": train.num_classes,
             "classes": list(train.classes),
             "mean": list(train.mean),
             "std": list(train.std),
             "images": {part: len(images) for part, images in self.sets.items()},
-            "labels": {part: sum_of(images.labels.numpy().tobytes()) for part, images in self.sets.items()},
-            "weights": _sum_of_weights(self.encoder),
+            "images_sha256": {part: images.fingerprint() for part, images in self.sets.items()},
+            "weights_sha256": _sum_of_weights(self.encoder),
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "commit": git_commit(),
             "shards": {},
         }
-
-    def _encoder(self, config: Config, run: Path | None) -> tuple[Config, nn.Module, int]:
-        """Return the configuration with the model's own section, the encoder, and the width of its features."""
-        weights: dict[str, Tensor] = {}
-        if run is not None:
-            of_run, _, weights = load_weights(run)
-            config = dataclasses.replace(config, model=dataclasses.replace(of_run.model, pretrained=False))
-        images = self.sets["train"]
-        model = build_model(config.model, in_channels=images.channels, num_classes=images.num_classes)
-        if run is not None:
-            own = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
-            try:
-                model.encoder.load_state_dict(own)
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"--run must hold weights of its model for these images: {reason}") from None
-        self.memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        model = model.to(self.device).to(memory_format=self.memory)
-        check_images_fit(model, images, config.data)
-        return config, model.encoder.eval(), model.feature_dim
 
     def features(self, part: str, pass_: int, first: int, stop: int) -> Tensor:
         """Return the features of some images of a pass, [stop - first, F] float16.
@@ -172,9 +154,8 @@ class _Extraction:
         """
         images = self.sets[part].select(np.arange(first, stop))
         features = torch.empty(stop - first, self.manifest["feature_dim"], dtype=torch.float16)
-        for rows, pixels in (
-            self._plain(images) if pass_ == 0 else self._views(images, pass_ * len(self.sets[part]) + first)
-        ):
+        views = self._plain(images) if pass_ == 0 else self._views(images, pass_ * len(self.sets[part]) + first)
+        for rows, pixels in views:
             with torch.inference_mode():
                 features[rows] = self.encoder(pixels.contiguous(memory_format=self.memory)).half().cpu()
             wrong = (~features[rows].isfinite()).any(1).nonzero()

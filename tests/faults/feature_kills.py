@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from allnc.data import load
-from allnc.trainer import extract
+from allnc.trainer import extract, run
 from allnc.trainer.extract_command import Plan, plan
 from tests.faults.kills import KILLED, forked, kill_at
 from tests.faults.runs import quiet
@@ -31,8 +31,9 @@ def main() -> None:
     straight = plan([*WORDS, "--out", str(root / "straight")])
     assert straight.config is not None
     images = load(straight.config.data)  # once: the forks shall extract, not import
-    extract.load = lambda _: images
+    run.load = lambda _: images
     extract.git_commit = lambda: None
+    run.Run(straight.config)  # imports what each fork would import again
     assert forked(lambda: extract.extract(straight, quiet())) == 0
     wanted, points, files = contents(root / "straight"), 0, set()
     for point in range(0, 10_000, int(sys.argv[2])):

@@ -21,6 +21,7 @@ from allnc.data import FeatureSet, load, plain_batches, train_loader
 from allnc.data.features import StoredFeatures, read_manifest
 from allnc.metrics import collapse
 from allnc.trainer import extract, loop
+from allnc.trainer import run as run_module
 from allnc.trainer.checkpoint import load_weights
 from tests.faults.runs import ROOT, one_line, quiet
 from tests.processes import needs_gloo
@@ -122,7 +123,7 @@ def test_what_made_them_is_written(stored: Path) -> None:
     assert manifest["config"]["model"]["name"] == "resnet8" and manifest["config"]["seed"] == 0
     assert (manifest["passes"], manifest["shard_rows"], manifest["feature_dim"]) == (PASSES, ROWS, 64)
     assert manifest["mean"] == [0.306] and manifest["versions"].keys() >= {"torch", "allnc"}
-    assert len(manifest["weights"]) == 64 and len(manifest["shards"]) == 3 * 2 + 4
+    assert len(manifest["weights_sha256"]) == 64 and len(manifest["shards"]) == 3 * 2 + 4
 
 
 def test_killed_at_any_moment_they_become_the_same(tmp_path: Path) -> None:
@@ -349,13 +350,13 @@ def test_another_model_or_other_images_are_refused_on_resuming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = made(tmp_path / "features")
-    build = extract.build_model
+    build = run_module.build_model
 
     def other(*arguments: Any, **named: Any) -> Any:
         torch.manual_seed(9)
         return build(*arguments, **named)
 
-    monkeypatch.setattr(extract, "build_model", other)
+    monkeypatch.setattr(run_module, "build_model", other)
     refused(capsys, features.main, ["--resume", "--out", str(folder)], "was begun with; weights differ")
 
 
@@ -381,12 +382,12 @@ def test_what_float16_cannot_hold_is_named(
         data = {"name": "image_folder", "root": tmp_path / "own", "augmentation": "none", "workers": 0, "image_size": 8}
         words = [f"--data.{option}={value}" for option, value in data.items()]
         name = str(tmp_path / "own" / "train" / "0")
-    build = extract.build_model
+    build = run_module.build_model
 
     def large(*arguments: Any, **named: Any) -> Any:
         model = build(*arguments, **named)
         model.encoder.register_forward_hook(lambda *call: call[-1] * 1e7)
         return model
 
-    monkeypatch.setattr(extract, "build_model", large)
+    monkeypatch.setattr(run_module, "build_model", large)
     refused(capsys, features.main, [*words, "--out", str(tmp_path / "features")], f"those of {name}")
