@@ -90,6 +90,20 @@ def test_gbbn_mixes_its_branches() -> None:
     assert not any(part.requires_grad for part in output.parts.values())
 
 
+def test_gbbn_of_shared_logits() -> None:
+    """Logits of one classifier, which are widened once, give what two of the same give."""
+    y = _Batch().uniform[1]
+    shared = torch.randn(len(y), C).bfloat16().requires_grad_()
+    apart = [shared.detach().clone().requires_grad_() for _ in range(2)]
+    got, want = GBBN(COUNTS)(shared, y, shared, y, 0.5), GBBN(COUNTS)(apart[0], y, apart[1], y, 0.5)
+    assert torch.equal(got.total, want.total) and got.total.dtype == torch.float32
+    got.total.backward()
+    want.total.backward()
+    assert shared.grad is not None and apart[0].grad is not None and apart[1].grad is not None
+    # One sum is rounded to bfloat16 here, two terms before their sum there.
+    torch.testing.assert_close(shared.grad.float(), apart[0].grad.float() + apart[1].grad.float(), rtol=0.02, atol=1e-4)
+
+
 def test_a_finished_branch_cannot_break_the_other() -> None:
     """At η = 0 the uniform branch is only logged: an infinite logit there must not reach the total."""
     batch = _Batch()

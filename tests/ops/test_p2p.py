@@ -24,6 +24,7 @@ from allnc.ops.p2p import (
     p2p_values,
     pair_form,
 )
+from allnc.ops.p2p.pairings import p2p_pairings
 from tests.backends import needs_interpreter
 from tests.launches import count_launches
 from tests.tolerances import assert_as_exact, error
@@ -277,6 +278,34 @@ def test_eager_rows_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cpp_rows_are_chunked(num_classes: int) -> None:
     """One, two and four chunks of rows, of which residuals of a side with itself are a triangle."""
     _assert_matches_reference(num_classes, "cpp")
+
+
+@cpp_only
+def test_cpp_of_thousands_of_classes() -> None:
+    """They take more rows at a time."""
+    x, y = _leaves(4100, 3, with_y=True)
+    for target in ("etf", "softmax"):
+        values = [
+            p2p_values(x, y, torch.ones(4100).bool(), blocks="all", target=target, temperature=0.1, backend=backend)
+            for backend in ("cpp", "eager")
+        ]
+        got, want = (_grads(value.sum(), [x, y]) for value in values)
+        assert error(values[0], values[1]) < 1e-10 * float(values[1].detach().abs().max())
+        assert all(error(g, w) < 1e-10 * float(w.abs().max()) for g, w in zip(got, want, strict=True))
+
+
+@on_cpu
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+def test_pairings_with_fixed_means(backend, target: Target) -> None:
+    """No gradient of the means is formed where they have none, and nothing else changes."""
+    means, weights = _leaves(9, 12, with_y=True)
+    options = {"target": target, "backend": backend}
+    want = p2p_pairings(means, weights, **options)
+    want_grad = _grads(want.sum(), [weights])[0]
+    got = p2p_pairings(means.detach(), weights, **options)
+    assert error(got, want) < 1e-12 and error(_grads(got.sum(), [weights])[0], want_grad) < 1e-12
+    with torch.no_grad():
+        assert error(p2p_pairings(means, weights, **options), want) < 1e-12
 
 
 @cpp_only
