@@ -115,7 +115,7 @@ def leaves_of(output: ModelOutput) -> ModelOutput:
     for value in output:
         if value is not None:
             cut.setdefault(id(value), value.detach().requires_grad_(value.requires_grad))
-    return ModelOutput(*(None if value is None else cut[id(value)] for value in output))
+    return ModelOutput._make(None if value is None else cut[id(value)] for value in output)
 
 
 def step(run: Run, batch: Batch, progress: float) -> dict[str, float]:
@@ -130,7 +130,8 @@ def step(run: Run, batch: Batch, progress: float) -> dict[str, float]:
     leaves = leaves_of(output)
     _, seconds["loss"] = timed(lambda: loss_of(run, leaves, batch, progress=progress).total.backward())
     outputs = {id(value): value for value in output if value is not None and value.requires_grad}
-    gradients = {id(value): leaf.grad for value, leaf in zip(output, leaves, strict=True) if value is not None}
+    pairs = zip(output, leaves, strict=True)
+    gradients = {id(value): leaf.grad for value, leaf in pairs if value is not None and leaf is not None}
 
     def backward() -> None:
         torch.autograd.backward(list(outputs.values()), [gradients[name] for name in outputs])
@@ -193,6 +194,7 @@ def child(options: argparse.Namespace) -> None:
     result["rss after start MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     run.model.train()
     times: list[dict[str, float]] = []
+    work: list[float] = []  # seconds of all cores of each step, which other programs on the machine change less
     steps = min(options.steps or len(run.loader), len(run.loader))
     try:
         started = time.perf_counter()
@@ -200,7 +202,9 @@ def child(options: argparse.Namespace) -> None:
         for index, batch in enumerate(run.loader.epoch(0)):
             waited = time.perf_counter() - last
             # In the middle of the schedule: both branches and all terms of the loss take part.
+            before = time.process_time()
             times.append({"batch": waited, **step(run, batch, progress=0.15)})
+            work.append(time.process_time() - before)
             if index + 1 == steps:
                 break
             last = time.perf_counter()
@@ -213,7 +217,7 @@ def child(options: argparse.Namespace) -> None:
         result["failed"] = f"out of memory: more than {options.limit:g} GiB"
         result["max rss MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result["steps"], result["whole epoch"] = len(times), len(run.loader)
-    result["times"] = times
+    result["times"], result["cpu"] = times, work
     print(json.dumps(result))
 
 
@@ -286,12 +290,13 @@ def _show(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     for part in PARTS:
         row(part, lambda r, part=part: np.array([t[part] for t in counted(r)]))
     row("whole step", lambda r: np.array([sum(t.values()) for t in counted(r)]))
+    row("whole step, of all cores", lambda r: np.array(r["cpu"][1:] or r["cpu"]))
     for name in ("classification s", "geometry s"):
         row(f"of the loss, {name.removesuffix(' s')}", lambda r, name=name: np.array([r[name]]) if name in r else None)
     for name in ("classification MiB", "geometry MiB", "loss MiB", "max rss MiB", "rss after start MiB", "startup s"):
         cells = [f"{r[name]:.0f}" if r.get(name) is not None else "-" for r in results]
-        values = [r.get(name) for r in results]
-        table.add_row(name, *cells, f"{values[1] / values[0]:.1f}x" if all(values) else "-")
+        ours, eager = (r.get(name) for r in results)
+        table.add_row(name, *cells, f"{eager / ours:.1f}x" if ours and eager else "-")
     table.add_row("steps counted", *(f"{max(r['steps'] - 1, min(r['steps'], 1))}" for r in results), "")
     table.add_row("epoch", *(_epoch(r, options.batch_size) for r in results), "")
     Console(width=120).print(table)

@@ -105,7 +105,7 @@ class FeatureSet(ImageSet):
         """Return the SHA-256 of labels, features and which of them are in this set."""
         sha = hashlib.sha256(self.made.encode())
         for values in (self.labels, self.positions):
-            sha.update(values.numpy())
+            sha.update(values.numpy().tobytes())
         return sha.hexdigest()
 
     def select(self, positions: np.ndarray) -> FeatureSet:

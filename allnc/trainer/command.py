@@ -128,7 +128,8 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
     parser.add_argument(
         "--config", help=f"recipe ({known}) or YAML file, several one over the other; default {DEFAULT_RECIPE}"
     )
-    parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
+    if program is TRAIN:
+        parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
     for option, meaning in program.options.items():
