@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _kind(name: str) -> Any:
     from timm.optim.lamb import Lamb
     from timm.optim.lars import Lars
 
-    return {"lars": Lars, "lamb": Lamb}[name]
+    return {"lars": Lars, "lamb": partial(Lamb, max_grad_norm=None)}[name]  # train.grad_clip clips
 
 
 def _settings(config: TrainConfig, is_decayed: bool) -> dict[str, Any]:
@@ -53,8 +54,6 @@ def _settings(config: TrainConfig, is_decayed: bool) -> dict[str, Any]:
         settings["nesterov"] = config.momentum > 0
     if config.optimizer in ("lars", "lamb"):
         settings["always_adapt"] = is_decayed  # else a weight decay of 0 would turn the layer-wise rates off
-    if config.optimizer == "lamb":
-        settings["max_grad_norm"] = None  # train.grad_clip clips
     return settings
 
 

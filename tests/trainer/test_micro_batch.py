@@ -97,20 +97,17 @@ def by_parts_with_graph(run: Run, batch: Batch, progress: float) -> None:
     step.loss_of(run, run.model.heads(features), batch, progress=progress).total.backward()
 
 
-class Noisy(nn.Module):
-    """An encoder that draws random numbers in training."""
+class Noisy(nn.Sequential):
+    """A part of the model that draws random numbers in training."""
 
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.dropout = encoder, nn.Dropout(0.3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.dropout(self.encoder(images))
+    def __init__(self, part: Any) -> None:
+        super().__init__(part, nn.Dropout(0.3))
 
 
 def test_dropout_draws_the_same_numbers_in_both_passes() -> None:
     run, batch = run_and_batch(PLAIN)
-    run.model.encoder = Noisy(run.model.encoder)
+    model: Any = run.model
+    model.encoder, model.projection = Noisy(model.encoder), Noisy(model.projection)  # a head, too
     before, random = state_of(run.loss), torch.get_rng_state()
     by_parts_with_graph(run, batch, 0.1)
     want, after = gradients(run), torch.get_rng_state()

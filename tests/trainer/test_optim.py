@@ -53,7 +53,20 @@ def test_lamb_by_hand(decay: float) -> None:
     ratio = 3 / math.hypot(*update)
     want = [old - 0.1 * ratio * new for old, new in zip((1.0, 2.0, 2.0), update, strict=True)]
     assert weight[0].tolist() == pytest.approx(want, rel=1e-5)
-    assert bias.tolist() == pytest.approx([0.9, -1.1], rel=1e-5)  # nothing has clipped the gradient
+    assert bias.tolist() == pytest.approx([0.9, -1.1], rel=1e-5)
+
+
+def test_nothing_but_grad_clip_clips() -> None:
+    """A second gradient of ten times the first; clipped to a norm of 1, as LAMB's usual, both would be alike."""
+    model = two_parameters()
+    optimizer = build_optimizer(model, TrainConfig(lr=0.1, optimizer="lamb", weight_decay=0.0))
+    optimizer.step()
+    for parameter in (model.weight, model.bias):
+        assert parameter.grad is not None
+        parameter.grad *= 10
+    optimizer.step()
+    first, second = 0.1 * (0.9 + 10) / (1 - 0.9**2), math.sqrt(0.001 * (0.999 + 100) / (1 - 0.999**2))
+    assert model.bias.tolist() == pytest.approx([0.9 - 0.1 * first / second, -1.1 - 0.1 * first / second], rel=1e-5)
 
 
 def test_adamw_by_hand() -> None:
