@@ -1,7 +1,8 @@
 """Lists of the real sizes through the real commands: `python benchmarks/real_lists.py startup imagenet_lt inat18`.
 
     startup NAME ...    time and memory of a run's start: libraries, lists, sets, network
-    train NAME          an epoch of the whole list on tiny images of a tree that is made for it, and evaluated
+    train NAME ...      an epoch of the whole list on tiny images of a tree that is made for it, and evaluated;
+                        --share 100 takes a hundredth of each class, at least one image
 
 The training lists are made up and have the published number of images and classes, largest and smallest class. The
 test lists are the published ones where ALLNC_LISTS names their folder (or data/lists holds them), else made up, too.
@@ -16,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pictures import LISTS, PROFILES, Profile, link_tree, names_of, test_lines, training_lines, write_photos
+from pictures import LISTS, PROFILES, Profile, link_tree, names_of, sizes_of, test_lines, training_lines, write_photos
 
 CHECKED = 2000  # files of a list that a run's start looks at
 STARTUP = """
@@ -50,10 +51,10 @@ print(" ".join(f"{x:.2f}" for x in (libraries["torch"], libraries["the rest"], l
 """
 
 
-def write_lists(folder: Path, profile: Profile) -> list[str]:
-    """Write train.txt and test.txt; return the options that name them."""
-    (folder / "train.txt").write_text("\n".join(training_lines(profile)) + "\n")
-    (folder / "test.txt").write_text("\n".join(test_lines(profile)) + "\n")
+def write_lists(folder: Path, profile: Profile, share: int = 1) -> list[str]:
+    """Write train.txt and test.txt, of one image in `share`; return the options that name them."""
+    (folder / "train.txt").write_text("\n".join(training_lines(profile, -(-sizes_of(profile) // share))) + "\n")
+    (folder / "test.txt").write_text("\n".join(test_lines(profile)[::share]) + "\n")
     root, train, test = folder / "root", folder / "train.txt", folder / "test.txt"
     root.mkdir()
     return ["--data.root", str(root), "--data.train_list", str(train), "--data.test_list", str(test)]
@@ -80,11 +81,11 @@ def startup(name: str, repeats: int) -> None:
             )
 
 
-def train(name: str, workers: int) -> None:
+def train(name: str, workers: int, share: int) -> None:
     """Train one epoch of the whole list on tiny images and evaluate it again."""
     with tempfile.TemporaryDirectory(prefix="allnc-lists-") as place:
         began = time.perf_counter()
-        words = write_lists(Path(place), PROFILES[name])
+        words = write_lists(Path(place), PROFILES[name], share)
         photos = write_photos(Path(place, "photos"), 300, 20, 16)
         for part in ("train.txt", "test.txt"):
             with Path(place, part).open() as lines:
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=list(PROFILES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--share", type=int, default=1)
     options = parser.parse_args()
     for name in options.names:
         found = (LISTS / PROFILES[name].test_list).is_file()
@@ -113,7 +115,7 @@ def main() -> None:
         if options.what == "startup":
             startup(name, options.repeats)
         else:
-            train(name, options.workers)
+            train(name, options.workers, options.share)
 
 
 if __name__ == "__main__":

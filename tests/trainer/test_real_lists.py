@@ -1,7 +1,8 @@
 """The lists of ImageNet-LT and iNaturalist 2018: read at their real size, trained on and measured by the real commands.
 
 Training lists are made up and have the published class sizes. The test lists are the published ones where ALLNC_LISTS
-names their folder (or data/lists holds them), and made up to the same size elsewhere.
+names their folder (or data/lists holds them), and made up to the same size elsewhere. `python
+benchmarks/real_lists.py train imagenet_lt inat18` trains on all of it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import pytest
 from allnc import evaluate
 from allnc.config import DataConfig
 from allnc.data import load
-from allnc.train import main
-from allnc.trainer import loop
 from tests.faults.runs import command
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -90,19 +89,6 @@ def test_a_small_part_of_imagenet_lt_trains_and_is_measured(
     assert evaluate.main([str(out)]) == 0
     accuracy = re.search(r"accuracy \(test\) +│ +([\d.]+)", capsys.readouterr().out)
     assert accuracy is not None and float(accuracy.group(1)) == pytest.approx(summary["accuracy"], abs=0.06)
-
-
-def test_every_class_of_inaturalist_trains(pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for plot in ("plot_angles", "plot_curves"):
-        monkeypatch.setattr(loop, plot, lambda *_, **__: None)  # 8,142 x 8,142 angles are many
-    profile = pictures.PROFILES["inat18"]
-    train = list(pictures.training_lines(profile, [1] * profile.classes))
-    options = tree(tmp_path, pictures, train, pictures.test_lines(profile)[::20])
-    words = [word for name, value in options.items() for word in (f"--data.{name}", value)]
-    words += ["--data.augmentation", "none", "--train.batch_size", "4096", "--data.views", "1"]
-    assert main(["--config", "inat18", *words, *TINY, "--out", str(tmp_path / "run")]) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["class_counts"] == [1] * 8142 and summary["loader_wait"] is None  # one step
 
 
 @pytest.mark.parametrize("name", ["ImageNet_LT_val.txt", "ImageNet_LT_test.txt", "Places_LT_test.txt"])
