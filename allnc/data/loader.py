@@ -128,9 +128,12 @@ class TrainLoader:
 
 
 def plain_batches(
-    images: ImageSet, config: DataConfig, batch_size: int, device: torch.device
+    images: ImageSet, config: DataConfig, batch_size: int, device: torch.device, *, margin: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every image once, in order, not augmented: ([n, c, H, W] float32, [n] int64) on the device."""
+    """Yield every image once, in order, not augmented: ([n, c, H, W] float32, [n] int64) on the device.
+
+    With `margin`, large images have the square of 8/7 of the side out of whose middle the plain view is cut.
+    """
     starts = range(0, len(images), batch_size)
     if images.images is not None:
         for start in starts:
@@ -141,7 +144,8 @@ def plain_batches(
             )
         return
     plan = [[(i, 0) for i in range(s, min(s + batch_size, len(images)))] for s in starts]
-    loader = _from_workers(_ViewDataset(images, config, train=False), plan, config.workers, device)
+    dataset = _ViewDataset(images, config, train=False, margin=margin)
+    loader = _from_workers(dataset, plan, config.workers, device)
     for start, stacked in zip(starts, loader, strict=True):
         labels = images.labels[start : start + batch_size]
         yield stacked.flatten(0, 1), labels.to(device)
@@ -150,11 +154,12 @@ def plain_batches(
 class _ViewDataset(Dataset[Tensor]):
     """Maps (index, seed) to the views [V, c, H, W] of an image; with the seed, no worker matters."""
 
-    def __init__(self, images: ImageSet, config: DataConfig, *, train: bool) -> None:
+    def __init__(self, images: ImageSet, config: DataConfig, *, train: bool, margin: bool = False) -> None:
         size = config.image_size if images.images is None else images.images.shape[-1]
         self.set, self.num_views = images, config.views if train else 1
         readable_formats()  # imported here, or else by each worker of each epoch
-        self.first, self.others = image_transforms(config.augmentation, size, images.mean, images.std, train=train)
+        kind, mean, std = config.augmentation, images.mean, images.std
+        self.first, self.others = image_transforms(kind, size, mean, std, train=train, margin=margin)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, seed = key

@@ -72,6 +72,8 @@ def _train(
     if mode == "resume":
         processes.together(lambda: files and checkpoint.roll_forward(folder))
         processes.together(lambda: run.restore(folder))
+    else:
+        run.start_classifier()
     if files is not None:
         if mode != "resume":
             files.start()
@@ -210,6 +212,9 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     ]
     if run.processes.size > 1:
         lines.append(f"{run.processes.size} processes share each batch of {config.train.batch_size} images")
+    if config.model.tune != "full":
+        tuned = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
+        lines.append(f"model.tune {config.model.tune}: {tuned:.2f} M parameters train")
     lines += [f"note: {note}" for part in (run.train_set, run.test_set) for note in part.notes]
     if run.epoch:
         lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")

@@ -25,6 +25,7 @@ CHANGEABLE = (
     "data.test_list",
     "data.workers",
     "data.download",
+    "model.weights",
     "loss.backend",
 )
 

@@ -11,9 +11,10 @@ from allnc.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """Return SGD with Nesterov momentum; weight decay acts on matrices and kernels only."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]  # biases and normalisation
+    """Return SGD with Nesterov momentum for what trains; weight decay acts on matrices and kernels only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    plain = [p for p in trained if p.ndim <= 1]  # biases and normalisation
     optimizer = torch.optim.SGD([{"params": decayed}, {"params": plain}], lr=config.lr)
     configure(optimizer, config)
     return optimizer

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from allnc.config import Config
+from allnc.config import SMALL_SETS, Config
 from allnc.data import ImageSet, TrainLoader, load
 from allnc.losses.build import LOSSES, build_loss
-from allnc.models import build_model
+from allnc.models import build_model, pixel_statistics
 from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
-from allnc.trainer.measure import accuracy, check_images_fit, neural_collapse
+from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure
 from allnc.trainer.processes import Processes
 from allnc.trainer.runtime import (
@@ -61,6 +63,7 @@ class Run:
             torch.set_flush_denormal(True)  # denormals of a nearly perfect fit slow CPU kernels tenfold
         seed_everything(config.seed)
         self.train_set, self.test_set = images or load(config.data)
+        config = self._with_statistics()
         self.counts = self.train_set.class_counts
         if int(self.counts.min()) == 0:
             raise ValueError(
@@ -103,6 +106,31 @@ class Run:
         self.changes: tuple[dict[str, Any], ...] = ()  # options changed on resuming
         self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
 
+    def _with_statistics(self) -> Config:
+        """Let the pixels have mean and deviation of the configuration, or of the pretrained weights, which it notes."""
+        data, own = self.config.data, (self.train_set.mean, self.train_set.std)
+        if data.mean is None or data.std is None:
+            found = None if data.name in SMALL_SETS else pixel_statistics(self.config.model)
+            if found in (None, own):
+                return self.config
+            data = dataclasses.replace(data, mean=found[0], std=found[1])
+            self.config = dataclasses.replace(self.config, data=data)
+        elif len(data.mean) != len(own[0]):
+            raise ValueError(
+                f"data.mean and data.std must have {len(own[0])} numbers, one for each channel; got {len(data.mean)}"
+            )
+        assert data.mean is not None and data.std is not None
+        self.train_set = dataclasses.replace(self.train_set, mean=data.mean, std=data.std)
+        self.test_set = dataclasses.replace(self.test_set, mean=data.mean, std=data.std)
+        return self.config
+
+    def start_classifier(self) -> None:
+        """Let a new run's class vectors be class means, where the configuration wants it; all processes call it."""
+        if self.config.model.classifier_init == "class_means":
+            data, seed = self.config.data, self.config.seed
+            means = features_by_class(self.model, self.train_set, data, self.device, self.processes, seed=seed)
+            self.model.start_classifier(means)
+
     def autocast(self) -> torch.autocast:
         """The context in which the model runs in training."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -123,8 +151,23 @@ class Run:
             "seconds": self.seconds,
             "best": self.best,
         }
-        model = self.model.state_dict()
+        model = self._saved_weights()
         checkpoint.save(folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes)
+
+    def _saved_weights(self) -> checkpoint.Weights:
+        """Return the model's state without the pretrained weights that stay frozen, unless the run wants all of it."""
+        model, state = self.config.model, self.model.state_dict()
+        frozen = self.model.frozen_names() if model.pretrained and self.config.train.save == "tuned" else []
+        if not frozen:
+            return checkpoint.Weights(state)
+        for name in frozen:
+            del state[name]
+        return checkpoint.Weights(state, self.frozen_sum)
+
+    @functools.cached_property
+    def frozen_sum(self) -> str:
+        """SHA-256 of the model's frozen tensors, which stay what they are."""
+        return self.model.frozen_sum()
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint in a run folder.
@@ -149,10 +192,24 @@ class Run:
         restore_random_state(state["random"])
         self.seconds, self.best = state["seconds"], state["best"]
 
-    def load_model(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
-        """Take the weights that a checkpoint has after an epoch."""
+    def load_model(self, weights: checkpoint.Weights, epoch: int) -> None:
+        """Take the weights that a checkpoint has after an epoch.
+
+        Raises:
+            ValueError: they do not fit the model, or were tuned beside other frozen weights than the model has.
+        """
+        state: dict[str, torch.Tensor] = weights
+        if weights.frozen is not None:
+            if weights.frozen != self.frozen_sum:
+                raise ValueError(
+                    "the pretrained weights must be those that the checkpoint was tuned with, of which it holds no "
+                    f"copy: their SHA-256 is {weights.frozen[:16]}..., got {self.frozen_sum[:16]}...; name their file "
+                    "by --model.weights"
+                )
+            own = self.model.state_dict()
+            state = {name: own[name] for name in self.model.frozen_names()} | weights
         try:
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict(state)
         except RuntimeError as error:  # torch lists every name and shape
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None
