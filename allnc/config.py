@@ -77,9 +77,9 @@ class DataConfig:
             those of the data set (ImageNet's for large images), or for large images and model.pretrained those that
             the weights were trained with, which timm knows; they then stand here in the run's own config.yaml.
         test_crops: 1 measures the test accuracy on the plain view; 5 averages the logits of five crops: the plain view
-            and the four corners of what it was cut from. Large images only. It takes five times as long, and neural
-            collapse is measured on the plain view in either case. Source: LIFT's test-time ensembling (Shi et al.,
-            ICML 2024), whose corners are those of an image of 31/28 of the side (ours 8/7, its middle square).
+            (to a pixel) and the four corners of the square it was cut from. Large images only. It takes five times as
+            long; neural collapse is measured on the plain view in either case. Source: LIFT's test-time ensembling (Shi
+            et al., ICML 2024), whose corners are those of the whole image, resized to 31/28 of the side (ours: 8/7).
     """
 
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder"] = "digits"
