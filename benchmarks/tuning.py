@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=60.0, help="time for all of the steps")
     options = parser.parse_args()
-    table = Table("model.tune", "M that train", "step ms (p20-p80)", "of full", "peak MiB", "of full", "weights, state MB")
+    table = Table(
+        "model.tune", "M that train", "step ms (p20-p80)", "of full", "peak MiB", "of full", "weights, state MB"
+    )
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "pretrained.safetensors"
         save_file(timm.create_model(options.model, num_classes=0).state_dict(), weights)

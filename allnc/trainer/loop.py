@@ -213,8 +213,9 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     if run.processes.size > 1:
         lines.append(f"{run.processes.size} processes share each batch of {config.train.batch_size} images")
     if config.model.tune != "full":
-        tuned = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-        lines.append(f"model.tune {config.model.tune}: {tuned:.2f} M parameters train")
+        sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+        tuned, whole = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        lines.append(f"model.tune {config.model.tune}: {tuned:,} of {whole:,} parameters train")
     lines += [f"note: {note}" for part in (run.train_set, run.test_set) for note in part.notes]
     if run.epoch:
         lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")

@@ -138,8 +138,8 @@ def test_the_rank_is_that_of_lift(classes: int, blocks: int, rank: int) -> None:
 def test_the_rank_is_that_of_what_is_added() -> None:
     shapes = {name: p.shape for name, p in build(mode="adapter", tune_rank=3).named_parameters()}
     assert shapes["encoder.blocks.0.mlp.down.weight"] == (3, 64)
-    lora = build(mode="lora", classes=100).encoder.get_submodule("blocks.0.attn.qkv")
-    assert lora.lora_A["default"].weight.shape == (8, 64)  # 100 / 12 = 8.3  # pyright: ignore
+    lora = build(mode="lora", classes=200).encoder.get_submodule("blocks.0.attn.qkv")
+    assert lora.lora_A["default"].weight.shape == (16, 64)  # 200 / 12 = 16.7  # pyright: ignore
     assert lora.scaling["default"] == 1.0  # pyright: ignore
 
 
@@ -235,6 +235,15 @@ def test_weights_of_a_file_are_taken_with_or_without_their_classifier(
     assert len(encoder) == len([name for name in state if not name.startswith("head.")])
     assert all(torch.equal(value, state[name]) for name, value in encoder.items())
     assert not torch.equal(build().encoder.state_dict()["pos_embed"], state["pos_embed"])
+
+
+def test_weights_are_fitted_to_grey_images(tmp_path: Path) -> None:
+    state = weights_file(tmp_path / "w.pth")
+    config = ModelConfig(name=VIT, pretrained=True, weights=str(tmp_path / "w.pth"))
+    encoder = build_model(config, in_channels=1, num_classes=CLASSES).encoder.state_dict()
+    name = "patch_embed.proj.weight"
+    torch.testing.assert_close(encoder[name], state[name].sum(1, keepdim=True))
+    assert torch.equal(encoder["norm.weight"], state["norm.weight"])
 
 
 def test_weights_that_do_not_fit_are_refused_whole(tmp_path: Path) -> None:

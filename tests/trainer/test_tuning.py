@@ -266,7 +266,7 @@ def test_as_many_means_as_channels() -> None:
 def test_the_headline_says_how_much_trains(place: Path, tmp_path: Path) -> None:
     told = io.StringIO()
     loop.train(configuration(place, "head", train={"epochs": 1}), tmp_path, Console(file=told, width=300))
-    assert "model.tune head: 0.00 M parameters train" in told.getvalue()
+    assert "model.tune head: 192 of 306,432 parameters train" in told.getvalue()
 
 
 def test_a_model_of_another_size_is_one_line(place: Path) -> None:
