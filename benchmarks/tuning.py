@@ -2,8 +2,8 @@
 
 A step of the recipe imagenet_lt_vit (network, loss, backward and optimiser, on random images of 224 pixels) for each
 model.tune, all of them in turn on one machine: weights that train, time, peak memory beyond what stood before the step,
-and the two files of a checkpoint on disk (model, what resuming needs). The pretrained weights are a file of random ones: none of it depends on their
-values.
+and the two files of a checkpoint on disk (model, and what resuming needs). The pretrained weights are a file of random
+ones: none of it depends on their values.
 """
 
 from __future__ import annotations
