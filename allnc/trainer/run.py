@@ -127,6 +127,8 @@ class Run:
 
     def _with_statistics(self) -> Config:
         """Let the pixels have mean and deviation of the configuration, or of the pretrained weights, which it notes."""
+        if isinstance(self.train_set, FeatureSet) or isinstance(self.test_set, FeatureSet):
+            return self.config
         data, own = self.config.data, (self.train_set.mean, self.train_set.std)
         if data.mean is None or data.std is None:
             found = None if data.name in SMALL_SETS else pixel_statistics(self.config.model)
