@@ -64,8 +64,7 @@ class LongTailModel(nn.Module):
             train_uniform: whether the loss trains the uniform branch's own classifier, if there is one; else its
                 logits have no graph.
         """
-        with torch.set_grad_enabled(self.tune != "head" and torch.is_grad_enabled()):
-            features = self.encoder(images)
+        features = self.encoder(images)  # without a graph up to the first part that trains
         logits = uniform = self.classifier(features)
         if self.uniform_classifier is not None:
             with torch.set_grad_enabled(train_uniform and torch.is_grad_enabled()):
