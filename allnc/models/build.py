@@ -66,12 +66,8 @@ class LongTailModel(nn.Module):
             train_uniform: whether the loss trains the uniform branch's own classifier, if there is one; else its
                 logits have no graph.
         """
-        return self.heads(self.encode(images), train_uniform=train_uniform)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the features [N, F] of images; those of an encoder of which nothing trains have no graph."""
-        with torch.set_grad_enabled(self.tune != "head" and torch.is_grad_enabled()):
-            return self.encoder(images)
+        # Without a graph up to the first part that trains.
+        return self.heads(self.encoder(images), train_uniform=train_uniform)
 
     def heads(self, features: Tensor, *, train_uniform: bool = True) -> ModelOutput:
         """Return logits and heads of features [N, F], with these; `train_uniform` as in `forward`."""

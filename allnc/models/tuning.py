@@ -2,7 +2,7 @@
 
 Everything is found by structure, not by the name of an architecture, as timm's transformers have it: normalisation
 layers by their class, attention as the linear layers of a module called `attn`, a block's MLP as a module called `mlp`
-of linear layers `fc1` and `fc2` that lead back to the width they came from.
+beside one called `norm2`, of linear layers `fc1` and `fc2` that lead back to the width they came from.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _tune_norm(encoder: nn.Module, config: ModelConfig, num_classes: int) -> Non
 
 
 def _add_adapters(encoder: nn.Module, config: ModelConfig, num_classes: int) -> None:
-    blocks: list[Any] = [block for block in encoder.modules() if _width(getattr(block, "mlp", None))]
+    # A block normalises before its MLP or after it; an `mlp` elsewhere makes biases of relative positions, or pools.
+    blocks: list[Any] = [m for m in encoder.modules() if hasattr(m, "norm2") and _width(getattr(m, "mlp", None))]
     if not blocks:
         part = "block with an MLP of linear layers (timm's ViT, DeiT, CLIP, BEiT, EVA and Swin models have them)"
         raise ValueError(_lacks(config, part, "norm, head or full"))

@@ -84,7 +84,7 @@ def _backward_in_parts(run: Run, batch: Batch, progress: float) -> LossOutput:
         for rows in parts:
             before.append(dropout_state(device))
             with run.autocast():  # one for each part: autocast keeps weights of 16 bits, here without a graph
-                found.append(run.model.encode(_pixels(run, batch.images[rows])))
+                found.append(encoder(_pixels(run, batch.images[rows])))
     features = torch.empty_like(torch.cat(found))
     features[torch.cat(parts)] = torch.cat(found)
     del found
@@ -103,7 +103,7 @@ def _backward_in_parts(run: Run, batch: Batch, progress: float) -> LossOutput:
             for rows, state in zip(parts, before, strict=True):
                 restore_dropout_state(state, device)
                 with run.autocast():
-                    again = run.model.encode(_pixels(run, batch.images[rows]))
+                    again = encoder(_pixels(run, batch.images[rows]))
                 again.backward(gradient[rows])
         restore_dropout_state(after, device)
     run.processes.average([p.grad for p in run.model.parameters() if p.grad is not None])

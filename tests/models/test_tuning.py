@@ -108,7 +108,10 @@ def test_a_batch_norm_beside_adapters_stays() -> None:
     norms = [m for m in model.encoder.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     assert norms and not any(module.training for module in norms)
     assert {name.rpartition(".")[2] for name in model.frozen_names()} >= {"running_mean", "running_var"}
-    assert any(isinstance(m, ParallelAdapter) and m.training for m in model.encoder.modules())
+    adapters = {name: m for name, m in model.encoder.named_modules() if isinstance(m, ParallelAdapter)}
+    assert adapters and all(module.training for module in adapters.values())
+    # The `mlp` of its relative positions leads from two coordinates to a number for each head: no place for one.
+    assert not any("rel_pos" in name for name in adapters)
 
 
 def test_with_the_head_alone_the_encoder_has_no_graph() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
-from allnc.data import Batch
+from allnc.data import Batch, ImageSet
 from allnc.trainer import step
 from allnc.trainer.run import Run
 from tests.faults.runs import command, one_line
@@ -219,3 +219,29 @@ def test_the_command(tmp_path: Path) -> None:
     assert status == 2 and "train.micro_batch must be in [1, 64]; got 65" in one_line(errors)
     status, errors = command("--model.name", "timm:convnext_atto", "--model.norm", "group")
     assert status == 2 and "has no BatchNorm2d" in one_line(errors)
+
+
+@pytest.mark.parametrize("mode", ["head", "adapter"])
+def test_a_frozen_encoder(mode: str) -> None:
+    """Its features have no graph, or only one up to what was added; and of what is frozen, nothing has a gradient."""
+    model = {"name": "timm:test_vit", "norm": "batch", "tune": mode}
+    config = changed(model=model, train={"batch_size": 6, "micro_batch": 2})
+    labels = torch.arange(6).remainder(3)
+    pixels = torch.randint(0, 256, (6, 3, 160, 160), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    half = (0.5, 0.5, 0.5)
+    images = ImageSet(labels=labels, num_classes=3, mean=half, std=half, images=pixels)
+    run = Run(dataclasses.replace(config, data=DataConfig(imbalance="none", augmentation="none")), (images, images))
+    for module in (run.model, run.loss):
+        module.double()
+    batch = next(run.loader.epoch(0))
+    batch = batch._replace(images=batch.images.double())
+    before = state_of(run.loss)
+    step._backward(run, batch, 0.1)
+    want = gradients(run)
+    restored(run, before)
+    calls: list[bool] = []
+    run.model.encoder.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    step._backward_in_parts(run, batch, 0.1)
+    assert_close(gradients(run), want, 1e-11)
+    assert any(name.startswith("encoder.") for name in want) == (mode == "adapter")
+    assert calls == [False] * 3 + ([True] * 3 if mode == "adapter" else [])

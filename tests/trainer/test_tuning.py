@@ -185,10 +185,23 @@ def test_class_vectors_start_as_class_means(place: Path, monkeypatch: pytest.Mon
         assert not torch.allclose(weight[label], own, atol=1e-5) and weight[label] @ own > 0.9
 
 
-def test_class_means_are_the_same_for_any_number_of_processes(place: Path) -> None:
+def test_a_new_run_begins_with_them(place: Path, tmp_path: Path) -> None:
+    parts = {"model": {"classifier_init": "class_means"}, "train": {"epochs": 1, "lr": 1e-9, "eval_every": 9}}
+    config = configuration(place, "head", **parts)
+    loop.train(config, tmp_path, quiet())
+    torch.testing.assert_close(
+        load_weights(tmp_path)[2]["classifier.weight"], start(config).model.classifier_weight.data
+    )
+
+
+def test_class_means_are_the_same_for_any_number_of_processes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes of a group that is played here: each measures its part, and gathers the other's."""
+    monkeypatch.setattr(measure, "MOST_OF_A_CLASS", 4)
     run = Run(configuration(place, "head"))
     alone = measure.features_by_class(run.model, run.train_set, run.config.data, CPU, Processes(), seed=3)
+    all_of_two = [o.features[y == 2] for o, y in measure.outputs(run.model, run.train_set, run.config.data, CPU)]
+    torch.testing.assert_close(alone[2], torch.cat(all_of_two).mean(0), rtol=1e-5, atol=1e-6)
+    assert (alone.norm(dim=1) / alone[2].norm()).sub(1).abs().max() < 0.3  # means, not sums over more images
 
     parts: list[torch.Tensor] = []
 
