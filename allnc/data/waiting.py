@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -34,13 +35,14 @@ class Waiting:
             self.worked += asked - given if self.images > 0 else 0.0
 
     @property
-    def share(self) -> float | None:
-        """Share of the last epoch that was spent waiting, in [0, 1]; None for an epoch of one batch."""
-        return self.waited / (self.waited + self.worked) if self.images > 0 else None
+    def share(self) -> float:
+        """Share of the last epoch that was spent waiting, in [0, 1]; NaN for an epoch of one batch."""
+        total = self.waited + self.worked
+        return self.waited / total if total else math.nan
 
     def advice(self, workers: int) -> str | None:
         """Say in one line that the loader is the limit, and what helps; None where it is not."""
-        if self.share is None or self.share < MUCH:
+        if not self.share >= MUCH:
             return None
         return (
             f"the loader is the limit: the model waits {self.share:.0%} of the time; it gets "

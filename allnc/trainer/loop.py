@@ -123,7 +123,7 @@ def _measurements(run: Run) -> dict[str, Any]:
     return measured
 
 
-def train_epoch(run: Run, log: RunLog) -> dict[str, float | None]:
+def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
     """Run one epoch and return the mean loss, the mean of its parts, and the last learning rate."""
     config, steps = run.config.train, len(run.loader)
     run.model.train()

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from allnc.config import DataConfig
-from allnc.data import ImageSet, TrainLoader, load, plain_batches
+from allnc.data import Batch, ImageSet, TrainLoader, load, plain_batches
 from allnc.data.paths import PathList
 from allnc.data.views import normalise
 
@@ -245,3 +246,83 @@ def test_a_worker_that_dies_at_any_moment_is_one_line(tmp_path: Path, monkeypatc
         with pytest.raises(ValueError, match=r"^a process that reads images .*; got data\.workers 1$"):
             list(plain_batches(_on_disk(tmp_path), config, 6, CPU))
         monkeypatch.undo()
+
+
+def on_disk_config(**changes: Any) -> DataConfig:
+    values: dict[str, Any] = {"augmentation": "resized_crop", "image_size": 16, "workers": 2, **changes}
+    return DataConfig(name="image_folder", root="x", **values)
+
+
+def for_run(images: ImageSet, config: DataConfig, epochs: int) -> TrainLoader:
+    return TrainLoader(images, config, batch_size=3, seed=3, two_batches=False, device=CPU, epochs=epochs)
+
+
+def same(ours: list[Batch], theirs: list[Batch]) -> bool:
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs)
+
+
+@pytest.mark.parametrize("two_batches", [False, True])
+def test_views_do_not_depend_on_the_parts(two_batches: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, config = _on_disk(tmp_path), on_disk_config(workers=0, rebalance_sampler="reversed")
+    whole = list(loader(images, config, two_batches=two_batches, batch_size=3).epoch(1))
+    plain = list(plain_batches(images, config, 4, CPU))
+    for module in ("loader", "workers"):
+        monkeypatch.setattr(f"allnc.data.{module}.PART", 2)
+    assert same(list(loader(images, config, two_batches=two_batches, batch_size=3).epoch(1)), whole)
+    for ours, theirs in zip(plain_batches(images, config, 4, CPU), plain, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_workers_live_for_the_run_and_epochs_stay_what_they_are(tmp_path: Path) -> None:
+    images, config = _on_disk(tmp_path), on_disk_config()
+    alone = [list(loader(images, on_disk_config(workers=0), batch_size=3).epoch(e)) for e in range(3)]
+    source, seen = for_run(images, config, 3), []
+    for epoch in range(3):
+        batches = []
+        for batch in source.epoch(epoch):
+            batches.append(batch)
+            seen.append({child.pid for child in multiprocessing.active_children()})
+        assert same(batches, alone[epoch])
+        measured = torch.cat([labels for _, labels in plain_batches(images, config, 4, CPU)])  # with its own workers
+        assert torch.equal(measured, images.labels)
+    assert len(seen) == 6 and all(pids == seen[0] and len(pids) == 2 for pids in seen)
+    assert not multiprocessing.active_children()
+
+
+def test_an_epoch_that_breaks_off_or_comes_out_of_order_starts_anew(tmp_path: Path) -> None:
+    images, config = _on_disk(tmp_path), on_disk_config(workers=1)
+    alone = [list(loader(images, on_disk_config(workers=0), batch_size=3).epoch(e)) for e in range(3)]
+    source = for_run(images, config, 3)
+    next(source.epoch(0))
+    assert same(list(source.epoch(0)), alone[0])  # the next would be 1
+    assert same(list(source.epoch(2)), alone[2])
+    assert same(list(source.epoch(1)), alone[1]) and len(multiprocessing.active_children()) == 1
+    del source
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_killed_between_two_epochs_is_one_line(tmp_path: Path) -> None:
+    images, config = _on_disk(tmp_path), on_disk_config(workers=1)
+    images = images.select(np.arange(6).repeat(40))
+    source = for_run(images, config, 3)
+    list(source.epoch(0))
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(ValueError, match=r"^a process that reads images was ended by SIGKILL; .*data\.workers 1$"):
+        list(source.epoch(1))
+    assert not multiprocessing.active_children()
+    assert len(list(source.epoch(1))) == 80
+
+
+def test_views_come_as_bytes_and_are_normalised_when_they_are_fed(tmp_path: Path) -> None:
+    images, config = _on_disk(tmp_path), on_disk_config(workers=0)
+    source = loader(images, config, batch_size=6)
+    batch = next(iter(source.epoch(0)))
+    assert batch.images.dtype == torch.uint8
+    wanted = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)])(batch.images)
+    torch.testing.assert_close(source.pixels(batch.images), wanted, rtol=0, atol=1e-6)
+    part = source.pixels(batch.images[2:5].contiguous(memory_format=torch.channels_last))
+    assert torch.equal(part, source.pixels(batch.images)[2:5])
+    assert part.dtype == torch.float32 and part.is_contiguous(memory_format=torch.channels_last)
+    already = next(iter(loader(*digits()).epoch(0))).images
+    assert source.pixels(already) is already
