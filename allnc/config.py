@@ -20,7 +20,7 @@ FEATURES_MANIFEST = "features.json"  # of a folder that allnc.features wrote
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
 
 
-_KINDS: dict[Any, str] = {type(None): "null", tuple[int, ...]: "list of int"}
+_KINDS: dict[Any, str] = {type(None): "null", tuple[int, ...]: "list of int", tuple[float, ...]: "list of float"}
 _LARGEST_INT, _LARGEST_FLOAT = 2**32 - 1, 3e38  # of what seeds, sizes and float32 can hold
 
 
@@ -42,7 +42,7 @@ def _check_fields(section: str, config: Any) -> None:
 
 def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, int) for item in value)
+        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -70,12 +70,19 @@ class DataConfig:
             stored, drawn anew in each epoch.
         augmentation: none, shift_rotate (digits), crop_flip_cutout, autoaugment (CIFAR recipe: AutoAugment
             and cutout in the first view, resized crop and colour jitter in the others), resized_crop (large
-            images), randaugment (large images: RandAugment in the first view). Features have none: they were
-            augmented when they were made.
+            images), crop_flip (large images: resized crop without the jitter), randaugment (large images: RandAugment
+            in the first view). Features have none: they were augmented when they were made.
         rebalance_sampler: sampler of the re-balancing branch; uniform lets one batch serve both branches.
         many: a class with more training images than this is a many-shot class.
         few: a class with fewer training images than this is a few-shot class.
         workers: processes that decode large images, >= 0.
+        mean, std: of the pixels scaled to [0, 1], by channel: what is subtracted, and what is divided by. None takes
+            those of the data set (ImageNet's for large images), or for large images and model.pretrained those that
+            the weights were trained with, which timm knows; they then stand here in the run's own config.yaml.
+        test_crops: 1 measures the test accuracy on the plain view; 5 averages the logits of five crops: the plain view
+            (to a pixel) and the four corners of the square it was cut from. Large images only. It takes five times as
+            long; neural collapse is measured on the plain view in either case. Source: LIFT's test-time ensembling (Shi
+            et al., ICML 2024), whose corners are those of the whole image, resized to 31/28 of the side (ours: 8/7).
     """
 
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder", "features"] = "digits"
@@ -89,13 +96,16 @@ class DataConfig:
     subset_seed: int = 0
     image_size: int = 224
     views: int = 2
-    augmentation: Literal["none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "randaugment"] = (
-        "shift_rotate"
-    )
+    augmentation: Literal[
+        "none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "crop_flip", "randaugment"
+    ] = "shift_rotate"
     rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     many: int = 100
     few: int = 20
     workers: int = 4
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    test_crops: int = 1
 
     @property
     def profile(self) -> Literal["exponential", "step", "none"]:
@@ -105,6 +115,9 @@ class DataConfig:
         return "exponential" if self.name in SMALL_SETS else "none"
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_fields("data", self)
         check_interval("data.imbalance_ratio", self.imbalance_ratio, 1, math.inf)
         if self.max_per_class is not None:
@@ -130,16 +143,34 @@ class DataConfig:
                 f"data.augmentation must be none with data.name features; got {self.augmentation}: features are stored "
                 "as they are, augmented ones by --passes of allnc.features"
             )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"data.mean and data.std must be given together; got mean {self.mean} and std {self.std}")
+        if self.mean is not None and self.std is not None:
+            if not (len(self.mean) == len(self.std) > 0):
+                raise ValueError(
+                    f"data.mean and data.std must have a number for each channel; got {list(self.mean)} and "
+                    f"{list(self.std)}"
+                )
+            for value in self.mean:
+                check_interval("data.mean", value, 0, 1)
+            for value in self.std:
+                check_interval("data.std", value, 0, math.inf, open_low=True)
+        if self.test_crops not in (1, 5):
+            raise ValueError(f"data.test_crops must be 1 or 5; got {self.test_crops}")
         small = self.name in SMALL_SETS
-        if small and self.augmentation in ("resized_crop", "randaugment"):
+        if small and self.test_crops != 1:
+            raise ValueError(
+                f"data.test_crops must be 1 with data.name {self.name}; got {self.test_crops}: for large images only"
+            )
+        if small and self.augmentation in ("resized_crop", "crop_flip", "randaugment"):
             raise ValueError(
                 "data.augmentation must be none, shift_rotate, crop_flip_cutout or autoaugment with "
                 f"data.name {self.name}; "
                 f"got {self.augmentation}, which is for large images"
             )
-        if not small and self.augmentation not in ("none", "resized_crop", "randaugment"):
+        if not small and self.augmentation not in ("none", "resized_crop", "crop_flip", "randaugment"):
             raise ValueError(
-                f"data.augmentation must be none, resized_crop or randaugment with data.name {self.name}; "
+                f"data.augmentation must be none, resized_crop, crop_flip or randaugment with data.name {self.name}; "
                 f"got {self.augmentation}, which is for small images held in memory"
             )
         if self.name not in ("fashion_mnist", "cifar10", "cifar100") and self.download:
@@ -160,9 +191,23 @@ class ModelConfig:
         pretrained: start a timm model from its published weights.
         norm: batch keeps the encoder's own normalisation; group puts GroupNorm in the place of each BatchNorm2d, so
             that no image sees another and train.micro_batch changes nothing.
+        pretrained: start a timm model from its published weights, which timm downloads unless `weights` names them.
+        weights: file with the weights of the timm model, as timm saves or publishes them (.safetensors or .pth), for
+            machines without a network; read with `pretrained` only.
+        tune: what of a timm model trains beside the heads. full: all of it. head: nothing; the encoder runs without a
+            graph. norm: scale and shift of its normalisation layers (LIFT's ln_tuning), whose running statistics then
+            move, too. lora: low-rank updates beside the linear layers of its attention (Hu et al., ICLR 2022; needs
+            Hugging Face's peft). adapter: a bottleneck beside the MLP of each block (AdaptFormer, Chen et al., NeurIPS
+            2022). What does not train keeps its statistics, too, as BatchNorm in evaluation mode.
+        tune_rank: columns of the bottleneck or of the low-rank update, >= 1; None takes 2^floor(log2(C / 2L)), at least
+            1, for C classes and L adapted blocks, as LIFT, so that what is added is not larger than the classifier.
         heads: shared, one classifier for both branches; separate, one each (the re-balancing one predicts).
         classifier: linear, or normalised (scaled cosine between features and class vectors).
         classifier_scale: factor of the cosine of a normalised classifier, > 0.
+        classifier_init: random, or class_means: before the first epoch, each class vector of a normalised classifier
+            becomes the unit mean of its class's features, over at most 100 plain training images. A pretrained encoder
+            separates the classes already; random vectors would first move, and what is tuned with them, and rare
+            classes, which have few steps, would move least (LIFT, section 4.3).
         projection_hidden: hidden width of the projection head (softmax HyCon); None takes the feature width.
         projection_dim: width D of the projection (softmax HyCon).
     """
@@ -173,9 +218,13 @@ class ModelConfig:
     mlp_hidden: int | None = None
     pretrained: bool = False
     norm: Literal["batch", "group"] = "batch"
+    weights: str | None = None
+    tune: Literal["full", "head", "norm", "lora", "adapter"] = "full"
+    tune_rank: int | None = None
     heads: Literal["shared", "separate"] = "shared"
     classifier: Literal["linear", "normalised"] = "linear"
     classifier_scale: float = 16.0
+    classifier_init: Literal["random", "class_means"] = "random"
     projection_hidden: int | None = None
     projection_dim: int = 128
 
@@ -190,6 +239,13 @@ class ModelConfig:
             check_interval("model.mlp_hidden", self.mlp_hidden, 1, math.inf)
         if self.pretrained and self.norm == "group":
             raise ValueError("model.norm must be batch with model.pretrained, whose weights are made for it; got group")
+        if self.tune_rank is not None:
+            check_interval("model.tune_rank", self.tune_rank, 1, math.inf)
+        if self.classifier_init == "class_means" and self.classifier != "normalised":
+            raise ValueError(
+                f"model.classifier_init class_means needs model.classifier normalised; got {self.classifier}, whose "
+                "logits would depend on the length of the features"
+            )
         if self.name.startswith("timm:") and len(self.name) > 5:
             return
         depth = self.name.removeprefix("resnet")
@@ -202,6 +258,10 @@ class ModelConfig:
         if self.pretrained:
             raise ValueError(
                 f"model.pretrained needs a timm:NAME model; got {self.name}, which has no published weights"
+            )
+        if self.tune != "full":
+            raise ValueError(
+                f"model.tune must be full with model.name {self.name}, which has no pretrained part; got {self.tune}"
             )
 
 
@@ -314,6 +374,9 @@ class TrainConfig:
             measured).
         collapse_every: epochs between measurements of neural collapse on the training set, 0: only after
             the last.
+        save: which weights a checkpoint holds where pretrained ones stay frozen (model.pretrained with a model.tune
+            other than full): tuned, those that train, with the SHA-256 of the frozen ones, which evaluating and
+            resuming then read from the pretrained weights again; or whole. Without frozen pretrained weights, whole.
     """
 
     epochs: int = 30
@@ -336,6 +399,7 @@ class TrainConfig:
     channels_last: bool = True
     eval_every: int = 1
     collapse_every: int = 5
+    save: Literal["tuned", "whole"] = "tuned"
 
     def __post_init__(self) -> None:
         if isinstance(self.milestones, list):

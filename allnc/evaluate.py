@@ -16,12 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m allnc.evaluate", description=__doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, with last.safetensors")
     parser.add_argument("--data.root", dest="root", help="folder of the images, where it is not the run's")
+    parser.add_argument("--data.test_crops", dest="crops", type=int, choices=(1, 5), help="where it is not the run's")
+    parser.add_argument("--model.weights", dest="weights", help="pretrained weights, where they are not the run's")
     parser.add_argument("--train.device", dest="device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
-    return answer("allnc.evaluate", lambda: _evaluate(options.run, options.root, options.device))
+    return answer("allnc.evaluate", lambda: _evaluate(options))
 
 
-def _evaluate(folder: Path, root: str | None, device: str) -> None:
+def _evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from allnc.trainer.checkpoint import load_weights
@@ -31,13 +33,18 @@ def _evaluate(folder: Path, root: str | None, device: str) -> None:
 
     if world_size() > 1:
         raise ValueError("allnc.evaluate runs as one process: start it without a launcher such as torchrun")
-    config, epoch, weights = load_weights(folder)
+    config, epoch, weights = load_weights(options.run)
+    data, model = config.data, config.model
+    if weights.frozen is None:  # the checkpoint has every weight
+        if options.weights:
+            raise ValueError(f"--model.weights would be ignored: {options.run} holds every weight; remove it")
+        model = dataclasses.replace(model, pretrained=False)
     run = Run(
         dataclasses.replace(
             config,
-            data=dataclasses.replace(config.data, root=root or config.data.root),
-            model=dataclasses.replace(config.model, pretrained=False),  # the checkpoint has every weight
-            train=dataclasses.replace(config.train, device=device),
+            data=dataclasses.replace(data, root=options.root or data.root, test_crops=options.crops or data.test_crops),
+            model=dataclasses.replace(model, weights=options.weights or model.weights),
+            train=dataclasses.replace(config.train, device=options.device),
         )
     )
     run.load_model(weights, epoch)

@@ -17,7 +17,8 @@ from allnc.trainer.manifest import Manifest
 from allnc.trainer.optim import peak_rate
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
 
-RECIPES = ["cifar100_lt", "cifar10_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt", "inat18", "places_lt"]
+RECIPES = ["cifar100_lt", "cifar10_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt", "imagenet_lt_vit"]
+RECIPES += ["inat18", "inat18_vit", "places_lt", "places_lt_vit"]
 
 
 def test_every_recipe_parses() -> None:
@@ -89,6 +90,18 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
         (["--config"], "--config needs a recipe"),
         (["--model.name", "resnet21"], "model.name must be resnetD with D = 6n + 2"),
         (["--model.pretrained", "true"], "model.pretrained needs a timm:NAME model; got resnet8"),
+        (["--model.tune", "lora"], "model.tune must be full with model.name resnet8, which has no pretrained part"),
+        (["--model.name", "timm:test_vit", "--model.weights", "x"], "ignored: model.pretrained is false"),
+        (["--model.name", "timm:test_vit", "--model.tune", "head", "--model.tune_rank", "2"], "model.tune is head"),
+        (["--train.save", "whole"], "--train.save would be ignored: no pretrained weights stay frozen"),
+        (["--model.tune_rank", "0"], "model.tune_rank must be >= 1; got 0"),
+        (["--model.classifier_init=class_means", "--model.classifier=linear"], "needs model.classifier normalised"),
+        (["--data.test_crops", "5"], "data.test_crops must be 1 with data.name digits; got 5: for large images only"),
+        (["--data.test_crops", "3"], "data.test_crops must be 1 or 5; got 3"),
+        (["--data.mean", "[0.5]"], "data.mean and data.std must be given together"),
+        (["--data.mean", "[0.5]", "--data.std", "[0]"], "data.std must be > 0; got 0"),
+        (["--data.mean", "[0.5]", "--data.std", "[0.5, 1]"], "must have a number for each channel"),
+        (["--data.augmentation", "crop_flip"], "got crop_flip, which is for large images"),
         (["--data.many", "5"], "data.many must be >= 20; got 5"),
         (["--data.views", "3", "--loss.hycon", "cosine"], "data.views must be 2 with loss.hycon cosine; got 3"),
         (["--data.augmentation", "randaugment"], "got randaugment, which is for large images"),

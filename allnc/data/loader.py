@@ -203,9 +203,12 @@ class _Plan:
 
 
 def plain_batches(
-    images: ImageSet, config: DataConfig, batch_size: int, device: torch.device
+    images: ImageSet, config: DataConfig, batch_size: int, device: torch.device, *, margin: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every image once, in order, not augmented: ([n, c, H, W] float32, [n] int64) on the device."""
+    """Yield every image once, in order, not augmented: ([n, c, H, W] float32, [n] int64) on the device.
+
+    With `margin`, large images have the square of 8/7 of the side out of whose middle the plain view is cut.
+    """
     if isinstance(images, FeatureSet):
         yield from images.plain_batches(batch_size, device)
         return
@@ -225,7 +228,7 @@ def plain_batches(
         for at in range(start, end, PART)
     ]
     keys = ([(i, 0) for i in part] for part in ranges)
-    views = Views(images, config, train=False)
+    views = Views(images, config, train=False, margin=margin)
     parts = from_workers(views, keys, config.workers, device, batch_size=batch_size)
     for start, end in zip(starts, stops, strict=True):
         pixels = view_major(list(islice(parts, -(-(end - start) // PART))))

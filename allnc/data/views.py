@@ -109,7 +109,7 @@ def _shift_rotate(images: Tensor, draws: Draws) -> Tensor:
 
 
 def image_transforms(
-    kind: str, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, train: bool
+    kind: str, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, train: bool, margin: bool = False
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return the pipelines (torchvision.transforms.v2) of the first view and of all others, one image at a
     time.
@@ -119,6 +119,7 @@ def image_transforms(
         size: side of the result in pixels.
         mean, std: of the pixels scaled to [0, 1], by channel.
         train: False gives the plain pipeline of a test image for both: resize by 8/7, centre crop.
+        margin: the plain pipeline leaves the whole square of 8/7 of the side, for crops elsewhere than in its centre.
 
     Returns:
         Two modules from an image to a tensor [c, size, size]: uint8, or normalised float32 for autoaugment, in which
@@ -129,7 +130,9 @@ def image_transforms(
     last = [v2.ToImage()]
     jitter = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
     if not train or kind == "none":
-        plain = v2.Compose([v2.Lambda(_middle), v2.Resize(size * 8 // 7), v2.CenterCrop(size), *last])
+        square = size * 8 // 7
+        cut = v2.CenterCrop(square if margin else size)
+        plain = v2.Compose([v2.Lambda(_middle), v2.Resize(square), cut, *last])
         return plain, plain
     if kind == "autoaugment":
         policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
@@ -143,8 +146,10 @@ def image_transforms(
     second = v2.Compose([*crop, *jitter, *last])
     if kind == "resized_crop":
         return second, second
+    if kind == "crop_flip":
+        return v2.Compose([*crop, *last]), v2.Compose([*crop, *last])
     if kind != "randaugment":
-        raise ValueError(f"kind must be none, autoaugment, resized_crop or randaugment; got {kind!r}")
+        raise ValueError(f"kind must be none, autoaugment, resized_crop, crop_flip or randaugment; got {kind!r}")
     return v2.Compose([*crop, *jitter, v2.RandAugment(num_ops=2, magnitude=10), *last]), second
 
 

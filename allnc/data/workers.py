@@ -35,13 +35,15 @@ class Views(Dataset[Tensor]):
         images: the images.
         config: views and augmentation.
         train: False gives one plain view of each.
+        margin: the plain view is the square of 8/7 of the side that it would be cut from.
     """
 
-    def __init__(self, images: ImageSet, config: DataConfig, *, train: bool) -> None:
+    def __init__(self, images: ImageSet, config: DataConfig, *, train: bool, margin: bool = False) -> None:
         size = config.image_size if images.images is None else images.images.shape[-1]
         self.set, self.num_views = images, config.views if train else 1
         readable_formats()  # imported here, or else by each worker
-        self.first, self.others = image_transforms(config.augmentation, size, images.mean, images.std, train=train)
+        kind, mean, std = config.augmentation, images.mean, images.std
+        self.first, self.others = image_transforms(kind, size, mean, std, train=train, margin=margin)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, seed = key

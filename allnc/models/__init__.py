@@ -2,7 +2,9 @@
 
 from allnc.models.build import LongTailModel, ModelOutput, build_model
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
+from allnc.models.pretrained import pixel_statistics
 from allnc.models.resnet_cifar import CifarResNet
+from allnc.models.tuning import added_parts_run
 
 __all__ = [
     "CifarResNet",
@@ -11,5 +13,7 @@ __all__ = [
     "NormalisedClassifier",
     "Predictor",
     "Projection",
+    "added_parts_run",
     "build_model",
+    "pixel_statistics",
 ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from allnc.config import FEATURE_MODELS, ModelConfig
 from allnc.models.feature_heads import feature_encoder
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
 from allnc.models.normalisation import group_normalised
+from allnc.models.pretrained import timm_encoder
 from allnc.models.resnet_cifar import CifarResNet
+from allnc.models.tuning import frozen_names, rest, sum_of_tensors, tune
 
 
 class ModelOutput(NamedTuple):
@@ -28,7 +31,7 @@ class LongTailModel(nn.Module):
     """Encoder with one or two classifiers and an optional projection or predictor.
 
     Args:
-        encoder: module from images to features [N, F].
+        encoder: module from images to features [N, F], frozen already where `config.tune` asks for it.
         feature_dim: width F.
         num_classes: number of classes C.
         config: heads and classifier.
@@ -47,7 +50,7 @@ class LongTailModel(nn.Module):
         heads: Literal["shared", "separate"],
     ) -> None:
         super().__init__()
-        self.feature_dim = feature_dim
+        self.feature_dim, self.tune = feature_dim, config.tune
         self.encoder = encoder
         self.classifier = _classifier(feature_dim, num_classes, config)
         self.uniform_classifier = _classifier(feature_dim, num_classes, config) if heads == "separate" else None
@@ -63,7 +66,12 @@ class LongTailModel(nn.Module):
             train_uniform: whether the loss trains the uniform branch's own classifier, if there is one; else its
                 logits have no graph.
         """
-        return self.heads(self.encoder(images), train_uniform=train_uniform)
+        return self.heads(self.encode(images), train_uniform=train_uniform)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the features [N, F] of images; those of an encoder of which nothing trains have no graph."""
+        with torch.set_grad_enabled(self.tune != "head" and torch.is_grad_enabled()):
+            return self.encoder(images)
 
     def heads(self, features: Tensor, *, train_uniform: bool = True) -> ModelOutput:
         """Return logits and heads of features [N, F], with these; `train_uniform` as in `forward`."""
@@ -74,6 +82,32 @@ class LongTailModel(nn.Module):
         z = self.projection(features) if self.projection is not None else None
         h = self.predictor(features) if self.predictor is not None else None
         return ModelOutput(features, uniform, logits, z, h)
+
+    def train(self, mode: bool = True) -> LongTailModel:
+        """Set training mode, except where the encoder is frozen."""
+        super().train(mode)
+        rest(self.encoder, self.tune)
+        return self
+
+    def frozen_names(self) -> list[str]:
+        """Return the entries of the state that training never changes."""
+        return [f"encoder.{name}" for name in frozen_names(self.encoder, self.tune)]
+
+    def frozen_sum(self) -> str:
+        """Return the SHA-256 of the tensors that training never changes."""
+        state = self.state_dict()
+        return sum_of_tensors({name: state[name] for name in self.frozen_names()})
+
+    def start_classifier(self, class_means: Tensor) -> None:
+        """Let the class vectors be the unit class means, in both classifiers where there are two.
+
+        Args:
+            class_means: [C, F]; a mean of zero stays zero.
+        """
+        for classifier in (self.classifier, self.uniform_classifier):
+            if classifier is not None:
+                with torch.no_grad():
+                    classifier.weight.copy_(F.normalize(class_means, dim=1))
 
     @property
     def classifier_weight(self) -> Tensor:
@@ -104,10 +138,12 @@ def build_model(
         two_branches: whether the loss has two branches; with one, separate heads would leave one untrained.
 
     Raises:
-        ValueError: timm does not know the model, or it has no BatchNorm2d to put GroupNorm in its place.
+        ValueError: timm does not know the model, its weights are not to be had or do not fit, it cannot be tuned as
+            asked, or has no BatchNorm2d to put GroupNorm in its place.
     """
     if config.name.startswith("timm:"):
-        encoder, feature_dim = _timm_encoder(config, in_channels)
+        encoder, feature_dim = timm_encoder(config, in_channels)
+        tune(encoder, config, num_classes)
     elif config.name in FEATURE_MODELS:
         encoder, feature_dim = feature_encoder(config.name, in_channels, config.mlp_hidden), in_channels
     else:
@@ -124,24 +160,3 @@ def _classifier(features: int, classes: int, config: ModelConfig) -> nn.Linear |
     if config.classifier == "normalised":
         return NormalisedClassifier(features, classes, scale=config.classifier_scale)
     return nn.Linear(features, classes)
-
-
-def _timm_encoder(config: ModelConfig, in_channels: int) -> tuple[nn.Module, int]:
-    import timm
-
-    name = config.name.removeprefix("timm:")
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name}*")[:3] or timm.list_models(f"{name[:6]}*")[:3]
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"model.name must be a model that timm knows; got {name!r}{hint}")
-    try:
-        encoder = timm.create_model(name, pretrained=config.pretrained, num_classes=0, in_chans=in_channels)
-    except Exception as error:  # timm's downloads raise what its network libraries raise
-        if not config.pretrained:
-            raise
-        raise ValueError(
-            f"model.pretrained could not get weights for {name}: {error}; set model.pretrained false to start anew"
-        ) from error
-    # Some architectures keep a wide layer before the classifier even without one.
-    width: Any = getattr(encoder, "head_hidden_size", None) or encoder.num_features
-    return encoder, int(width)

@@ -1,7 +1,8 @@
 """Checkpoints: two files that belong together, and one that says so.
 
-last.safetensors holds the model with its configuration, for evaluation and other programs; state.pt what only a
-resumed training needs. checkpoint.json names the epoch and the SHA-256 of both, and makes the checkpoint exist:
+last.safetensors holds the model with its configuration, for evaluation and other programs (without the pretrained
+weights that stay frozen, of which it has the SHA-256, see TrainConfig.save); state.pt what only a resumed training
+needs. checkpoint.json names the epoch and the SHA-256 of both, and makes the checkpoint exist:
 
     1. both files are written beside their places and are on the disk;
     2. checkpoint.json is replaced in one step: before it the old checkpoint counts, from here on the new one;
@@ -30,6 +31,19 @@ from allnc.trainer.manifest import Manifest, read_manifest, sum_of
 from allnc.trainer.options import from_dict, to_dict
 
 
+class Weights(dict[str, Tensor]):
+    """State of a model as a checkpoint has it.
+
+    Args:
+        tensors: by name.
+        frozen: SHA-256 of the frozen tensors that are not among them (`LongTailModel.frozen_sum`); None: all are here.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], frozen: str | None = None) -> None:
+        super().__init__(tensors)
+        self.frozen = frozen
+
+
 def save(
     folder: Path,
     config: Config,
@@ -45,7 +59,7 @@ def save(
         folder: run folder.
         config: configuration of the run.
         epoch: epochs done.
-        model: the model's state.
+        model: the model's state, or `Weights` that are a part of it.
         training: everything else that `resume` needs: tensors, numbers, strings and containers of them.
         changes: options changed on resuming, see `Manifest`.
     """
@@ -53,6 +67,8 @@ def save(
     state = io.BytesIO()  # torch's own writer would turn a full disk into a RuntimeError
     torch.save(training, state)
     notes = {"config": json.dumps(to_dict(config)), "epoch": str(epoch)}
+    if isinstance(model, Weights) and model.frozen is not None:
+        notes["frozen"] = model.frozen
     files = {WEIGHTS: to_bytes(tensors, notes), STATE: state.getvalue()}
     for name, data in files.items():
         write_temporary(folder / name, data)
@@ -75,7 +91,7 @@ def roll_forward(folder: Path) -> None:
     sync(folder)
 
 
-def load(folder: Path) -> tuple[Manifest, dict[str, Tensor], dict[str, Any]]:
+def load(folder: Path) -> tuple[Manifest, Weights, dict[str, Any]]:
     """Return description, model state and training state of a run folder's checkpoint.
 
     Raises:
@@ -96,7 +112,7 @@ def load(folder: Path) -> tuple[Manifest, dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{folder / STATE} must be a checkpoint; it cannot be read: {error}") from error
 
 
-def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
+def load_weights(folder: Path) -> tuple[Config, int, Weights]:
     """Return configuration, epochs done and model state of a run folder, or of one with last.safetensors alone.
 
     Raises:
@@ -135,7 +151,7 @@ def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
     raise ValueError(f"{path} {fault}; {CHECKPOINT} names the file of epoch {manifest.epoch}")
 
 
-def _model(path: Path, data: bytes) -> tuple[Config, int, dict[str, Tensor]]:
+def _model(path: Path, data: bytes) -> tuple[Config, int, Weights]:
     """Return configuration, epochs done and model state from the bytes of last.safetensors."""
     try:
         tensors = from_bytes(data)
@@ -146,6 +162,7 @@ def _model(path: Path, data: bytes) -> tuple[Config, int, dict[str, Tensor]]:
     if not {"config", "epoch"} <= set(notes):
         raise ValueError(f"{path} must hold a configuration in its metadata; it does not: another program wrote it")
     try:
-        return from_dict(json.loads(notes["config"])), int(notes["epoch"]), tensors
+        config = from_dict(json.loads(notes["config"]))
+        return config, int(notes["epoch"]), Weights(tensors, notes.get("frozen"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} must hold a configuration in its metadata; it cannot be read: {error}") from error

@@ -25,7 +25,7 @@ from allnc.trainer.options import from_dict, ignored_options, option_names, to_d
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits_lt"
 FLAGS: dict[str, str] = {
-    "resume": "continue the run in --out DIR with its own configuration; train.* and where the data lie may change",
+    "resume": "continue the run in --out DIR with its own configuration; train.* and where the files lie may change",
     "overwrite": "start again in --out DIR, deleting the files of the run that is there",
 }
 

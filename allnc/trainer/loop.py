@@ -71,6 +71,8 @@ def _train(
     if mode == "resume":
         processes.together(lambda: files and checkpoint.roll_forward(folder))
         processes.together(lambda: run.restore(folder))
+    else:
+        run.start_classifier()
     if files is not None:
         if mode != "resume":
             files.start()
@@ -183,6 +185,10 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     if run.passes > 1:
         own = -(-config.train.batch_size // run.processes.size)
         lines.append(f"each batch passes the encoder in {run.passes} parts of at most {-(-own // run.passes)} images")
+    if config.model.tune != "full":
+        sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+        tuned, whole = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        lines.append(f"model.tune {config.model.tune}: {tuned:,} of {whole:,} parameters train")
     lines += [f"note: {note}" for part in (run.train_set, run.test_set) for note in part.notes]
     if run.epoch:
         lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")

@@ -25,6 +25,7 @@ CHANGEABLE = (
     "data.test_list",
     "data.workers",
     "data.download",
+    "model.weights",
     "loss.backend",
 )
 
@@ -103,7 +104,7 @@ def changes_on_resuming(before: Manifest, after: Config) -> list[dict[str, Any]]
     fixed = [name for name in changed if not name.startswith(CHANGEABLE)]
     if fixed:
         listing = ", ".join(f"{name} {old[name]} (now {new[name]})" for name in fixed)
-        raise ValueError(f"a resumed run must keep {listing}; only train.* and where the data lie may change")
+        raise ValueError(f"a resumed run must keep {listing}; only train.* and where the files lie may change")
     if after.train.epochs < before.epoch:
         raise ValueError(f"train.epochs must be >= {before.epoch}, the epochs done; got {after.train.epochs}")
     if after.train.epochs == before.epoch:  # nothing is left to train

@@ -15,11 +15,12 @@ from allnc.config import DataConfig
 from allnc.data import FeatureSet, ImageSet, plain_batches
 from allnc.metrics import CollapseAccumulator, shot_accuracy
 from allnc.metrics.accumulate import predictions_of
-from allnc.models import LongTailModel, ModelOutput
+from allnc.models import LongTailModel, ModelOutput, added_parts_run
 from allnc.trainer.processes import Processes
 
 BATCH = 500
 FEATURE_BATCH = 4096  # rows of stored features are small; what a batch costs by its classes is shared by more of them
+MOST_OF_A_CLASS = 100  # images whose features start a class vector, as LIFT
 
 
 @torch.inference_mode()
@@ -43,15 +44,16 @@ def check_images_fit(model: LongTailModel, images: ImageSet, config: DataConfig)
     first = next(model.parameters())
     was_training = model.training
     model.eval()
-    try:
-        model(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise
-        raise ValueError(
-            f"model.name must be a model for {' x '.join(map(str, shape))} images, or data.image_size of the "
-            f"model's size; it fails: {error}"
-        ) from error
+    with added_parts_run(model.encoder):
+        try:
+            model(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            raise ValueError(
+                f"model.name must be a model for {' x '.join(map(str, shape))} images, or data.image_size of the "
+                f"model's size; it fails: {error}"
+            ) from error
     model.train(was_training)
 
 
@@ -65,8 +67,8 @@ def accuracy(
 ) -> dict[str, float | None]:
     """Return accuracy, many, medium and few on the test set, in percent (None: no class in the group)."""
     predictions, labels = [], []
-    for output, label in outputs(model, _own(test, processes), config, device):
-        predictions.append(output.logits_rebalance.argmax(1).cpu())
+    for logits, label in _test_logits(model, _own(test, processes), config, device):
+        predictions.append(logits.argmax(1).cpu())
         labels.append(label.cpu())
     parts = processes.gather((predictions, labels))
     return shot_accuracy(
@@ -76,6 +78,59 @@ def accuracy(
         many=config.many,
         few=config.few,
     )
+
+
+@torch.inference_mode()
+def _test_logits(
+    model: LongTailModel, test: ImageSet, config: DataConfig, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits [n, C], the mean over crops where the configuration wants it, and the labels of every image."""
+    if config.test_crops == 1:
+        for output, labels in outputs(model, test, config, device):
+            yield output.logits_rebalance, labels
+        return
+    was_training = model.training
+    model.eval()
+    memory = torch.channels_last if _is_channels_last(model) else torch.contiguous_format
+    for pixels, labels in plain_batches(test, config, BATCH, device, margin=True):
+        crops = five_crops(pixels, config.image_size)
+        logits = [model(crop.contiguous(memory_format=memory)).logits_rebalance for crop in crops]
+        yield torch.stack(logits).mean(0), labels
+    model.train(was_training)
+
+
+def five_crops(pixels: Tensor, size: int) -> list[Tensor]:
+    """Return centre and corners [n, c, size, size] of images [n, c, S, S] with S >= size; the first is the centre."""
+    edge = pixels.shape[-1] - size
+    middle = round(edge / 2)  # as torchvision's CenterCrop
+    places = [(middle, middle), (0, 0), (0, edge), (edge, 0), (edge, edge)]
+    return [pixels[:, :, top : top + size, left : left + size] for top, left in places]
+
+
+@torch.inference_mode()
+def features_by_class(
+    model: LongTailModel,
+    train: ImageSet,
+    config: DataConfig,
+    device: torch.device,
+    processes: Processes,
+    *,
+    seed: int,
+) -> Tensor:
+    """Return the mean features [C, F] of at most 100 images of each class, without augmentation, as float32.
+
+    The seed decides which images, not the number of processes; all of them return the same.
+    """
+    order = np.random.RandomState(seed).permutation(len(train))
+    order = order[np.argsort(train.labels.numpy()[order], kind="stable")]  # class after class
+    labels_in_order = train.labels.numpy()[order]
+    place_in_class = np.arange(len(order)) - np.searchsorted(labels_in_order, labels_in_order)
+    some = train.select(order[place_in_class < MOST_OF_A_CLASS])
+    sums = torch.zeros(train.num_classes, model.feature_dim, dtype=torch.float64)
+    for output, labels in outputs(model, _own(some, processes), config, device):
+        sums.index_add_(0, labels.cpu(), output.features.cpu().double())
+    total = torch.stack(processes.gather(sums)).sum(0)
+    return (total / some.class_counts.clamp(min=1)[:, None]).float().to(device)
 
 
 def neural_collapse(

@@ -51,6 +51,12 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("train", "micro_batch", "model.name linear has no encoder that a batch could pass in parts")
     if model.name != "mlp":
         drop("model", "mlp_hidden", f"model.name is {model.name}")
+    if not model.pretrained:
+        drop("model", "weights", "model.pretrained is false")
+    if model.tune not in ("lora", "adapter"):
+        drop("model", "tune_rank", f"model.tune is {model.tune}")
+    if not model.pretrained or model.tune == "full":
+        drop("train", "save", "no pretrained weights stay frozen (model.pretrained, model.tune): all are saved")
     if model.classifier == "linear":
         drop("model", "classifier_scale", "model.classifier is linear")
     if data.profile == "none":
@@ -74,7 +80,8 @@ def ignored_options(config: Config) -> dict[str, str]:
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain dictionaries, lists, strings and numbers (for YAML and JSON)."""
     values = dataclasses.asdict(config)
-    values["train"]["milestones"] = list(config.train.milestones)
+    for section in SECTIONS:  # YAML and JSON have lists
+        values[section] |= {name: list(v) for name, v in values[section].items() if isinstance(v, tuple)}
     return values
 
 

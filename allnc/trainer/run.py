@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from allnc.config import Config
+from allnc.config import SMALL_SETS, Config
 from allnc.data import FeatureSet, ImageSet, load, train_loader
 from allnc.losses.build import LOSSES, build_loss
-from allnc.models import LongTailModel, build_model
+from allnc.models import LongTailModel, build_model, pixel_statistics
 from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
-from allnc.trainer.measure import accuracy, check_images_fit, neural_collapse
+from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure
 from allnc.trainer.options import dotted
 from allnc.trainer.processes import Processes
@@ -27,7 +29,15 @@ from allnc.trainer.runtime import (
     seed_everything,
 )
 
-OF_A_MACHINE = ("out", "data.root", "data.train_list", "data.test_list", "data.workers", "train.threads")
+OF_A_MACHINE = (
+    "out",
+    "data.root",
+    "data.train_list",
+    "data.test_list",
+    "data.workers",
+    "train.threads",
+    "model.weights",
+)
 
 
 class DivergenceError(ValueError):
@@ -64,6 +74,7 @@ class Run:
             torch.set_flush_denormal(True)  # denormals of a nearly perfect fit slow CPU kernels tenfold
         seed_everything(config.seed)
         self.train_set, self.test_set = images or load(config.data)
+        config = self._with_statistics()
         self.counts = self.train_set.class_counts
         if int(self.counts.min()) == 0:
             raise ValueError(
@@ -113,6 +124,31 @@ class Run:
     def measured(self) -> LongTailModel:
         """The model that is measured and that other programs get: the moving average where there is one."""
         return self.model if self.average is None else self.average.module
+
+    def _with_statistics(self) -> Config:
+        """Let the pixels have mean and deviation of the configuration, or of the pretrained weights, which it notes."""
+        data, own = self.config.data, (self.train_set.mean, self.train_set.std)
+        if data.mean is None or data.std is None:
+            found = None if data.name in SMALL_SETS else pixel_statistics(self.config.model)
+            if found in (None, own):
+                return self.config
+            data = dataclasses.replace(data, mean=found[0], std=found[1])
+            self.config = dataclasses.replace(self.config, data=data)
+        elif len(data.mean) != len(own[0]):
+            raise ValueError(
+                f"data.mean and data.std must have {len(own[0])} numbers, one for each channel; got {len(data.mean)}"
+            )
+        assert data.mean is not None and data.std is not None
+        self.train_set = dataclasses.replace(self.train_set, mean=data.mean, std=data.std)
+        self.test_set = dataclasses.replace(self.test_set, mean=data.mean, std=data.std)
+        return self.config
+
+    def start_classifier(self) -> None:
+        """Let a new run's class vectors be class means, where the configuration wants it; all processes call it."""
+        if self.config.model.classifier_init == "class_means":
+            data, seed = self.config.data, self.config.seed
+            means = features_by_class(self.model, self.train_set, data, self.device, self.processes, seed=seed)
+            self.model.start_classifier(means)
 
     def autocast(self) -> torch.autocast:
         """The context in which the model runs in training."""
@@ -170,9 +206,30 @@ class Run:
             "best": self.best,
         }
         if self.average is not None:
-            training["model"] = self.model.state_dict()
-        model = self.measured.state_dict()
+            training["model"] = self._saved_state(self.model)
+        model = checkpoint.Weights(self._saved_state(self.measured), self.frozen_sum if self._left_out() else None)
         checkpoint.save(folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes)
+
+    def _left_out(self) -> list[str]:
+        """Name what a checkpoint does not hold: pretrained weights that stay frozen, unless the run wants all saved."""
+        config = self.config
+        return self.model.frozen_names() if config.model.pretrained and config.train.save == "tuned" else []
+
+    def _saved_state(self, model: LongTailModel) -> dict[str, torch.Tensor]:
+        state = model.state_dict()
+        for name in self._left_out():
+            del state[name]
+        return state
+
+    def _whole_state(self, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add the model's own frozen tensors where they were left out."""
+        own = self.model.state_dict()
+        return {name: own[name] for name in self._left_out()} | saved
+
+    @functools.cached_property
+    def frozen_sum(self) -> str:
+        """SHA-256 of the model's frozen tensors, which stay what they are."""
+        return self.model.frozen_sum()
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint in a run folder.
@@ -191,7 +248,7 @@ class Run:
         if state.get("features") != self._features():
             raise ValueError("a resumed run must have the features it began with; data.root holds others")
         self.load_model(weights, manifest.epoch)
-        self.model.load_state_dict(state.get("model", weights))
+        self.model.load_state_dict(self._whole_state(state.get("model", weights)))
         self.loss.load_state_dict(state["loss"])
         if manifest.config.train.optimizer == self.config.train.optimizer:  # else the new one starts without a past
             self.optimizer.load_state_dict(state["optimizer"])
@@ -201,10 +258,20 @@ class Run:
         restore_random_state(state["random"])
         self.seconds, self.best = state["seconds"], state["best"]
 
-    def load_model(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
-        """Take the weights that a checkpoint has after an epoch."""
+    def load_model(self, weights: checkpoint.Weights, epoch: int) -> None:
+        """Take the weights that a checkpoint has after an epoch.
+
+        Raises:
+            ValueError: they do not fit the model, or were tuned beside other frozen weights than the model has.
+        """
+        if weights.frozen is not None and weights.frozen != self.frozen_sum:
+            raise ValueError(
+                "the pretrained weights must be those that the checkpoint was tuned with, of which it holds no copy: "
+                f"their SHA-256 is {weights.frozen[:16]}..., got {self.frozen_sum[:16]}...; name their file by "
+                "--model.weights"
+            )
         try:
-            self.measured.load_state_dict(weights)
+            self.measured.load_state_dict(self._whole_state(weights))
         except RuntimeError as error:  # torch lists every name and shape
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None

@@ -84,27 +84,28 @@ def _backward_in_parts(run: Run, batch: Batch, progress: float) -> LossOutput:
         for rows in parts:
             before.append(dropout_state(device))
             with run.autocast():  # one for each part: autocast keeps weights of 16 bits, here without a graph
-                found.append(encoder(_pixels(run, batch.images[rows])))
+                found.append(run.model.encode(_pixels(run, batch.images[rows])))
     features = torch.empty_like(torch.cat(found))
     features[torch.cat(parts)] = torch.cat(found)
     del found
 
-    features.requires_grad_()
+    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    features.requires_grad_(trains)
     with run.autocast():
         output = run.model.heads(features, train_uniform=run.loss.trains_uniform(progress))
     loss = loss_of(run, output, batch, progress=progress)
     run.scaler.scale(loss.total).backward()
     gradient, after = features.grad, dropout_state(device)
-    assert gradient is not None  # every head reads the features
     del output, features
 
-    with averaged_statistics(encoder):
-        for rows, state in zip(parts, before, strict=True):
-            restore_dropout_state(state, device)
-            with run.autocast():
-                again = encoder(_pixels(run, batch.images[rows]))
-            again.backward(gradient[rows])
-    restore_dropout_state(after, device)
+    if gradient is not None:  # else all of the encoder is frozen
+        with averaged_statistics(encoder):
+            for rows, state in zip(parts, before, strict=True):
+                restore_dropout_state(state, device)
+                with run.autocast():
+                    again = run.model.encode(_pixels(run, batch.images[rows]))
+                again.backward(gradient[rows])
+        restore_dropout_state(after, device)
     run.processes.average([p.grad for p in run.model.parameters() if p.grad is not None])
     return loss
 

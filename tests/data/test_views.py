@@ -85,7 +85,7 @@ def test_small_shifts_and_rotations_keep_the_digit() -> None:
     assert (mass > 2.5).all() and (mass < 6).all()
 
 
-@pytest.mark.parametrize("kind", ["autoaugment", "resized_crop", "randaugment", "none"])
+@pytest.mark.parametrize("kind", ["autoaugment", "resized_crop", "crop_flip", "randaugment", "none"])
 def test_pipelines_of_single_images(kind: str) -> None:
     image = pictures(1, size=32, channels=3)[0]
     picture = image if kind == "autoaugment" else v2.functional.to_pil_image(image)
@@ -116,7 +116,7 @@ def test_whole_batches_of_odd_sizes(kind: str, shape: tuple[int, int, int, int])
     assert views.shape == shape and torch.isfinite(views).all()
 
 
-@pytest.mark.parametrize("kind", ["none", "resized_crop", "randaugment"])
+@pytest.mark.parametrize("kind", ["none", "resized_crop", "crop_flip", "randaugment"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (3, 5), (15, 16)])
 def test_images_of_extreme_shapes_cost_no_more_than_others(kind: str, size: tuple[int, int]) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,7 +19,9 @@ from allnc.trainer.step import train_step
 from tests.backends import needs_interpreter
 from tests.launches import Dispatches, count_launches
 
-RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "allnc" / "recipes").glob("*.yaml"))
+# Those of lightly tuned models (_vit) have another loss.
+STEMS = sorted(path.stem for path in (Path(__file__).parents[2] / "allnc" / "recipes").glob("*.yaml"))
+RECIPES = [stem for stem in STEMS if not stem.endswith("_vit")]
 CLASSES, IMAGES = 12, 8
 needs_cpp = pytest.mark.skipif(not _extension.has_cpp(), reason="the C++ extension is not built")
 

@@ -1,0 +1,120 @@
+"""timm's encoders, with random, published or given weights; nothing is ever half loaded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from allnc.config import ModelConfig
+
+
+def timm_encoder(config: ModelConfig, in_channels: int) -> tuple[nn.Module, int]:
+    """Return a timm model without its classifier, and the width of its features.
+
+    Args:
+        config: name, pretrained and weights.
+        in_channels: channels of the images; timm fits the first layer of pretrained weights to them.
+
+    Raises:
+        ValueError: timm does not know the model, its weights cannot be got or read, or do not fit it.
+    """
+    import timm
+
+    name = _known(config)
+    if config.pretrained and config.weights is not None:
+        encoder = _from_file(name, os.path.expanduser(config.weights), in_channels)
+    else:
+        try:
+            encoder = timm.create_model(name, pretrained=config.pretrained, num_classes=0, in_chans=in_channels)
+        except Exception as error:  # timm's downloads raise what its network libraries raise
+            if not config.pretrained:
+                raise
+            raise ValueError(
+                f"model.pretrained could not get weights for {name}: {_line(error)}; name a file of them by "
+                "model.weights, or set model.pretrained false to start anew"
+            ) from error
+    # Some architectures keep a wide layer before the classifier even without one.
+    width: Any = getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    return encoder, int(width)
+
+
+def pixel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and deviation of the pixels that a pretrained model's weights were trained with, by channel.
+
+    None where there is nothing to return: a model of random weights, or one that timm has no weights of.
+
+    Raises:
+        ValueError: timm does not know the model.
+    """
+    if not config.pretrained:
+        return None
+    import timm
+
+    pretrained = timm.get_pretrained_cfg(_known(config), allow_unregistered=True)
+    return None if pretrained is None else (tuple(pretrained.mean), tuple(pretrained.std))
+
+
+def _known(config: ModelConfig) -> str:
+    """Return timm's name of the model."""
+    import timm
+
+    name = config.name.removeprefix("timm:")
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:3] or timm.list_models(f"{name[:6]}*")[:3]
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ValueError(f"model.name must be a model that timm knows; got {name!r}{hint}")
+    return name
+
+
+def _from_file(name: str, path: str, in_channels: int) -> nn.Module:
+    """Build a timm model with the weights of a file, each of which must have its place, and the other way round.
+
+    timm is lenient about names as soon as the number of classes is not that of the weights. So the model is built with
+    the file's own classifier, or none, as the file has it, and loses it afterwards.
+    """
+    import timm
+
+    if not os.path.isfile(path):
+        fault = "is a folder" if os.path.isdir(path) else "is missing"
+        raise ValueError(f"model.weights must be a file with weights of {name} (.safetensors, .pth); {path} {fault}")
+    try:
+        state = timm.models.load_state_dict(path)
+    except Exception as error:  # a broken file raises whatever its bytes happen to mean
+        raise ValueError(
+            f"model.weights must be a file with weights of {name}; {path} cannot be read: {_line(error)}"
+        ) from error
+    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    classes = _classes_of(state, published.classifier if published else None)
+    del state
+    # The number of classes of a foreign format (the original one of CLIP) stands nowhere: it is that of timm's own.
+    options = [classes] if classes or published is None else [0, published.num_classes]
+    problem: Exception | None = None
+    for number in options:
+        overlay = {"file": path, "num_classes": number, "custom_load": False}
+        try:
+            encoder = timm.create_model(
+                name, pretrained=True, num_classes=number, in_chans=in_channels, pretrained_cfg_overlay=overlay
+            )
+        except Exception as error:  # torch's names and shapes, or what a reader of foreign formats stumbles on
+            problem = problem or error
+            continue
+        if number:
+            encoder.reset_classifier(0)  # pyright: ignore[reportCallIssue]
+        return encoder
+    assert problem is not None
+    raise ValueError(f"model.weights must fit {name}; {path} does not: {_line(problem)}") from problem
+
+
+def _classes_of(state: dict[str, Any], classifier: Any) -> int:
+    """Return the rows of the classifier in a state, 0 where it has none; `classifier` is timm's name of it."""
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    rows = [state[f"{name}.weight"].shape[0] for name in names if f"{name}.weight" in state]
+    return rows[0] if rows else 0
+
+
+def _line(error: Exception) -> str:
+    """Return what went wrong on one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."
