@@ -158,7 +158,7 @@ class DataConfig:
         if self.test_crops not in (1, 5):
             raise ValueError(f"data.test_crops must be 1 or 5; got {self.test_crops}")
         small = self.name in SMALL_SETS
-        if small and self.test_crops != 1:
+        if (small or self.name == "features") and self.test_crops != 1:
             raise ValueError(
                 f"data.test_crops must be 1 with data.name {self.name}; got {self.test_crops}: for large images only"
             )
