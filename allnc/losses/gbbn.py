@@ -109,7 +109,8 @@ class GBBN(nn.Module):
         eta = self.eta(progress)
         if logits_uniform is logits_rebalance and logits_uniform.is_floating_point():  # one copy in float32, not two
             logits_uniform = logits_rebalance = logits_uniform.to(accumulation_dtype(logits_uniform.dtype))
-        uniform = self.uniform_loss(logits_uniform, labels_uniform)
+        with torch.set_grad_enabled(eta > 0 and torch.is_grad_enabled()):  # only logged: keep no [N, C] matrix for it
+            uniform = self.uniform_loss(logits_uniform, labels_uniform)
         rebalance = self.rebalance_loss(logits_rebalance, labels_rebalance)
         # A branch of weight 0 is logged but left out of the graph: 0 x inf would be NaN.
         terms = [share * loss for share, loss in ((eta, uniform), (1 - eta, rebalance)) if share > 0]

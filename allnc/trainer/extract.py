@@ -113,9 +113,14 @@ class _Extraction:
     def __init__(self, plan: Plan) -> None:
         assert plan.config is not None
         config, epoch, weights = plan.config, 0, None
-        if plan.run is not None:
+        if plan.run is None:  # what light tuning would add is no part of the encoder yet
+            model = dataclasses.replace(config.model, tune="full", tune_rank=None)
+            config = dataclasses.replace(config, model=model)
+        else:
             of_run, epoch, weights = load_weights(plan.run)
-            model = dataclasses.replace(of_run.model, pretrained=False)  # the checkpoint has every weight
+            model = of_run.model
+            if weights.frozen is None:  # the checkpoint has every weight
+                model = dataclasses.replace(model, pretrained=False)
             config = dataclasses.replace(config, model=model, loss=of_run.loss)  # which decides on the heads
         # What a training makes of images and weights; its steps, which there are none of, shall not refuse a small set.
         run = Run(dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2, micro_batch=None)))

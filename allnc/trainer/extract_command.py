@@ -29,11 +29,11 @@ PROGRAM = Program(
 )
 # Every other option of a configuration is of the training that is to come.
 _READ = (
-    *("seed", "model.name", "model.width", "model.shortcut", "model.norm", "model.pretrained"),
+    *("seed", "model.name", "model.width", "model.shortcut", "model.norm", "model.pretrained", "model.weights"),
     *(f"train.{name}" for name in ("device", "threads", "channels_last", "matmul_precision")),
     *(f"data.{name}" for name in ("name", "root", "train_list", "test_list", "download", "workers")),
     *(f"data.{name}" for name in ("imbalance", "imbalance_ratio", "max_per_class", "subset_seed")),
-    *(f"data.{name}" for name in ("image_size", "augmentation")),
+    *(f"data.{name}" for name in ("image_size", "augmentation", "mean", "std")),
 )
 _OWN_FILE = re.compile(r"(train|test)-pass\d+-\d{5}\.safetensors")
 

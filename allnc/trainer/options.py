@@ -70,7 +70,7 @@ def ignored_options(config: Config) -> dict[str, str]:
         if data.augmentation in BATCH_AUGMENTATIONS:
             drop("data", "workers", "small images are augmented in whole batches")
     if data.name == "features":
-        drop("data", "image_size workers", "features are read as they were stored")
+        drop("data", "image_size workers mean std", "features are read as they were stored")
         drop("train", "channels_last", "features are rows of numbers, not images")
     if train.schedule == "cosine":
         drop("train", "milestones", "train.schedule is cosine")

@@ -169,7 +169,7 @@ def test_resuming_gives_the_same_bits(name: str, stored: Path, tmp_path: Path, m
     straight = loop.train(config, tmp_path / "straight", quiet())
     epochs = loop.train_epoch
 
-    def stopped(run: loop.Run, log: Any) -> dict[str, float]:
+    def stopped(run: loop.Run, log: Any) -> Any:
         if run.epoch == 2:
             raise KeyboardInterrupt
         return epochs(run, log)
