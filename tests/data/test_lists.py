@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from allnc.config import DataConfig
-from allnc.data import ImageSet, load
+from allnc.data import ImageSet, lists, load
 from tests.rights import needs_root, without_rights
 
 
@@ -62,6 +62,18 @@ def test_paths_and_labels(root: Path) -> None:
 def test_what_editors_make_of_a_list(text: bytes, root: Path) -> None:
     train, _ = read(root, text)
     assert tuple(train.paths) == (str(root / "a.png"), str(root / "sub/été.png")) and train.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_do_not_depend_on_the_blocks(end: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [("a.png", 0), ("sub/été.png", 1), ("one two.png", 2), ("b.png", 3), ("./sub/c.png", 4)]
+    text = end.join(f"{path} {label}{end}" for path, label in pairs)  # with an empty line after each
+    for block in range(20, 90):
+        monkeypatch.setattr(lists, "BLOCK", block)
+        train, _ = read(root, text, "b.png 3\n")
+        assert list(train.paths) == [f"{root}/{path}" for path, _ in pairs] and train.labels.tolist() == [0, 1, 2, 3, 4]
+        with pytest.raises(ValueError, match=r"c\.png must have one label; got 4 in .*:9 and 0 in .*:11$"):
+            read(root, f"{text}{end}sub/c.png 0{end}")
 
 
 def test_a_path_may_hold_what_ends_lines_elsewhere(root: Path) -> None:
