@@ -1,4 +1,8 @@
-"""One image file as 8-bit RGB, whatever it holds: the only place that reads one."""
+"""One image file as 8-bit RGB, whatever it holds: the only place that reads one.
+
+JPEGs are no exception to PIL: the fastest other decoder of the same pixels takes 0.3 ms less of the 9 ms that two views
+of a photograph take (benchmarks/loader.py), too little for a second reader with errors of its own.
+"""
 
 from __future__ import annotations
 
