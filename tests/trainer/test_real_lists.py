@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import signal
 import time
 import tracemalloc
 from pathlib import Path
@@ -21,6 +23,8 @@ from allnc import evaluate
 from allnc.config import DataConfig
 from allnc.data import load
 from tests.faults.runs import command
+from tests.processes import needs_gloo
+from tests.trainer.test_ranks import launch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = (
@@ -89,6 +93,44 @@ def test_a_small_part_of_imagenet_lt_trains_and_is_measured(
     assert evaluate.main([str(out)]) == 0
     accuracy = re.search(r"accuracy \(test\) +│ +([\d.]+)", capsys.readouterr().out)
     assert accuracy is not None and float(accuracy.group(1)) == pytest.approx(summary["accuracy"], abs=0.06)
+
+
+@needs_gloo
+def test_two_processes_in_parts_are_killed_resumed_by_one_and_evaluated(
+    pictures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = pictures.PROFILES["imagenet_lt"]
+    train = list(pictures.training_lines(profile, -(-pictures.sizes_of(profile) // 400)))
+    options = tree(tmp_path, pictures, train, pictures.test_lines(profile)[::100])
+    words = [word for name, value in options.items() for word in (f"--data.{name}", value)]
+    out = tmp_path / "run"
+    process = launch(
+        2,
+        "--config",
+        "imagenet_lt",
+        *words,
+        *TINY,
+        "--train.epochs",
+        "3",
+        "--train.micro_batch",
+        "32",
+        "--out",
+        str(out),
+    )
+    while not (out / "checkpoint.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)  # the launcher ends the other one
+    process.communicate(timeout=60)
+    assert not (out / "summary.json").exists(), "the run was over before it was killed"
+    status, errors = command("--resume", "--out", str(out))
+    assert status == 0, errors
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert evaluate.main([str(out)]) == 0
+    assert "accuracy (test)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["ImageNet_LT_val.txt", "ImageNet_LT_test.txt", "Places_LT_test.txt"])
