@@ -4,7 +4,7 @@ from allnc.models.build import LongTailModel, ModelOutput, build_model
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
 from allnc.models.pretrained import pixel_statistics
 from allnc.models.resnet_cifar import CifarResNet
-from allnc.models.tuning import added_parts_run
+from allnc.models.tuning import added_parts_run, sum_of_tensors
 
 __all__ = [
     "CifarResNet",
@@ -16,4 +16,5 @@ __all__ = [
     "added_parts_run",
     "build_model",
     "pixel_statistics",
+    "sum_of_tensors",
 ]

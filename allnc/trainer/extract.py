@@ -8,7 +8,6 @@ starts anew with it, so that the result does not depend on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from allnc.config import FEATURES_MANIFEST
 from allnc.data import ImageSet, TrainLoader, plain_batches
 from allnc.data.features import FORMAT, PARTS, passes_of, read_manifest, shard_names, sum_of_values
+from allnc.models import sum_of_tensors
 from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.extract_command import Plan, check_folder
 from allnc.trainer.folder import RunFolder, write_json, write_whole
@@ -143,7 +143,7 @@ class _Extraction:
             "std": list(train.std),
             "images": {part: len(images) for part, images in self.sets.items()},
             "images_sha256": {part: images.fingerprint() for part, images in self.sets.items()},
-            "weights_sha256": _sum_of_weights(self.encoder),
+            "weights_sha256": sum_of_tensors(self.encoder.state_dict()),
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "versions": versions(),
@@ -196,13 +196,3 @@ class _Extraction:
                 epoch = stream + first
                 for rows, batch in zip(loader.indices(epoch), loader.epoch(epoch), strict=True):
                     yield first + rows, loader.pixels(batch.images)
-
-
-def _sum_of_weights(encoder: nn.Module) -> str:
-    """Return a SHA-256 over all parameters and buffers, wherever and in whatever memory order they lie."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
