@@ -188,7 +188,6 @@ class ModelConfig:
         shortcut: CIFAR ResNet only: A pads with zero channels (as He et al.), B projects with a 1 x 1
             convolution.
         mlp_hidden: mlp only: width between its two layers, >= 1; None takes that of the features.
-        pretrained: start a timm model from its published weights.
         norm: batch keeps the encoder's own normalisation; group puts GroupNorm in the place of each BatchNorm2d, so
             that no image sees another and train.micro_batch changes nothing.
         pretrained: start a timm model from its published weights, which timm downloads unless `weights` names them.
@@ -345,9 +344,9 @@ class TrainConfig:
     Args:
         epochs: passes over the training set, >= 1.
         batch_size: images (not views) in a step, of all processes together, >= 2.
-        micro_batch: images of a process that pass the encoder at a time, >= 1, in parts as equal as can be: memory is
-            that of a part, the step takes one forward more, and all images of a batch contrast as before. BatchNorm
-            takes the statistics of a part. None: the whole batch at once.
+        micro_batch: images of a process (of both branches' batches, where there are two) that pass the encoder at a
+            time, >= 1, in parts as equal as can be: memory is that of a part, the step takes one forward more, and all
+            images of a batch contrast as before. BatchNorm takes the statistics of a part. None: the whole batch.
         optimizer: sgd with Nesterov momentum, lars, adamw or lamb.
         lr: peak learning rate, > 0; of a batch of 256 images where lr_scaling is not none.
         lr_scaling: how the peak grows with the batch: none, linear (lr x batch_size / 256) or sqrt (its square root).

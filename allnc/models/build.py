@@ -139,7 +139,6 @@ def build_model(
     """
     if config.name.startswith("timm:"):
         encoder, feature_dim = timm_encoder(config, in_channels)
-        tune(encoder, config, num_classes)
     elif config.name in FEATURE_MODELS:
         encoder, feature_dim = feature_encoder(config.name, in_channels, config.mlp_hidden), in_channels
     else:
@@ -148,6 +147,8 @@ def build_model(
         feature_dim = encoder.num_features
     if config.norm == "group":
         encoder = group_normalised(encoder)
+    if config.name.startswith("timm:"):
+        tune(encoder, config, num_classes)
     heads = config.heads if two_branches else "shared"
     return LongTailModel(encoder, feature_dim, num_classes, config, head=head, heads=heads)
 

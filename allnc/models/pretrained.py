@@ -65,6 +65,13 @@ def _known(config: ModelConfig) -> str:
         near = timm.list_models(f"*{name}*")[:3] or timm.list_models(f"{name[:6]}*")[:3]
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise ValueError(f"model.name must be a model that timm knows; got {name!r}{hint}")
+    try:
+        timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:  # what stands behind the dot names weights, and is not among those of the model
+        model, tag = name.split(".", 1)
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
+        hint = f"it has {', '.join(tags[:5])}{' ...' if len(tags) > 5 else ''}" if tags else "it has none"
+        raise ValueError(f"model.name must name weights that timm knows of {model}; got {tag!r}: {hint}") from None
     return name
 
 
@@ -79,15 +86,13 @@ def _from_file(name: str, path: str, in_channels: int) -> nn.Module:
     if not os.path.isfile(path):
         fault = "is a folder" if os.path.isdir(path) else "is missing"
         raise ValueError(f"model.weights must be a file with weights of {name} (.safetensors, .pth); {path} {fault}")
+    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
     try:
-        state = timm.models.load_state_dict(path)
+        classes = _classes_of(timm.models.load_state_dict(path), published.classifier if published else None)
     except Exception as error:  # a broken file raises whatever its bytes happen to mean
         raise ValueError(
             f"model.weights must be a file with weights of {name}; {path} cannot be read: {_line(error)}"
         ) from error
-    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    classes = _classes_of(state, published.classifier if published else None)
-    del state
     # The number of classes of a foreign format (the original one of CLIP) stands nowhere: it is that of timm's own.
     options = [classes] if classes or published is None else [0, published.num_classes]
     problem: Exception | None = None

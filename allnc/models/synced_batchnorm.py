@@ -16,6 +16,8 @@ def synchronise(model: nn.Module, group: dist.ProcessGroup) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
+        if not module.training and all(not p.requires_grad for p in module.parameters()):
+            continue  # frozen: it takes no statistics of a batch
         if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             raise ValueError(
                 f"model.name must have plain BatchNorm on several processes of a CPU; {name} is a "

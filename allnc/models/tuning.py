@@ -185,14 +185,14 @@ def added_parts_run(encoder: nn.Module) -> Iterator[None]:
 def rest(encoder: nn.Module, mode: str) -> None:
     """Put what is frozen into evaluation mode: its running statistics and noise are part of what stays.
 
-    Called after `train()`. Only BatchNorm has statistics; timm's models have no dropout or stochastic depth unless
-    asked, and nothing here asks.
+    Called after `train()`. Only BatchNorm has statistics; some of timm's models (Swin) have stochastic depth unasked.
     """
     if mode == "head":
         encoder.eval()
     elif mode != "full":
         for module in encoder.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and not _trains(module):
+            noisy = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "DropPath"
+            if noisy or (isinstance(module, nn.modules.batchnorm._NormBase) and not _trains(module)):
                 module.eval()
 
 

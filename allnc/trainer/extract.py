@@ -78,6 +78,8 @@ def _store(work: _Extraction, manifest: dict[str, Any], folder: RunFolder, conso
     counts = " and ".join(f"{len(work.sets[part])} {part}" for part in PARTS)
     passes = f"{manifest['passes']} pass{'es' if manifest['passes'] > 1 else ''}"
     said(f"features of {counts} images, {manifest['feature_dim']} wide, {passes}; {folder}")
+    for note in work.notes:
+        said(f"note: {note}")
     _write_manifest(folder, manifest)
     started, stored = time.perf_counter(), 0
     for part in PARTS:
@@ -118,18 +120,25 @@ class _Extraction:
             config = dataclasses.replace(config, model=model)
         else:
             of_run, epoch, weights = load_weights(plan.run)
-            model = of_run.model
+            model = dataclasses.replace(of_run.model, weights=config.model.weights or of_run.model.weights)
             if weights.frozen is None:  # the checkpoint has every weight
                 model = dataclasses.replace(model, pretrained=False)
             config = dataclasses.replace(config, model=model, loss=of_run.loss)  # which decides on the heads
         # What a training makes of images and weights; its steps, which there are none of, shall not refuse a small set.
-        run = Run(dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2, micro_batch=None)))
+        # The weights of a run are those that it measures, a moving average where it has one.
+        train = dataclasses.replace(config.train, batch_size=2, micro_batch=None, ema_decay=None)
+        run = Run(dataclasses.replace(config, train=train))
         if weights is not None:
             run.load_model(weights, epoch)
         self.sets: dict[str, ImageSet] = {"train": run.train_set, "test": run.test_set}
         self.config, self.device, self.memory = config, run.device, run.memory
         self.encoder = run.model.encoder.eval()
-        train = run.train_set
+        images = run.train_set
+        self.notes = [note for part in self.sets.values() for note in part.notes]
+        if plan.run is None and not config.model.pretrained:
+            self.notes.append(
+                f"{config.model.name} has random weights, whose features say little: --model.pretrained true or --run"
+            )
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "config": to_dict(config),
@@ -137,12 +146,12 @@ class _Extraction:
             "passes": plan.passes,
             "shard_rows": plan.shard_rows,
             "feature_dim": run.model.feature_dim,
-            "num_classes": train.num_classes,
-            "classes": list(train.classes),
-            "mean": list(train.mean),
-            "std": list(train.std),
-            "images": {part: len(images) for part, images in self.sets.items()},
-            "images_sha256": {part: images.fingerprint() for part, images in self.sets.items()},
+            "num_classes": images.num_classes,
+            "classes": list(images.classes),
+            "mean": list(images.mean),
+            "std": list(images.std),
+            "images": {part: len(each) for part, each in self.sets.items()},
+            "images_sha256": {part: each.fingerprint() for part, each in self.sets.items()},
             "weights_sha256": sum_of_tensors(self.encoder.state_dict()),
             "device": self.device.type,
             "threads": torch.get_num_threads(),

@@ -85,7 +85,7 @@ def plan(words: Sequence[str]) -> Plan:
     config, _ = parse(rest, PROGRAM)
     for name in given:
         if "." in name or name == "seed":
-            if runs and (name == "seed" or name.startswith("model.")):
+            if runs and (name == "seed" or (name.startswith("model.") and name != "model.weights")):
                 raise ValueError(f"--{name} would be ignored: the model is that of --run; remove it")
             if name not in _READ:
                 raise ValueError(f"--{name} would be ignored: it is of the training on the features; remove it")

@@ -183,8 +183,8 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     if run.processes.size > 1:
         lines.append(f"{run.processes.size} processes share each batch of {config.train.batch_size} images")
     if run.passes > 1:
-        own = -(-config.train.batch_size // run.processes.size)
-        lines.append(f"each batch passes the encoder in {run.passes} parts of at most {-(-own // run.passes)} images")
+        most = -(-config.train.batch_size // run.processes.size // run.passes) * (2 if run.loader.two_batches else 1)
+        lines.append(f"each batch passes the encoder in {run.passes} parts of at most {most} images")
     if config.model.tune != "full":
         sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
         tuned, whole = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

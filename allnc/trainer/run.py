@@ -12,7 +12,7 @@ import torch
 from allnc.config import SMALL_SETS, Config
 from allnc.data import FeatureSet, ImageSet, load, train_loader
 from allnc.losses.build import LOSSES, build_loss
-from allnc.models import LongTailModel, build_model, pixel_statistics
+from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_tensors
 from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
@@ -164,7 +164,7 @@ class Run:
         """
         if self.processes.size > 1:
             self.processes.together(self._agree)
-        self.processes.connect(self.model)
+        self.processes.together(lambda: self.processes.connect(self.model))
         if self.passes == 1:  # a batch in parts averages its gradients once it has them all
             may_rest = self.model.uniform_classifier is not None
             self.network = self.processes.averaging(self.model, may_rest=may_rest)
@@ -173,6 +173,7 @@ class Run:
         """Raise ValueError, in the first process, unless all have the same options and images."""
         sets = {"training": self.train_set, "test": self.test_set}
         own = {f"{name} images": f"{len(s):,} (SHA-256 {s.fingerprint()[:16]})" for name, s in sets.items()}
+        own["weights"] = f"those of SHA-256 {sum_of_tensors(self.model.state_dict())[:16]}"
         own |= {name: str(value) for name, value in dotted(self.config).items() if name not in OF_A_MACHINE}
         for rank, theirs in enumerate(self.processes.gather(own)):
             other = next((name for name in own if theirs[name] != own[name]), None)
@@ -185,11 +186,12 @@ class Run:
     @property
     def passes(self) -> int:
         """In how many parts a batch passes the encoder, on every process."""
-        size, micro_batch = self.config.train.batch_size, self.config.train.micro_batch
+        micro_batch, size = self.config.train.micro_batch, self.config.train.batch_size
         if micro_batch is None or self.config.model.name == "linear":  # which has no encoder
             return 1
         most, least = -(-size // self.processes.size), size // self.processes.size
-        return min(-(-most // micro_batch), least)  # at most: a part has an image
+        of_a_branch = max(1, micro_batch // (2 if self.loader.two_batches else 1))
+        return min(-(-most // of_a_branch), least)  # at most: a part has an image of each branch
 
     def _features(self) -> str | None:
         """What a resumed run must find again where it trains on stored features: of images, their files may move."""
@@ -223,10 +225,10 @@ class Run:
             del state[name]
         return state
 
-    def _whole_state(self, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Add the model's own frozen tensors where they were left out."""
-        own = self.model.state_dict()
-        return {name: own[name] for name in self._left_out()} | saved
+    def _whole_state(self, saved: dict[str, torch.Tensor], weights: checkpoint.Weights) -> dict[str, torch.Tensor]:
+        """Add the model's own frozen tensors where the checkpoint of these weights leaves them out."""
+        own, absent = self.model.state_dict(), [] if weights.frozen is None else self.model.frozen_names()
+        return {name: own[name] for name in absent} | saved
 
     @functools.cached_property
     def frozen_sum(self) -> str:
@@ -250,7 +252,7 @@ class Run:
         if state.get("features") != self._features():
             raise ValueError("a resumed run must have the features it began with; data.root holds others")
         self.load_model(weights, manifest.epoch)
-        self.model.load_state_dict(self._whole_state(state.get("model", weights)))
+        self.model.load_state_dict(self._whole_state(state.get("model", weights), weights))
         self.loss.load_state_dict(state["loss"])
         if manifest.config.train.optimizer == self.config.train.optimizer:  # else the new one starts without a past
             self.optimizer.load_state_dict(state["optimizer"])
@@ -273,7 +275,7 @@ class Run:
                 "--model.weights"
             )
         try:
-            self.measured.load_state_dict(self._whole_state(weights))
+            self.measured.load_state_dict(self._whole_state(weights, weights))
         except RuntimeError as error:  # torch lists every name and shape
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None

@@ -249,6 +249,29 @@ def test_weights_are_fitted_to_grey_images(tmp_path: Path) -> None:
     assert torch.equal(encoder["norm.weight"], state["norm.weight"])
 
 
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_weights_that_timm_does_not_know(pretrained: bool) -> None:
+    with pytest.raises(ValueError, match=r"weights that timm knows of test_vit; got 'bogus': it has r160_in1k"):
+        build("timm:test_vit.bogus", pretrained=pretrained)
+
+
+def test_a_classifier_that_is_no_tensor(tmp_path: Path) -> None:
+    torch.save({"head.weight": 7}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth cannot be read"):
+        build(pretrained=True, weights=str(tmp_path / "w.pth"))
+
+
+def test_group_norms_of_a_frozen_encoder_are_frozen() -> None:
+    assert not any(p.requires_grad for p in build("timm:test_resnet", "head", norm="group").encoder.parameters())
+
+
+def test_frozen_noise_rests() -> None:
+    model = build("timm:swin_tiny_patch4_window7_224", "norm")
+    model.train()
+    drops = [module for module in model.encoder.modules() if type(module).__name__ == "DropPath"]
+    assert drops and not any(module.training for module in drops)
+
+
 def test_weights_that_do_not_fit_are_refused_whole(tmp_path: Path) -> None:
     def refused(message: str, name: str = VIT, file: str = "w.pth") -> None:
         with pytest.raises(ValueError, match=message) as caught:

@@ -64,9 +64,9 @@ def everything(images: Any, config: Config, encoder: torch.nn.Module) -> tuple[T
 
 def assert_stored(folder: Path, run: loop.Run) -> None:
     """The features in the folder are those of the run's encoder, rounded to float16."""
-    run.model.eval()
+    run.measured.eval()
     for images, got in zip((run.train_set, run.test_set), load(heads(folder).data), strict=True):
-        want, labels = everything(images, run.config, run.model.encoder)
+        want, labels = everything(images, run.config, run.measured.encoder)
         rows, of_rows = everything(got, heads(folder), torch.nn.Identity())
         assert rows.dtype == torch.float32 and torch.equal(of_rows, labels)
         torch.testing.assert_close(rows, want, rtol=2**-10, atol=1e-6)
@@ -93,6 +93,21 @@ def test_they_are_those_of_a_trained_run(trained_encoder: tuple[Path, Path]) -> 
     run = loop.Run(config)
     run.load_model(weights, epochs)
     assert_stored(trained_encoder[1], run)
+
+
+def test_of_a_run_with_a_moving_average_they_are_the_average_s(tmp_path: Path) -> None:
+    words = ["--model.width", "4", "--data.max_per_class", "60", "--train.epochs", "1", "--train.ema_decay", "0.5"]
+    assert train.main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert features.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "features")]) == 0
+    config, epochs, weights = load_weights(tmp_path / "run")
+    run = loop.Run(config)
+    run.load_model(weights, epochs)
+    assert_stored(tmp_path / "features", run)
+
+
+def test_random_weights_are_no_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(tmp_path / "random")
+    assert "note: resnet8 has random weights" in capsys.readouterr().out
 
 
 def test_passes_are_different_views_of_the_same_images(stored: Path, tmp_path: Path) -> None:

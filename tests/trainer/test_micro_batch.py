@@ -200,6 +200,13 @@ def test_the_graph_is_that_of_a_part() -> None:
     assert most_kept(PLAIN) < 0.3 * most_kept(changed(train={"micro_batch": None}))
 
 
+@pytest.mark.parametrize(("size", "sampler", "want"), [(8, "uniform", 6), (8, "reversed", 12), (3, "reversed", 45)])
+def test_no_part_has_more_images_than_asked(size: int, sampler: str, want: int) -> None:
+    run, batch = run_and_batch(changed(data={"rebalance_sampler": sampler}, train={"micro_batch": size}))
+    most = max(len(rows) // 2 for rows in batch.parts(run.passes))  # of two views
+    assert run.passes == want and most <= size
+
+
 def test_parts_hold_every_row_once_and_all_views_of_an_image() -> None:
     labels = torch.arange(3 * 10)
     for number in (1, 2, 3, 4):

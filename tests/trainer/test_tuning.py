@@ -133,6 +133,32 @@ def test_resuming_gives_the_same_bits_where_the_weights_have_moved(
     assert [r["loss"] for r in records(tmp_path / "straight")] == [r["loss"] for r in records(tmp_path / "parts")]
 
 
+@pytest.mark.parametrize(("before", "after"), [("tuned", "whole"), ("whole", "tuned")])
+def test_what_is_saved_may_change_on_resuming(
+    before: str, after: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(place, "adapter", train={"save": before, "ema_decay": 0.5})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(1, patch)
+        loop.train(config, tmp_path / "run", quiet())
+    changed_config = changed(config, train={"save": after})
+    loop.train(changed_config, tmp_path / "run", quiet(), mode="resume")
+    _, epoch, weights = load_weights(tmp_path / "run")
+    assert epoch == 2 and (weights.frozen is None) == (after == "whole")
+
+
+def test_processes_with_other_weights_are_named(place: Path) -> None:
+    """Where a batch passes in parts, no other machine's weights would take the place of one's own."""
+
+    class Two(Processes):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, {**value, "weights": "others"}]
+
+    run = Run(configuration(place, "adapter", train={"micro_batch": 2}), processes=Two(0, 2))
+    with pytest.raises(ValueError, match="every process must have the same weights; rank 1 has others"):
+        run.connect()
+
+
 def test_random_weights_that_stay_frozen_are_saved(place: Path, tmp_path: Path) -> None:
     config = configuration(place, "head", model={"pretrained": False, "weights": None})
     summary = loop.train(config, tmp_path, quiet())
