@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 # Threads that spin while they wait slow each other down many times over when tests share their cores.
@@ -12,6 +13,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its t
 # run would be used and call the old one. A folder of its own for each run, removed at its end.
 _compiled = tempfile.TemporaryDirectory(prefix="allnc-compiled-", ignore_cleanup_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
+
+# A shell without job control starts what runs in its background with Ctrl-C ignored, which the processes that the tests
+# start and interrupt would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
