@@ -34,11 +34,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if world_size() > 1:
         raise ValueError("allnc.evaluate runs as one process: start it without a launcher such as torchrun")
     config, epoch, weights = load_weights(options.run)
-    data, model = config.data, config.model
-    if weights.frozen is None:  # the checkpoint has every weight
-        if options.weights:
-            raise ValueError(f"--model.weights would be ignored: {options.run} holds every weight; remove it")
-        model = dataclasses.replace(model, pretrained=False)
+    data, model = config.data, weights.model(config.model)
+    if options.weights and weights.frozen is None:
+        raise ValueError(f"--model.weights would be ignored: {options.run} holds every weight; remove it")
     run = Run(
         dataclasses.replace(
             config,

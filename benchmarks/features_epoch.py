@@ -31,12 +31,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from allnc._sealed import sealed, sum_of
 from allnc.config import FEATURES_MANIFEST
 from allnc.data import Batch
-from allnc.data.features import FORMAT, passes_of, shard_names, sum_of_values
+from allnc.data.features import FORMAT, passes_of, shard_names
 from allnc.models import ModelOutput
 from allnc.trainer.command import parse
-from allnc.trainer.manifest import sum_of
 from allnc.trainer.options import to_dict
 from allnc.trainer.run import Run
 from allnc.trainer.step import loss_of
@@ -100,7 +100,7 @@ def make_features(folder: Path, width: int, views: int, scale: float) -> None:
         "images": {part: len(of_part) for part, of_part in labels.items()},
         "shards": shards,
     }
-    (folder / FEATURES_MANIFEST).write_text(json.dumps(values | {"sha256": sum_of_values(values)}))
+    (folder / FEATURES_MANIFEST).write_text(json.dumps(sealed(values)))
 
 
 def timed(body: Callable[[], Any]) -> tuple[Any, float]:

@@ -1,6 +1,6 @@
 """Images: long-tailed subsets, sources, augmented views, samplers and loaders."""
 
-from allnc.data.feature_loader import train_loader
+from allnc.data.feature_loader import loader_for
 from allnc.data.features import FeatureSet
 from allnc.data.loader import Batch, TrainLoader, plain_batches
 from allnc.data.longtail import class_sizes, subset
@@ -15,7 +15,7 @@ __all__ = [
     "class_probabilities",
     "class_sizes",
     "load",
+    "loader_for",
     "plain_batches",
     "subset",
-    "train_loader",
 ]

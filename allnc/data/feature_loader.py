@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from allnc.config import DataConfig
 from allnc.data.features import FeatureSet
 from allnc.data.loader import Batch, TrainLoader
 from allnc.data.samplers import generator
@@ -53,18 +52,6 @@ class FeatureLoader(TrainLoader):
         return torch.rand(self.set.stored.passes, images, generator=random).argsort(0)[: self.config.views]
 
 
-def train_loader(
-    images: ImageSet,
-    config: DataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    two_batches: bool,
-    device: torch.device,
-    share: Callable[[int], slice] = slice,
-    epochs: int = 0,
-) -> TrainLoader:
-    """Return the loader of a training set, of images or of features; arguments as those of TrainLoader."""
-    kind = FeatureLoader if isinstance(images, FeatureSet) else TrainLoader
-    options = {"batch_size": batch_size, "seed": seed, "two_batches": two_batches, "device": device}
-    return kind(images, config, **options, share=share, epochs=epochs)
+def loader_for(images: ImageSet) -> type[TrainLoader]:
+    """Return the kind of loader that makes batches of a training set, of images or of features."""
+    return FeatureLoader if isinstance(images, FeatureSet) else TrainLoader

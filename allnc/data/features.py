@@ -12,7 +12,6 @@ Legend: n images, F features, K passes, S rows of a shard (the last one of a pas
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from allnc._sealed import sum_of_values, unsealed
 from allnc.config import FEATURES_MANIFEST as MANIFEST
 from allnc.config import DataConfig
 from allnc.data.images import shown
@@ -129,11 +129,6 @@ def passes_of(part: str, passes: int) -> int:
     return passes if part == "train" else 1
 
 
-def sum_of_values(values: dict[str, Any]) -> str:
-    """Return the SHA-256 by which features.json knows the rest of itself."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return what features.json says.
 
@@ -142,11 +137,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
-        if values["format"] != FORMAT:
-            raise ValueError(f"its format is {values['format']!r}, and this version of allnc reads {FORMAT}")
-        if values.pop("sha256") != sum_of_values(values):
-            raise ValueError("its SHA-256 differs from the one it names")
+        return unsealed(path.read_bytes(), FORMAT)
     except FileNotFoundError:
         raise ValueError(
             f"{shown(str(folder))} must be a folder that allnc.features wrote; it has no {MANIFEST}"
@@ -154,7 +145,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{shown(str(path))} must be the description of stored features; got: {reason}") from error
-    return values
 
 
 def read_features(config: DataConfig) -> tuple[FeatureSet, FeatureSet]:

@@ -14,6 +14,7 @@ A file that is damaged, or of another epoch, has another sum and is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -25,9 +26,10 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from allnc.config import Config
+from allnc._sealed import sum_of
+from allnc.config import Config, ModelConfig
 from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
-from allnc.trainer.manifest import Manifest, read_manifest, sum_of
+from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
 
 
@@ -42,6 +44,10 @@ class Weights(dict[str, Tensor]):
     def __init__(self, tensors: dict[str, Tensor], frozen: str | None = None) -> None:
         super().__init__(tensors)
         self.frozen = frozen
+
+    def model(self, config: ModelConfig) -> ModelConfig:
+        """Return the configuration of a model that takes them: pretrained only where they are not all here."""
+        return config if self.frozen is not None else dataclasses.replace(config, pretrained=False)
 
 
 def save(

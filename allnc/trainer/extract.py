@@ -19,14 +19,14 @@ from rich.console import Console
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from allnc._sealed import sealed, sum_of
 from allnc.config import FEATURES_MANIFEST
 from allnc.data import ImageSet, TrainLoader, plain_batches
-from allnc.data.features import FORMAT, PARTS, passes_of, read_manifest, shard_names, sum_of_values
+from allnc.data.features import FORMAT, PARTS, passes_of, read_manifest, shard_names
 from allnc.models import sum_of_tensors
 from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.extract_command import Plan, check_folder
 from allnc.trainer.folder import RunFolder, write_json, write_whole
-from allnc.trainer.manifest import sum_of
 from allnc.trainer.measure import BATCH
 from allnc.trainer.options import from_dict, to_dict
 from allnc.trainer.run import Run
@@ -102,8 +102,7 @@ def _store(work: _Extraction, manifest: dict[str, Any], folder: RunFolder, conso
 
 
 def _write_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
-    values = {name: value for name, value in manifest.items() if name != "sha256"}
-    write_json(folder / FEATURES_MANIFEST, values | {"sha256": sum_of_values(values)})
+    write_json(folder / FEATURES_MANIFEST, sealed(manifest))
 
 
 class _Extraction:
@@ -121,9 +120,8 @@ class _Extraction:
         else:
             of_run, epoch, weights = load_weights(plan.run)
             model = dataclasses.replace(of_run.model, weights=config.model.weights or of_run.model.weights)
-            if weights.frozen is None:  # the checkpoint has every weight
-                model = dataclasses.replace(model, pretrained=False)
-            config = dataclasses.replace(config, model=model, loss=of_run.loss)  # which decides on the heads
+            # The loss decides on the heads, which the weights hold, too.
+            config = dataclasses.replace(config, model=weights.model(model), loss=of_run.loss)
         # What a training makes of images and weights; its steps, which there are none of, shall not refuse a small set.
         # The weights of a run are those that it measures, a moving average where it has one.
         train = dataclasses.replace(config.train, batch_size=2, micro_batch=None, ema_decay=None)

@@ -5,12 +5,11 @@ The command line reads it before torch is imported.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from allnc._sealed import sealed, unsealed
 from allnc.config import Config
 from allnc.trainer.folder import CHECKPOINT
 from allnc.trainer.options import dotted, from_dict, to_dict
@@ -48,14 +47,15 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return what checkpoint.json holds, with the SHA-256 of all the rest of it."""
-        values = {
-            "format": FORMAT,
-            "epoch": self.epoch,
-            "files": self.files,
-            "changes": list(self.changes),
-            "config": to_dict(self.config),
-        }
-        return values | {"sha256": _sum_of_values(values)}
+        return sealed(
+            {
+                "format": FORMAT,
+                "epoch": self.epoch,
+                "files": self.files,
+                "changes": list(self.changes),
+                "config": to_dict(self.config),
+            }
+        )
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -68,11 +68,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_bytes())
-        if values["format"] != FORMAT:
-            raise ValueError(f"its format is {values['format']!r}, and this version of allnc reads {FORMAT}")
-        if values.pop("sha256") != _sum_of_values(values):
-            raise ValueError("its SHA-256 differs from the one it names")
+        values = unsealed(path.read_bytes(), FORMAT)
         return Manifest(
             epoch=int(values["epoch"]),
             config=from_dict(values["config"]),
@@ -82,15 +78,6 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} must be the description of a checkpoint; it cannot be read: {reason}") from error
-
-
-def sum_of(data: bytes) -> str:
-    """Return the SHA-256 by which checkpoint.json knows a file, and itself."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def _sum_of_values(values: dict[str, Any]) -> str:
-    return sum_of(json.dumps(values, sort_keys=True).encode())
 
 
 def changes_on_resuming(before: Manifest, after: Config) -> list[dict[str, Any]]:

@@ -28,12 +28,21 @@ def outputs(
     model: LongTailModel, images: ImageSet, config: DataConfig, device: torch.device
 ) -> Iterator[tuple[ModelOutput, Tensor]]:
     """Yield the model's outputs and the labels for every image, without augmentation, in evaluation mode."""
+    for (pixels,), labels in _plain_views(model, images, config, device, crops=1):
+        yield model(pixels), labels
+
+
+def _plain_views(
+    model: LongTailModel, images: ImageSet, config: DataConfig, device: torch.device, *, crops: int
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield one or five plain views of every image and the labels; the model is in evaluation mode meanwhile."""
     was_training = model.training
     model.eval()
     memory = torch.channels_last if _is_channels_last(model) else torch.contiguous_format
     batch = FEATURE_BATCH if isinstance(images, FeatureSet) else BATCH
-    for pixels, labels in plain_batches(images, config, batch, device):
-        yield model(pixels.contiguous(memory_format=memory)), labels
+    for pixels, labels in plain_batches(images, config, batch, device, margin=crops == 5):
+        views = five_crops(pixels, config.image_size) if crops == 5 else [pixels]
+        yield [view.contiguous(memory_format=memory) for view in views], labels
     model.train(was_training)
 
 
@@ -85,18 +94,8 @@ def _test_logits(
     model: LongTailModel, test: ImageSet, config: DataConfig, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the logits [n, C], the mean over crops where the configuration wants it, and the labels of every image."""
-    if config.test_crops == 1:
-        for output, labels in outputs(model, test, config, device):
-            yield output.logits_rebalance, labels
-        return
-    was_training = model.training
-    model.eval()
-    memory = torch.channels_last if _is_channels_last(model) else torch.contiguous_format
-    for pixels, labels in plain_batches(test, config, BATCH, device, margin=True):
-        crops = five_crops(pixels, config.image_size)
-        logits = [model(crop.contiguous(memory_format=memory)).logits_rebalance for crop in crops]
-        yield torch.stack(logits).mean(0), labels
-    model.train(was_training)
+    for views, labels in _plain_views(model, test, config, device, crops=config.test_crops):
+        yield torch.stack([model(view).logits_rebalance for view in views]).mean(0), labels
 
 
 def five_crops(pixels: Tensor, size: int) -> list[Tensor]:

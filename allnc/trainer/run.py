@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from allnc.config import SMALL_SETS, Config
-from allnc.data import FeatureSet, ImageSet, load, train_loader
+from allnc.data import FeatureSet, ImageSet, load, loader_for
 from allnc.losses.build import LOSSES, build_loss
 from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_tensors
 from allnc.trainer import checkpoint
@@ -82,7 +82,7 @@ class Run:
             )
 
         entry = LOSSES[config.loss.name]
-        self.loader = train_loader(
+        self.loader = loader_for(self.train_set)(
             self.train_set,
             config.data,
             batch_size=config.train.batch_size,
@@ -160,7 +160,7 @@ class Run:
         """Let BatchNorm and the gradients be those of all processes; all must call it, once each has its run.
 
         Raises:
-            ValueError: a process has other images or options, on another machine perhaps.
+            ValueError: a process has other images, weights or options, on another machine perhaps.
         """
         if self.processes.size > 1:
             self.processes.together(self._agree)
@@ -170,7 +170,7 @@ class Run:
             self.network = self.processes.averaging(self.model, may_rest=may_rest)
 
     def _agree(self) -> None:
-        """Raise ValueError, in the first process, unless all have the same options and images."""
+        """Raise ValueError, in the first process, unless all have the same options, weights and images."""
         sets = {"training": self.train_set, "test": self.test_set}
         own = {f"{name} images": f"{len(s):,} (SHA-256 {s.fingerprint()[:16]})" for name, s in sets.items()}
         own["weights"] = f"those of SHA-256 {sum_of_tensors(self.model.state_dict())[:16]}"
@@ -284,6 +284,8 @@ class Run:
     def check_weights(self) -> None:
         """Raise DivergenceError unless all of the model, of the class means and of the optimiser is finite."""
         tensors = {**self.model.state_dict(), **{f"loss.{n}": t for n, t in self.loss.state_dict().items()}}
+        if self.average is not None:
+            tensors |= {f"average.{n}": t for n, t in self.measured.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{n}": t for n, t in values.items() if isinstance(t, torch.Tensor)}
         broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]

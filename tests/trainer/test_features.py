@@ -17,7 +17,7 @@ from torch import Tensor
 
 from allnc import evaluate, features, train
 from allnc.config import Config, DataConfig, ModelConfig, TrainConfig
-from allnc.data import FeatureSet, load, plain_batches, train_loader
+from allnc.data import FeatureSet, load, loader_for, plain_batches
 from allnc.data.features import StoredFeatures, read_manifest
 from allnc.metrics import collapse
 from allnc.trainer import extract, loop
@@ -205,7 +205,7 @@ def test_views_are_different_passes_and_processes_share_them(stored: Path) -> No
     assert isinstance(images, FeatureSet)
 
     def loader(share: Any = slice) -> Any:
-        return train_loader(
+        return loader_for(images)(
             images, config, batch_size=45, seed=1, two_batches=True, device=torch.device("cpu"), share=share
         )
 

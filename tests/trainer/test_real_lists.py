@@ -75,18 +75,24 @@ def test_lists_of_the_real_size_are_read_at_once_and_in_little_memory(name: str,
     assert not train.notes and not test.notes
 
 
+def part_of_imagenet_lt(folder: Path, pictures: Any, share: int) -> tuple[list[str], int]:
+    """Words that train a tiny network on one image in `share` of each class, at least one; and how many these are."""
+    profile = pictures.PROFILES["imagenet_lt"]
+    train = list(pictures.training_lines(profile, -(-pictures.sizes_of(profile) // share)))
+    options = tree(folder, pictures, train, pictures.test_lines(profile)[:: share // 4])
+    words = [word for name, value in options.items() for word in (f"--data.{name}", value)]
+    return ["--config", "imagenet_lt", *words, *TINY], len(train)
+
+
 def test_a_small_part_of_imagenet_lt_trains_and_is_measured(
     pictures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    profile = pictures.PROFILES["imagenet_lt"]
-    train = list(pictures.training_lines(profile, -(-pictures.sizes_of(profile) // 200)))
-    options = tree(tmp_path, pictures, train, pictures.test_lines(profile)[::50])
-    words = [word for name, value in options.items() for word in (f"--data.{name}", value)]
+    words, images = part_of_imagenet_lt(tmp_path, pictures, 200)
     out = tmp_path / "run"
-    status, errors = command("--config", "imagenet_lt", *words, *TINY, "--out", str(out))
+    status, errors = command(*words, "--out", str(out))
     assert status == 0, errors
     summary = json.loads((out / "summary.json").read_text())
-    assert sum(summary["class_counts"]) == len(train) and len(summary["class_counts"]) == 1000
+    assert sum(summary["class_counts"]) == images and len(summary["class_counts"]) == 1000
     (record,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert 0 < record["loader_wait"] < 1 and summary["loader_wait"] == record["loader_wait"]
     capsys.readouterr()
@@ -99,24 +105,9 @@ def test_a_small_part_of_imagenet_lt_trains_and_is_measured(
 def test_two_processes_in_parts_are_killed_resumed_by_one_and_evaluated(
     pictures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    profile = pictures.PROFILES["imagenet_lt"]
-    train = list(pictures.training_lines(profile, -(-pictures.sizes_of(profile) // 400)))
-    options = tree(tmp_path, pictures, train, pictures.test_lines(profile)[::100])
-    words = [word for name, value in options.items() for word in (f"--data.{name}", value)]
+    words, _ = part_of_imagenet_lt(tmp_path, pictures, 400)
     out = tmp_path / "run"
-    process = launch(
-        2,
-        "--config",
-        "imagenet_lt",
-        *words,
-        *TINY,
-        "--train.epochs",
-        "3",
-        "--train.micro_batch",
-        "32",
-        "--out",
-        str(out),
-    )
+    process = launch(2, *words, "--train.epochs", "3", "--train.micro_batch", "32", "--out", str(out))
     while not (out / "checkpoint.json").exists():
         assert process.poll() is None
         time.sleep(0.02)
