@@ -32,7 +32,7 @@ Images = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
 EM = 160  # size of the drawing that is scaled down to S
-MARGIN = 2  # pixels around the glyph
+MARGIN = 10  # sides of the image in one of the margin around the glyph
 SAME = 0.99  # correlation of two glyphs of a face from which on nobody can tell these classes apart
 COPY = 0.995  # of the same glyphs of two faces, from which on the second one is left out
 RELATED = 0.95  # of two faces, from which on their families are one group
@@ -86,7 +86,7 @@ ALPHABETS = {
     # One case or alphabet of what looks the same at one size: no small к, no Greek Α, no small ψ.
     "cyrillic": Alphabet(
         classes="АБВГДЕЁЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯабеёΔΘΛΞΣΥΨΩΖΝαβγδεζηθιλμνξπρςσυω",
-        side=20,
+        side=16,
         packages=_fonts(
             """
             3270 agave ancient-scripts anonymous-pro arphic-ukai arphic-uming bpg-georgian cantarell cardo clear-sans
@@ -188,7 +188,7 @@ def draw(face: Face, characters: str, side: int) -> Images | None:
         if box is None:
             return None
         glyph = glyph.crop(box)
-        scale = (side - 2 * MARGIN) / max(glyph.size)
+        scale = (side - 2 * (side // MARGIN)) / max(glyph.size)
         glyph = glyph.resize([max(1, round(length * scale)) for length in glyph.size], Image.Resampling.LANCZOS)
         row, column = (side - glyph.height) // 2, (side - glyph.width) // 2
         image[row : row + glyph.height, column : column + glyph.width] = np.asarray(glyph)
