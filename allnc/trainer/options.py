@@ -61,7 +61,9 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("model", "classifier_scale", "model.classifier is linear")
     if data.profile == "none":
         default = f", as is the default with data.name {data.name}" if data.imbalance == "auto" else ""
-        drop("data", "imbalance_ratio max_per_class subset_seed", f"data.imbalance is none{default}")
+        drop("data", "imbalance_ratio max_per_class", f"data.imbalance is none{default}")
+        if data.validation == 0:
+            drop("data", "subset_seed", f"data.imbalance is none{default}, and no image is held out")
     if data.name == "digits":
         drop("data", "root", "the digits come with scikit-learn")
         ignored.pop("data.subset_seed", None)  # it also splits training from test images
