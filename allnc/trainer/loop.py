@@ -177,8 +177,8 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     number = str(run.dtype).removeprefix("torch.")
     lines = [
         f"{config.data.name}: {run.train_set.count_text} training images ({int(counts.max())} to {int(counts.min())} a "
-        f"class), {len(run.measured_set)} {run.measured_on} images; {config.model.name}, {parameters:.2f} M parameters; loss "
-        f"{config.loss.name}; {run.device.type}, {number}; {files}"
+        f"class), {len(run.measured_set)} {run.measured_on} images; {config.model.name}, {parameters:.2f} M "
+        f"parameters; loss {config.loss.name}; {run.device.type}, {number}; {files}"
     ]
     if run.processes.size > 1:
         lines.append(f"{run.processes.size} processes share each batch of {config.train.batch_size} images")
@@ -213,6 +213,7 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
         "loader_wait": mean_of(records, "loader_wait"),
         "seed": config.seed,
         **run.conventions(),
+        "images": run.images(),
         "class_counts": run.counts.tolist(),
         "changes": list(run.changes),
         "device": run.device.type,

@@ -9,6 +9,17 @@ from typing import Any
 
 from allnc.config import BATCH_AUGMENTATIONS, FEATURE_MODELS, SECTIONS, SMALL_SETS, Config, LossConfig
 
+# Where files lie and how a machine works on them: two runs that differ in these alone are the same run.
+OF_A_MACHINE = (
+    "out",
+    "data.root",
+    "data.train_list",
+    "data.test_list",
+    "data.workers",
+    "train.threads",
+    "model.weights",
+)
+
 
 def ignored_options(config: Config) -> dict[str, str]:
     """Name the options that this configuration never reads, each with the reason.

@@ -17,7 +17,7 @@ from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure
-from allnc.trainer.options import dotted
+from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.processes import Processes
 from allnc.trainer.runtime import (
     check_backend,
@@ -27,16 +27,6 @@ from allnc.trainer.runtime import (
     random_state,
     restore_random_state,
     seed_everything,
-)
-
-OF_A_MACHINE = (
-    "out",
-    "data.root",
-    "data.train_list",
-    "data.test_list",
-    "data.workers",
-    "train.threads",
-    "model.weights",
 )
 
 
@@ -175,8 +165,7 @@ class Run:
 
     def _agree(self) -> None:
         """Raise ValueError, in the first process, unless all have the same options, weights and images."""
-        sets = {"training": self.train_set, self.measured_on: self.measured_set}
-        own = {f"{name} images": f"{len(s):,} (SHA-256 {s.fingerprint()[:16]})" for name, s in sets.items()}
+        own = {f"{name} images": text for name, text in self.images().items()}
         own["weights"] = f"those of SHA-256 {sum_of_tensors(self.model.state_dict())[:16]}"
         own |= {name: str(value) for name, value in dotted(self.config).items() if name not in OF_A_MACHINE}
         for rank, theirs in enumerate(self.processes.gather(own)):
@@ -300,7 +289,7 @@ class Run:
             )
 
     def measure(self) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return accuracy by shot (test or validation images) with collapse (training set), and the class means [C, F]."""
+        """Return accuracy by shot with collapse (of the training set), and the class means [C, F]."""
         collapse, means = self.measure_collapse()
         return {**self.measure_accuracy(), **collapse}, means
 
@@ -312,9 +301,19 @@ class Run:
         """Return the collapse metrics of the training set and its class means [C, F]."""
         return neural_collapse(self.measured, self.train_set, self.config.data, self.device, self.processes)
 
+    def images(self) -> dict[str, str]:
+        """Return number and fingerprint of the training images and of those that are measured."""
+        sets = {"training": self.train_set, self.measured_on: self.measured_set}
+        return {name: f"{len(s):,} (SHA-256 {s.fingerprint()[:16]})" for name, s in sets.items()}
+
     def conventions(self) -> dict[str, Any]:
         """Return what the measured numbers refer to: epochs done, the images, and the limits of many and few."""
-        return {"epochs": self.epoch, "measured_on": self.measured_on, "many_above": self.config.data.many, "few_below": self.config.data.few}
+        return {
+            "epochs": self.epoch,
+            "measured_on": self.measured_on,
+            "many_above": self.config.data.many,
+            "few_below": self.config.data.few,
+        }
 
 
 def _moving_average(model: LongTailModel, decay: float | None) -> Any:

@@ -126,7 +126,7 @@ def test_groups_are_held_out_whole() -> None:
     kept, held = held_out(labels, 7, 0.3, seed=3, groups=groups)
     assert not set(groups[kept]) & set(groups[held])
     assert len(set(groups[held])) == 3
-    with pytest.raises(ValueError, match="data.validation must leave every class an image; got 0.5, and class"):
+    with pytest.raises(ValueError, match=r"data.validation must leave every class an image; got 0.5, and class"):
         held_out(groups, 10, 0.5, seed=0, groups=groups)
 
 
