@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from allnc.sweep.plot import plot_geometry
 from allnc.sweep.record import Result
 from allnc.sweep.table import MEASURES, as_csv, markdown, rows_of
 
@@ -58,3 +61,11 @@ def test_runs_on_other_images_are_not_compared() -> None:
     other = result("a", "new", 0, 81.0, images="other")
     with pytest.raises(ValueError, match="runs of a must be trained and measured on the same images; base seed 0 and"):
         rows_of([RESULTS[0], other], "base", ["a"], ["base", "new"])
+
+
+def test_a_plot_has_a_point_for_each_method(tmp_path: Path) -> None:
+    rows = rows_of(RESULTS, "base", ["a", "b"], ["base", "new"])
+    plot_geometry(rows, tmp_path / "geometry.png")
+    assert Image.open(tmp_path / "geometry.png").size[0] == 1430
+    plot_geometry([row._replace(mean=row.mean | {"nc3": None}) for row in rows], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
