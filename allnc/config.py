@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from allnc._checks import check_integer, check_interval
 
-SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memory as one uint8 tensor
+BALANCED_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # as published
+SMALL_SETS = (*BALANCED_SETS, "arrays")  # held in memory as one uint8 tensor
 FEATURE_MODELS = ("linear", "mlp")  # what trains on stored features instead of images
 FEATURES_MANIFEST = "features.json"  # of a folder that allnc.features wrote
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
@@ -53,15 +54,17 @@ class DataConfig:
     """Which images, how many of each class, and how they are viewed and sampled.
 
     Args:
-        name: data set; image_list reads `relative/path label` lines, image_folder a folder for each class, as
-            torchvision's ImageFolder; features reads what `python -m allnc.features` wrote.
-        root: folder of the images or of the data set's own files; None looks in the usual places.
+        name: data set; arrays reads a file of small images (docs/data.md); image_list reads `relative/path label`
+            lines, image_folder a folder for each class, as torchvision's ImageFolder; features reads what
+            `python -m allnc.features` wrote.
+        root: folder of the images or of the data set's own files, or for arrays the file; None looks in the usual
+            places.
         train_list: text file with the training images (image_list only).
         test_list: text file with the test images (image_list only).
         download: let torchvision download the files when they are not there.
         imbalance: profile of the class sizes that are cut out of the training images; none takes every image; auto
             takes exponential for the balanced small sets (digits, fashion_mnist, cifar10, cifar100) and none for
-            image_list, image_folder and features, whose class sizes are their own.
+            arrays, image_list, image_folder and features, whose class sizes are their own.
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
         subset_seed: which images are held out and which make the long-tailed subset, independent of the run's seed.
@@ -80,15 +83,18 @@ class DataConfig:
         few: a class with fewer training images than this is a few-shot class.
         workers: processes that decode large images, >= 0.
         mean, std: of the pixels scaled to [0, 1], by channel: what is subtracted, and what is divided by. None takes
-            those of the data set (ImageNet's for large images), or for large images and model.pretrained those that
-            the weights were trained with, which timm knows; they then stand here in the run's own config.yaml.
+            those of the data set (for arrays, of all training images of the file; ImageNet's for large images), or for
+            large images and model.pretrained those that the weights were trained with, which timm knows; they then
+            stand here in the run's own config.yaml.
         test_crops: 1 measures the test accuracy on the plain view; 5 averages the logits of five crops: the plain view
             (to a pixel) and the four corners of the square it was cut from. Large images only. It takes five times as
             long; neural collapse is measured on the plain view in either case. Source: LIFT's test-time ensembling (Shi
             et al., ICML 2024), whose corners are those of the whole image, resized to 31/28 of the side (ours: 8/7).
     """
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder", "features"] = "digits"
+    name: Literal[
+        "digits", "fashion_mnist", "cifar10", "cifar100", "arrays", "image_list", "image_folder", "features"
+    ] = "digits"
     root: str | None = None
     train_list: str | None = None
     test_list: str | None = None
@@ -116,7 +122,7 @@ class DataConfig:
         """The profile of the class sizes: what `imbalance` says, or what auto stands for."""
         if self.imbalance != "auto":
             return self.imbalance
-        return "exponential" if self.name in SMALL_SETS else "none"
+        return "exponential" if self.name in BALANCED_SETS else "none"
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -133,6 +139,8 @@ class DataConfig:
         check_integer("data.many", self.many, minimum=self.few)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
+        if self.name == "arrays" and not self.root:
+            raise ValueError("data.root must be given with data.name arrays: a .npz or .safetensors file")
         if self.name == "image_folder" and not self.root:
             raise ValueError(
                 "data.root must be given with data.name image_folder: a folder with train/ and val/ or test/"
