@@ -214,8 +214,9 @@ class ModelConfig:
         tune_rank: columns of the bottleneck or of the low-rank update, >= 1; None takes 2^floor(log2(C / 2L)), at least
             1, for C classes and L adapted blocks, as LIFT, so that what is added is not larger than the classifier.
         heads: shared, one classifier for both branches; separate, one each (the re-balancing one predicts).
-        classifier: linear, or normalised (scaled cosine between features and class vectors).
-        classifier_scale: factor of the cosine of a normalised classifier, > 0.
+        classifier: linear, normalised (scaled cosine between features and class vectors), or etf (the same with class
+            vectors that are a random simplex and do not train, for at least C - 1 features).
+        classifier_scale: factor of the cosine of a normalised or etf classifier, > 0.
         classifier_init: random, or class_means: before the first epoch, each class vector of a normalised classifier
             becomes the unit mean of its class's features, over at most 100 plain training images. A pretrained encoder
             separates the classes already; random vectors would first move, and what is tuned with them, and rare
@@ -234,7 +235,7 @@ class ModelConfig:
     tune: Literal["full", "head", "norm", "lora", "adapter"] = "full"
     tune_rank: int | None = None
     heads: Literal["shared", "separate"] = "shared"
-    classifier: Literal["linear", "normalised"] = "linear"
+    classifier: Literal["linear", "normalised", "etf"] = "linear"
     classifier_scale: float = 16.0
     classifier_init: Literal["random", "class_means"] = "random"
     projection_hidden: int | None = None
@@ -253,6 +254,8 @@ class ModelConfig:
             raise ValueError("model.norm must be batch with model.pretrained, whose weights are made for it; got group")
         if self.tune_rank is not None:
             check_interval("model.tune_rank", self.tune_rank, 1, math.inf)
+        if self.classifier == "etf" and self.heads == "separate":
+            raise ValueError("model.heads must be shared with model.classifier etf, which has nothing to learn in two")
         if self.classifier_init == "class_means" and self.classifier != "normalised":
             raise ValueError(
                 f"model.classifier_init class_means needs model.classifier normalised; got {self.classifier}, whose "
@@ -277,6 +280,8 @@ class ModelConfig:
             )
 
 
+REWEIGHTED = ("ce", "focal", "ldam", "mse")  # the losses that deferred re-weighting serves
+
 _NOT_NEGATIVE = (
     "hycon_weight",
     "alpha",
@@ -284,6 +289,7 @@ _NOT_NEGATIVE = (
     "p2p_means",
     "p2p_weights",
     "p2p_duality",
+    "tau",
     "focal_gamma",
 )
 
@@ -293,7 +299,9 @@ class LossConfig:
     """The loss: AllNC with its parts, or one classification loss alone.
 
     Args:
-        name: allnc, or the baseline trained on the uniform branch alone.
+        name: allnc, or the baseline trained on the uniform branch alone: ce, logit_adjusted, focal, class_balanced,
+            ldam, mse, ntce and nonl (which normalise each class over the batch; for a normalised classifier), or etf_dr
+            (dot regression, for the etf classifier).
         hycon: form of HyCon: softmax (projected, with negatives), cosine (positives only) or none.
         hycon_weight: weight of HyCon beside P2P on the means, >= 0.
         alpha: weight of HyCon and P2P on the means against classification, >= 0.
@@ -308,14 +316,21 @@ class LossConfig:
         p2p_target: etf (simplex), softmax (separation, for more classes than features), or auto.
         p2p_temperature: temperature of P2P's softmax target, > 0.
         rebalance: loss of the re-balancing branch.
+        tau: strength of the logit adjustment, wherever it is used, >= 0.
+        label_smoothing: share of the target that is spread over all classes, in [0, 1), for cross-entropy and logit
+            adjustment, alone or in the re-balancing branch.
         focal_gamma: exponent of the focal loss, wherever it is used, >= 0.
+        drw: share of training, in [0, 1], after which classes weigh by the inverse of their effective number of images
+            (deferred re-weighting), for ce, focal, ldam and mse; None: never.
         gamma: exponent of the schedule: eta = 1 - min(1, progress / horizon) ** gamma, > 0.
         horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 0: from the
             start.
         backend: implementation of the ops; auto takes the fastest that can run.
     """
 
-    name: Literal["allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "allnc"
+    name: Literal[
+        "allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam", "mse", "ntce", "nonl", "etf_dr"
+    ] = "allnc"
     hycon: Literal["softmax", "cosine", "none"] = "softmax"
     hycon_weight: float = 1.0
     alpha: float = 1.0
@@ -329,8 +344,11 @@ class LossConfig:
     p2p_duality: float = 1.0
     p2p_target: Literal["auto", "etf", "softmax"] = "auto"
     p2p_temperature: float = 0.1
-    rebalance: Literal["logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
+    rebalance: Literal["ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
+    tau: float = 1.0
+    label_smoothing: float = 0.0
     focal_gamma: float = 2.0
+    drw: float | None = None
     gamma: float = 2.0
     horizon: float = 0.3
     backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
@@ -348,6 +366,9 @@ class LossConfig:
             check_interval(f"loss.{name}", getattr(self, name), 0, math.inf, open_low=True)
         check_interval("loss.ema_momentum", self.ema_momentum, 0, 1, open_high=True)
         check_interval("loss.horizon", self.horizon, 0, 1)
+        check_interval("loss.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
+        if self.drw is not None:
+            check_interval("loss.drw", self.drw, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -473,6 +494,12 @@ class Config:
         check_interval("seed", self.seed, 0, 2**32 - 1)
         if self.loss.name == "allnc" and self.loss.contrast == "cosine" and self.data.views != 2:
             raise ValueError(f"data.views must be 2 with loss.hycon cosine; got {self.data.views}")
+        needs = {"etf_dr": ("etf",), "ntce": ("normalised", "etf"), "nonl": ("normalised", "etf")}.get(self.loss.name)
+        if needs is not None and self.model.classifier not in needs:
+            raise ValueError(
+                f"model.classifier must be {' or '.join(needs)} with loss.name {self.loss.name}; got "
+                f"{self.model.classifier}"
+            )
         if (self.data.name == "features") != (self.model.name in FEATURE_MODELS):
             raise ValueError(
                 f"model.name must be {' or '.join(FEATURE_MODELS)} with data.name features, and only then; got "

@@ -166,7 +166,13 @@ def load(config: DataConfig, *, tested: bool = False) -> tuple[ImageSet, ImageSe
     else:
         train, test = _image_folder(config)
     if config.validation > 0:
-        kept, held = held_out(train.labels.numpy(), train.num_classes, config.validation, config.subset_seed)
+        kept, held = held_out(
+            train.labels.numpy(),
+            train.num_classes,
+            config.validation,
+            config.subset_seed,
+            None if train.groups is None else train.groups.numpy(),
+        )
         if not tested:
             test = replace(train.select(held), notes=_validation_notes(train, held))
         train = train.select(kept)

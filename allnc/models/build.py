@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allnc.config import FEATURE_MODELS, ModelConfig
+from allnc.models.etf import ETFClassifier
 from allnc.models.feature_heads import feature_encoder
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
 from allnc.models.normalisation import group_normalised
@@ -153,7 +154,9 @@ def build_model(
     return LongTailModel(encoder, feature_dim, num_classes, config, head=head, heads=heads)
 
 
-def _classifier(features: int, classes: int, config: ModelConfig) -> nn.Linear | NormalisedClassifier:
+def _classifier(features: int, classes: int, config: ModelConfig) -> nn.Linear | NormalisedClassifier | ETFClassifier:
+    if config.classifier == "etf":
+        return ETFClassifier(features, classes, scale=config.classifier_scale)
     if config.classifier == "normalised":
         return NormalisedClassifier(features, classes, scale=config.classifier_scale)
     return nn.Linear(features, classes)

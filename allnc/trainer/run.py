@@ -103,6 +103,7 @@ class Run:
             class_counts=self.counts,
             feature_dim=model.feature_dim,
             projection_dim=config.model.projection_dim,
+            classifier_scale=None if config.model.classifier == "linear" else config.model.classifier_scale,
             group=self.processes.group,
         ).to(self.device)
         self.average = _moving_average(self.model, config.train.ema_decay)
