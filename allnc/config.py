@@ -207,6 +207,11 @@ class ModelConfig:
             becomes the unit mean of its class's features, over at most 100 plain training images. A pretrained encoder
             separates the classes already; random vectors would first move, and what is tuned with them, and rare
             classes, which have few steps, would move least (LIFT, section 4.3).
+        posthoc: what is done to the trained classifier before it predicts: none; logit_adjusted, the logits minus
+            posthoc_tau times the log of the class frequencies (Menon et al., ICLR 2021); tau_normalised, the class
+            vectors of a linear classifier divided by their length to the power posthoc_tau, without bias (Kang et al.,
+            ICLR 2020). It trains nothing: the model does it whenever it is measured or loaded to predict.
+        posthoc_tau: strength of posthoc, > 0; 1 is full strength.
         projection_hidden: hidden width of the projection head (softmax HyCon); None takes the feature width.
         projection_dim: width D of the projection (softmax HyCon).
     """
@@ -224,6 +229,8 @@ class ModelConfig:
     classifier: Literal["linear", "normalised"] = "linear"
     classifier_scale: float = 16.0
     classifier_init: Literal["random", "class_means"] = "random"
+    posthoc: Literal["none", "logit_adjusted", "tau_normalised"] = "none"
+    posthoc_tau: float = 1.0
     projection_hidden: int | None = None
     projection_dim: int = 128
 
@@ -244,6 +251,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.classifier_init class_means needs model.classifier normalised; got {self.classifier}, whose "
                 "logits would depend on the length of the features"
+            )
+        check_interval("model.posthoc_tau", self.posthoc_tau, 0, math.inf, open_low=True)
+        if self.posthoc == "tau_normalised" and self.classifier != "linear":
+            raise ValueError(
+                f"model.posthoc tau_normalised needs model.classifier linear; got {self.classifier}, whose class "
+                "vectors have length 1 and which has no bias: nothing would change"
             )
         if self.name.startswith("timm:") and len(self.name) > 5:
             return
