@@ -72,6 +72,9 @@ class DataConfig:
             and cutout in the first view, resized crop and colour jitter in the others), resized_crop (large
             images), crop_flip (large images: resized crop without the jitter), randaugment (large images: RandAugment
             in the first view). Features have none: they were augmented when they were made.
+        sampler: sampler of the batches, or of the uniform branch's where the loss has two branches: uniform (every
+            image once an epoch), class_balanced (classes alike), square_root or reversed (P(c) ~ 1 / n_c), which draw
+            as many images with replacement.
         rebalance_sampler: sampler of the re-balancing branch; uniform lets one batch serve both branches.
         many: a class with more training images than this is a many-shot class.
         few: a class with fewer training images than this is a few-shot class.
@@ -99,6 +102,7 @@ class DataConfig:
     augmentation: Literal[
         "none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "crop_flip", "randaugment"
     ] = "shift_rotate"
+    sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     many: int = 100
     few: int = 20
