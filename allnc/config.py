@@ -64,7 +64,7 @@ class DataConfig:
             image_list, image_folder and features, whose class sizes are their own.
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
-        subset_seed: which images make the long-tailed subset, independent of the run's seed.
+        subset_seed: which images are held out and which make the long-tailed subset, independent of the run's seed.
         image_size: side in pixels of the images that the network sees (large images only).
         views: augmented views of each image in a batch, >= 1; of features, that many different passes of those
             stored, drawn anew in each epoch.
@@ -76,6 +76,9 @@ class DataConfig:
             image once an epoch), class_balanced (classes alike), square_root or reversed (P(c) ~ 1 / n_c), which draw
             as many images with replacement.
         rebalance_sampler: sampler of the re-balancing branch; uniform lets one batch serve both branches.
+        validation: share of the images of each class, in [0, 1), that is held out of the training images before class
+            sizes are cut out of them, at most all but one of a class; what is measured is measured on these then, and
+            the test images are left to `python -m allnc.evaluate RUN --on test`. `subset_seed` decides which.
         many: a class with more training images than this is a many-shot class.
         few: a class with fewer training images than this is a few-shot class.
         workers: processes that decode large images, >= 0.
@@ -104,6 +107,7 @@ class DataConfig:
     ] = "shift_rotate"
     sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
+    validation: float = 0.0
     many: int = 100
     few: int = 20
     workers: int = 4
@@ -129,6 +133,7 @@ class DataConfig:
         for name, least in (("subset_seed", 0), ("image_size", 8), ("views", 1), ("workers", 0), ("few", 0)):
             check_integer(f"data.{name}", getattr(self, name), minimum=least)
         check_interval("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
+        check_interval("data.validation", self.validation, 0, 1, open_high=True)
         check_integer("data.many", self.many, minimum=self.few)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
@@ -378,8 +383,8 @@ class TrainConfig:
         schedule: cosine to zero by step, or step (x 0.1 at the milestones).
         milestones: epochs after which the step schedule divides the rate by ten.
         grad_clip: largest norm of the whole gradient; None does not clip.
-        precision: autocast type; auto takes bf16 where the device has it in hardware (CPU: AVX512-BF16 or
-            AMX), else fp16 on a GPU and fp32 on a CPU.
+        precision: autocast type; auto takes bf16 where the device multiplies it faster than fp32 (CPU: with AMX), else
+            fp16 on a GPU and fp32 on a CPU.
         matmul_precision: how float32 matrices are multiplied, in torch's words: highest (float32), high (TF32 on a
             GPU), medium (bfloat16 where the hardware has it); auto takes high on a GPU and highest on a CPU.
         device: auto takes a GPU when there is one.

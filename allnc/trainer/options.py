@@ -9,6 +9,17 @@ from typing import Any
 
 from allnc.config import BATCH_AUGMENTATIONS, FEATURE_MODELS, SECTIONS, SMALL_SETS, Config, LossConfig
 
+# Where files lie and how a machine works on them: two runs that differ in these alone are the same run.
+OF_A_MACHINE = (
+    "out",
+    "data.root",
+    "data.train_list",
+    "data.test_list",
+    "data.workers",
+    "train.threads",
+    "model.weights",
+)
+
 
 def ignored_options(config: Config) -> dict[str, str]:
     """Name the options that this configuration never reads, each with the reason.
@@ -63,7 +74,9 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("model", "posthoc_tau", "model.posthoc is none")
     if data.profile == "none":
         default = f", as is the default with data.name {data.name}" if data.imbalance == "auto" else ""
-        drop("data", "imbalance_ratio max_per_class subset_seed", f"data.imbalance is none{default}")
+        drop("data", "imbalance_ratio max_per_class", f"data.imbalance is none{default}")
+        if data.validation == 0:
+            drop("data", "subset_seed", f"data.imbalance is none{default}, and no image is held out")
     if data.name == "digits":
         drop("data", "root", "the digits come with scikit-learn")
         ignored.pop("data.subset_seed", None)  # it also splits training from test images
