@@ -75,6 +75,9 @@ class DataConfig:
             and cutout in the first view, resized crop and colour jitter in the others), resized_crop (large
             images), crop_flip (large images: resized crop without the jitter), randaugment (large images: RandAugment
             in the first view). Features have none: they were augmented when they were made.
+        sampler: sampler of the batches, or of the uniform branch's where the loss has two branches: uniform (every
+            image once an epoch), class_balanced (classes alike), square_root or reversed (P(c) ~ 1 / n_c), which draw
+            as many images with replacement.
         rebalance_sampler: sampler of the re-balancing branch; uniform lets one batch serve both branches.
         validation: share of the images of each class, in [0, 1), that is held out of the training images before class
             sizes are cut out of them, at most all but one of a class; what is measured is measured on these then, and
@@ -108,6 +111,7 @@ class DataConfig:
     augmentation: Literal[
         "none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "crop_flip", "randaugment"
     ] = "shift_rotate"
+    sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     validation: float = 0.0
     many: int = 100
@@ -221,6 +225,11 @@ class ModelConfig:
             becomes the unit mean of its class's features, over at most 100 plain training images. A pretrained encoder
             separates the classes already; random vectors would first move, and what is tuned with them, and rare
             classes, which have few steps, would move least (LIFT, section 4.3).
+        posthoc: what is done to the trained classifier before it predicts: none; logit_adjusted, the logits minus
+            posthoc_tau times the log of the class frequencies (Menon et al., ICLR 2021); tau_normalised, the class
+            vectors of a linear classifier divided by their length to the power posthoc_tau, without bias (Kang et al.,
+            ICLR 2020). It trains nothing: the model does it whenever it is measured or loaded to predict.
+        posthoc_tau: strength of posthoc, > 0; 1 is full strength.
         projection_hidden: hidden width of the projection head (softmax HyCon); None takes the feature width.
         projection_dim: width D of the projection (softmax HyCon).
     """
@@ -238,6 +247,8 @@ class ModelConfig:
     classifier: Literal["linear", "normalised", "etf"] = "linear"
     classifier_scale: float = 16.0
     classifier_init: Literal["random", "class_means"] = "random"
+    posthoc: Literal["none", "logit_adjusted", "tau_normalised"] = "none"
+    posthoc_tau: float = 1.0
     projection_hidden: int | None = None
     projection_dim: int = 128
 
@@ -260,6 +271,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.classifier_init class_means needs model.classifier normalised; got {self.classifier}, whose "
                 "logits would depend on the length of the features"
+            )
+        check_interval("model.posthoc_tau", self.posthoc_tau, 0, math.inf, open_low=True)
+        if self.posthoc == "tau_normalised" and self.classifier != "linear":
+            raise ValueError(
+                f"model.posthoc tau_normalised needs model.classifier linear; got {self.classifier}, whose class "
+                "vectors have length 1 and which has no bias: nothing would change"
             )
         if self.name.startswith("timm:") and len(self.name) > 5:
             return

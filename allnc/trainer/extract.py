@@ -189,7 +189,7 @@ class _Extraction:
 
     def _views(self, images: ImageSet, stream: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield which images, and an augmented view of each; `stream` is the start of their random numbers."""
-        config = dataclasses.replace(self.config.data, views=1, rebalance_sampler="uniform")
+        config = dataclasses.replace(self.config.data, views=1, sampler="uniform", rebalance_sampler="uniform")
         whole = len(images) // BATCH * BATCH  # the loader leaves out an incomplete batch
         for first, stop in ((0, whole), (whole, len(images))):
             if first < stop:

@@ -87,6 +87,8 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("train", "save", "no pretrained weights stay frozen (model.pretrained, model.tune): all are saved")
     if model.classifier == "linear":
         drop("model", "classifier_scale", "model.classifier is linear")
+    if model.posthoc == "none":
+        drop("model", "posthoc_tau", "model.posthoc is none")
     if data.profile == "none":
         default = f", as is the default with data.name {data.name}" if data.imbalance == "auto" else ""
         drop("data", "imbalance_ratio max_per_class", f"data.imbalance is none{default}")

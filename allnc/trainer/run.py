@@ -92,6 +92,7 @@ class Run:
             num_classes=self.train_set.num_classes,
             head=entry.head(config.loss),
             two_branches=entry.two_branches,
+            class_counts=self.counts,
         )
         channels_last = config.train.channels_last and len(self.train_set.shape(config.data)) == 3
         self.memory = torch.channels_last if channels_last else torch.contiguous_format
