@@ -67,7 +67,7 @@ class DataConfig:
             arrays, image_list, image_folder and features, whose class sizes are their own.
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
-        subset_seed: which images make the long-tailed subset, independent of the run's seed.
+        subset_seed: which images are held out and which make the long-tailed subset, independent of the run's seed.
         image_size: side in pixels of the images that the network sees (large images only).
         views: augmented views of each image in a batch, >= 1; of features, that many different passes of those
             stored, drawn anew in each epoch.
@@ -75,7 +75,13 @@ class DataConfig:
             and cutout in the first view, resized crop and colour jitter in the others), resized_crop (large
             images), crop_flip (large images: resized crop without the jitter), randaugment (large images: RandAugment
             in the first view). Features have none: they were augmented when they were made.
+        sampler: sampler of the batches, or of the uniform branch's where the loss has two branches: uniform (every
+            image once an epoch), class_balanced (classes alike), square_root or reversed (P(c) ~ 1 / n_c), which draw
+            as many images with replacement.
         rebalance_sampler: sampler of the re-balancing branch; uniform lets one batch serve both branches.
+        validation: share of the images of each class, in [0, 1), that is held out of the training images before class
+            sizes are cut out of them, at most all but one of a class; what is measured is measured on these then, and
+            the test images are left to `python -m allnc.evaluate RUN --on test`. `subset_seed` decides which.
         many: a class with more training images than this is a many-shot class.
         few: a class with fewer training images than this is a few-shot class.
         workers: processes that decode large images, >= 0.
@@ -105,7 +111,9 @@ class DataConfig:
     augmentation: Literal[
         "none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "crop_flip", "randaugment"
     ] = "shift_rotate"
+    sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
+    validation: float = 0.0
     many: int = 100
     few: int = 20
     workers: int = 4
@@ -131,6 +139,7 @@ class DataConfig:
         for name, least in (("subset_seed", 0), ("image_size", 8), ("views", 1), ("workers", 0), ("few", 0)):
             check_integer(f"data.{name}", getattr(self, name), minimum=least)
         check_interval("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
+        check_interval("data.validation", self.validation, 0, 1, open_high=True)
         check_integer("data.many", self.many, minimum=self.few)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
@@ -209,12 +218,18 @@ class ModelConfig:
         tune_rank: columns of the bottleneck or of the low-rank update, >= 1; None takes 2^floor(log2(C / 2L)), at least
             1, for C classes and L adapted blocks, as LIFT, so that what is added is not larger than the classifier.
         heads: shared, one classifier for both branches; separate, one each (the re-balancing one predicts).
-        classifier: linear, or normalised (scaled cosine between features and class vectors).
-        classifier_scale: factor of the cosine of a normalised classifier, > 0.
+        classifier: linear, normalised (scaled cosine between features and class vectors), or etf (the same with class
+            vectors that are a random simplex and do not train, for at least C - 1 features).
+        classifier_scale: factor of the cosine of a normalised or etf classifier, > 0.
         classifier_init: random, or class_means: before the first epoch, each class vector of a normalised classifier
             becomes the unit mean of its class's features, over at most 100 plain training images. A pretrained encoder
             separates the classes already; random vectors would first move, and what is tuned with them, and rare
             classes, which have few steps, would move least (LIFT, section 4.3).
+        posthoc: what is done to the trained classifier before it predicts: none; logit_adjusted, the logits minus
+            posthoc_tau times the log of the class frequencies (Menon et al., ICLR 2021); tau_normalised, the class
+            vectors of a linear classifier divided by their length to the power posthoc_tau, without bias (Kang et al.,
+            ICLR 2020). It trains nothing: the model does it whenever it is measured or loaded to predict.
+        posthoc_tau: strength of posthoc, > 0; 1 is full strength.
         projection_hidden: hidden width of the projection head (softmax HyCon); None takes the feature width.
         projection_dim: width D of the projection (softmax HyCon).
     """
@@ -229,9 +244,11 @@ class ModelConfig:
     tune: Literal["full", "head", "norm", "lora", "adapter"] = "full"
     tune_rank: int | None = None
     heads: Literal["shared", "separate"] = "shared"
-    classifier: Literal["linear", "normalised"] = "linear"
+    classifier: Literal["linear", "normalised", "etf"] = "linear"
     classifier_scale: float = 16.0
     classifier_init: Literal["random", "class_means"] = "random"
+    posthoc: Literal["none", "logit_adjusted", "tau_normalised"] = "none"
+    posthoc_tau: float = 1.0
     projection_hidden: int | None = None
     projection_dim: int = 128
 
@@ -248,10 +265,18 @@ class ModelConfig:
             raise ValueError("model.norm must be batch with model.pretrained, whose weights are made for it; got group")
         if self.tune_rank is not None:
             check_interval("model.tune_rank", self.tune_rank, 1, math.inf)
+        if self.classifier == "etf" and self.heads == "separate":
+            raise ValueError("model.heads must be shared with model.classifier etf, which has nothing to learn in two")
         if self.classifier_init == "class_means" and self.classifier != "normalised":
             raise ValueError(
                 f"model.classifier_init class_means needs model.classifier normalised; got {self.classifier}, whose "
                 "logits would depend on the length of the features"
+            )
+        check_interval("model.posthoc_tau", self.posthoc_tau, 0, math.inf, open_low=True)
+        if self.posthoc == "tau_normalised" and self.classifier != "linear":
+            raise ValueError(
+                f"model.posthoc tau_normalised needs model.classifier linear; got {self.classifier}, whose class "
+                "vectors have length 1 and which has no bias: nothing would change"
             )
         if self.name.startswith("timm:") and len(self.name) > 5:
             return
@@ -272,6 +297,8 @@ class ModelConfig:
             )
 
 
+REWEIGHTED = ("ce", "focal", "ldam", "mse")  # the losses that deferred re-weighting serves
+
 _NOT_NEGATIVE = (
     "hycon_weight",
     "alpha",
@@ -279,6 +306,7 @@ _NOT_NEGATIVE = (
     "p2p_means",
     "p2p_weights",
     "p2p_duality",
+    "tau",
     "focal_gamma",
 )
 
@@ -288,7 +316,9 @@ class LossConfig:
     """The loss: AllNC with its parts, or one classification loss alone.
 
     Args:
-        name: allnc, or the baseline trained on the uniform branch alone.
+        name: allnc, or the baseline trained on the uniform branch alone: ce, logit_adjusted, focal, class_balanced,
+            ldam, mse, ntce and nonl (which normalise each class over the batch; for a normalised classifier), or etf_dr
+            (dot regression, for the etf classifier).
         hycon: form of HyCon: softmax (projected, with negatives), cosine (positives only) or none.
         hycon_weight: weight of HyCon beside P2P on the means, >= 0.
         alpha: weight of HyCon and P2P on the means against classification, >= 0.
@@ -303,14 +333,21 @@ class LossConfig:
         p2p_target: etf (simplex), softmax (separation, for more classes than features), or auto.
         p2p_temperature: temperature of P2P's softmax target, > 0.
         rebalance: loss of the re-balancing branch.
+        tau: strength of the logit adjustment, wherever it is used, >= 0.
+        label_smoothing: share of the target that is spread over all classes, in [0, 1), for cross-entropy and logit
+            adjustment, alone or in the re-balancing branch.
         focal_gamma: exponent of the focal loss, wherever it is used, >= 0.
+        drw: share of training, in [0, 1], after which classes weigh by the inverse of their effective number of images
+            (deferred re-weighting), for ce, focal, ldam and mse; None: never.
         gamma: exponent of the schedule: eta = 1 - min(1, progress / horizon) ** gamma, > 0.
         horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 0: from the
             start.
         backend: implementation of the ops; auto takes the fastest that can run.
     """
 
-    name: Literal["allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "allnc"
+    name: Literal[
+        "allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam", "mse", "ntce", "nonl", "etf_dr"
+    ] = "allnc"
     hycon: Literal["softmax", "cosine", "none"] = "softmax"
     hycon_weight: float = 1.0
     alpha: float = 1.0
@@ -324,8 +361,11 @@ class LossConfig:
     p2p_duality: float = 1.0
     p2p_target: Literal["auto", "etf", "softmax"] = "auto"
     p2p_temperature: float = 0.1
-    rebalance: Literal["logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
+    rebalance: Literal["ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
+    tau: float = 1.0
+    label_smoothing: float = 0.0
     focal_gamma: float = 2.0
+    drw: float | None = None
     gamma: float = 2.0
     horizon: float = 0.3
     backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
@@ -343,6 +383,9 @@ class LossConfig:
             check_interval(f"loss.{name}", getattr(self, name), 0, math.inf, open_low=True)
         check_interval("loss.ema_momentum", self.ema_momentum, 0, 1, open_high=True)
         check_interval("loss.horizon", self.horizon, 0, 1)
+        check_interval("loss.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
+        if self.drw is not None:
+            check_interval("loss.drw", self.drw, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,8 +412,8 @@ class TrainConfig:
         schedule: cosine to zero by step, or step (x 0.1 at the milestones).
         milestones: epochs after which the step schedule divides the rate by ten.
         grad_clip: largest norm of the whole gradient; None does not clip.
-        precision: autocast type; auto takes bf16 where the device has it in hardware (CPU: AVX512-BF16 or
-            AMX), else fp16 on a GPU and fp32 on a CPU.
+        precision: autocast type; auto takes bf16 where the device multiplies it faster than fp32 (CPU: with AMX), else
+            fp16 on a GPU and fp32 on a CPU.
         matmul_precision: how float32 matrices are multiplied, in torch's words: highest (float32), high (TF32 on a
             GPU), medium (bfloat16 where the hardware has it); auto takes high on a GPU and highest on a CPU.
         device: auto takes a GPU when there is one.
@@ -468,6 +511,12 @@ class Config:
         check_interval("seed", self.seed, 0, 2**32 - 1)
         if self.loss.name == "allnc" and self.loss.contrast == "cosine" and self.data.views != 2:
             raise ValueError(f"data.views must be 2 with loss.hycon cosine; got {self.data.views}")
+        needs = {"etf_dr": ("etf",), "ntce": ("normalised", "etf"), "nonl": ("normalised", "etf")}.get(self.loss.name)
+        if needs is not None and self.model.classifier not in needs:
+            raise ValueError(
+                f"model.classifier must be {' or '.join(needs)} with loss.name {self.loss.name}; got "
+                f"{self.model.classifier}"
+            )
         if (self.data.name == "features") != (self.model.name in FEATURE_MODELS):
             raise ValueError(
                 f"model.name must be {' or '.join(FEATURE_MODELS)} with data.name features, and only then; got "

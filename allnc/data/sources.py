@@ -22,7 +22,7 @@ from allnc.config import DataConfig
 from allnc.data.folders import read_folders
 from allnc.data.images import shown
 from allnc.data.lists import read_lists
-from allnc.data.longtail import shuffled_by_class, sizes_within, subset
+from allnc.data.longtail import held_out, shuffled_by_class, sizes_within, subset
 from allnc.data.paths import PathList
 
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
@@ -132,8 +132,15 @@ class ImageSet:
         )
 
 
-def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """Return the (long-tailed) training set and the test set that a configuration asks for.
+def load(config: DataConfig, *, tested: bool = False) -> tuple[ImageSet, ImageSet]:
+    """Return the (long-tailed) training set that a configuration asks for, and the set on which it is measured.
+
+    Args:
+        config: what to load.
+        tested: measure on the test set also where validation images are held out.
+
+    Returns:
+        Training set, and the validation set where there is one and `tested` is False, else the test set.
 
     Raises:
         ValueError: files are missing or do not hold what they should; the message says what to do.
@@ -158,12 +165,29 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         train, test = read_features(config)
     else:
         train, test = _image_folder(config)
+    if config.validation > 0:
+        kept, held = held_out(
+            train.labels.numpy(),
+            train.num_classes,
+            config.validation,
+            config.subset_seed,
+            None if train.groups is None else train.groups.numpy(),
+        )
+        if not tested:
+            test = replace(train.select(held), notes=_validation_notes(train, held))
+        train = train.select(kept)
     if config.profile != "none":
         ratio = config.imbalance_ratio
         sizes = sizes_within(train.class_counts.tolist(), config.max_per_class, ratio, config.profile, train.classes)
         chosen = train.select(subset(train.labels.numpy(), sizes, config.subset_seed))
         train = replace(chosen, available=len(train))
     return train, test
+
+
+def _validation_notes(images: ImageSet, held: np.ndarray) -> tuple[str, ...]:
+    counts = torch.bincount(images.labels[torch.from_numpy(held)], minlength=images.num_classes)
+    without = int((counts == 0).sum())
+    return (f"{without} of {len(counts)} classes have no validation image",) if without else ()
 
 
 def _digits(seed: int) -> tuple[ImageSet, ImageSet]:
