@@ -26,6 +26,7 @@ class ModelOutput(NamedTuple):
     logits_rebalance: Tensor  # [N, C], those that predict; the same tensor when the heads are shared
     z: Tensor | None  # [N, D] unit rows (projection)
     h: Tensor | None  # [N, F] (predictor)
+    prototypes: Tensor | None = None  # [C, D] unit rows (class vectors through a projection of their own)
 
 
 class LongTailModel(nn.Module):
@@ -36,7 +37,8 @@ class LongTailModel(nn.Module):
         feature_dim: width F.
         num_classes: number of classes C.
         config: heads and classifier.
-        head: the head that the loss reads beside the classifier.
+        head: the head that the loss reads beside the classifier; prototypes is a projection of the features and one
+            of the class vectors of the classifier that predicts.
         heads: shared or separate classifiers; a loss with one branch shares.
     """
 
@@ -47,7 +49,7 @@ class LongTailModel(nn.Module):
         num_classes: int,
         config: ModelConfig,
         *,
-        head: Literal["projection", "predictor"] | None,
+        head: Literal["projection", "predictor", "prototypes"] | None,
         heads: Literal["shared", "separate"],
     ) -> None:
         super().__init__()
@@ -56,7 +58,11 @@ class LongTailModel(nn.Module):
         self.classifier = _classifier(feature_dim, num_classes, config)
         self.uniform_classifier = _classifier(feature_dim, num_classes, config) if heads == "separate" else None
         hidden = config.projection_hidden or feature_dim
-        self.projection = Projection(feature_dim, hidden, config.projection_dim) if head == "projection" else None
+        self.projection = self.prototypes = None
+        if head in ("projection", "prototypes"):
+            self.projection = Projection(feature_dim, hidden, config.projection_dim)
+        if head == "prototypes":
+            self.prototypes = Projection(feature_dim, hidden, config.projection_dim)
         self.predictor = Predictor(feature_dim) if head == "predictor" else None
 
     def forward(self, images: Tensor, *, train_uniform: bool = True) -> ModelOutput:
@@ -78,7 +84,8 @@ class LongTailModel(nn.Module):
                 uniform = self.uniform_classifier(features)
         z = self.projection(features) if self.projection is not None else None
         h = self.predictor(features) if self.predictor is not None else None
-        return ModelOutput(features, uniform, logits, z, h)
+        prototypes = self.prototypes(self.classifier.weight) if self.prototypes is not None else None
+        return ModelOutput(features, uniform, logits, z, h, prototypes)
 
     def train(self, mode: bool = True) -> LongTailModel:
         """Set training mode, except where the encoder is frozen."""
@@ -122,7 +129,7 @@ def build_model(
     *,
     in_channels: int,
     num_classes: int,
-    head: Literal["projection", "predictor"] | None = None,
+    head: Literal["projection", "predictor", "prototypes"] | None = None,
     two_branches: bool = True,
 ) -> LongTailModel:
     """Build the network of a configuration, with random weights from torch's global generator.
