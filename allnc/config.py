@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from allnc._checks import check_integer, check_interval
 
-SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memory as one uint8 tensor
+BALANCED_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # as published
+SMALL_SETS = (*BALANCED_SETS, "arrays")  # held in memory as one uint8 tensor
 FEATURE_MODELS = ("linear", "mlp")  # what trains on stored features instead of images
 FEATURES_MANIFEST = "features.json"  # of a folder that allnc.features wrote
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
@@ -53,18 +54,20 @@ class DataConfig:
     """Which images, how many of each class, and how they are viewed and sampled.
 
     Args:
-        name: data set; image_list reads `relative/path label` lines, image_folder a folder for each class, as
-            torchvision's ImageFolder; features reads what `python -m allnc.features` wrote.
-        root: folder of the images or of the data set's own files; None looks in the usual places.
+        name: data set; arrays reads a file of small images (docs/data.md); image_list reads `relative/path label`
+            lines, image_folder a folder for each class, as torchvision's ImageFolder; features reads what
+            `python -m allnc.features` wrote.
+        root: folder of the images or of the data set's own files, or for arrays the file; None looks in the usual
+            places.
         train_list: text file with the training images (image_list only).
         test_list: text file with the test images (image_list only).
         download: let torchvision download the files when they are not there.
         imbalance: profile of the class sizes that are cut out of the training images; none takes every image; auto
             takes exponential for the balanced small sets (digits, fashion_mnist, cifar10, cifar100) and none for
-            image_list, image_folder and features, whose class sizes are their own.
+            arrays, image_list, image_folder and features, whose class sizes are their own.
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
-        subset_seed: which images make the long-tailed subset, independent of the run's seed.
+        subset_seed: which images are held out and which make the long-tailed subset, independent of the run's seed.
         image_size: side in pixels of the images that the network sees (large images only).
         views: augmented views of each image in a batch, >= 1; of features, that many different passes of those
             stored, drawn anew in each epoch.
@@ -72,20 +75,29 @@ class DataConfig:
             and cutout in the first view, resized crop and colour jitter in the others), resized_crop (large
             images), crop_flip (large images: resized crop without the jitter), randaugment (large images: RandAugment
             in the first view). Features have none: they were augmented when they were made.
+        sampler: sampler of the batches, or of the uniform branch's where the loss has two branches: uniform (every
+            image once an epoch), class_balanced (classes alike), square_root or reversed (P(c) ~ 1 / n_c), which draw
+            as many images with replacement.
         rebalance_sampler: sampler of the re-balancing branch; uniform lets one batch serve both branches.
+        validation: share of the images of each class, in [0, 1), that is held out of the training images before class
+            sizes are cut out of them, at most all but one of a class; what is measured is measured on these then, and
+            the test images are left to `python -m allnc.evaluate RUN --on test`. `subset_seed` decides which.
         many: a class with more training images than this is a many-shot class.
         few: a class with fewer training images than this is a few-shot class.
         workers: processes that decode large images, >= 0.
         mean, std: of the pixels scaled to [0, 1], by channel: what is subtracted, and what is divided by. None takes
-            those of the data set (ImageNet's for large images), or for large images and model.pretrained those that
-            the weights were trained with, which timm knows; they then stand here in the run's own config.yaml.
+            those of the data set (for arrays, of all training images of the file; ImageNet's for large images), or for
+            large images and model.pretrained those that the weights were trained with, which timm knows; they then
+            stand here in the run's own config.yaml.
         test_crops: 1 measures the test accuracy on the plain view; 5 averages the logits of five crops: the plain view
             (to a pixel) and the four corners of the square it was cut from. Large images only. It takes five times as
             long; neural collapse is measured on the plain view in either case. Source: LIFT's test-time ensembling (Shi
             et al., ICML 2024), whose corners are those of the whole image, resized to 31/28 of the side (ours: 8/7).
     """
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder", "features"] = "digits"
+    name: Literal[
+        "digits", "fashion_mnist", "cifar10", "cifar100", "arrays", "image_list", "image_folder", "features"
+    ] = "digits"
     root: str | None = None
     train_list: str | None = None
     test_list: str | None = None
@@ -99,7 +111,9 @@ class DataConfig:
     augmentation: Literal[
         "none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "crop_flip", "randaugment"
     ] = "shift_rotate"
+    sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
+    validation: float = 0.0
     many: int = 100
     few: int = 20
     workers: int = 4
@@ -112,7 +126,7 @@ class DataConfig:
         """The profile of the class sizes: what `imbalance` says, or what auto stands for."""
         if self.imbalance != "auto":
             return self.imbalance
-        return "exponential" if self.name in SMALL_SETS else "none"
+        return "exponential" if self.name in BALANCED_SETS else "none"
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -125,9 +139,12 @@ class DataConfig:
         for name, least in (("subset_seed", 0), ("image_size", 8), ("views", 1), ("workers", 0), ("few", 0)):
             check_integer(f"data.{name}", getattr(self, name), minimum=least)
         check_interval("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
+        check_interval("data.validation", self.validation, 0, 1, open_high=True)
         check_integer("data.many", self.many, minimum=self.few)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
+        if self.name == "arrays" and not self.root:
+            raise ValueError("data.root must be given with data.name arrays: a .npz or .safetensors file")
         if self.name == "image_folder" and not self.root:
             raise ValueError(
                 "data.root must be given with data.name image_folder: a folder with train/ and val/ or test/"
@@ -208,6 +225,11 @@ class ModelConfig:
             becomes the unit mean of its class's features, over at most 100 plain training images. A pretrained encoder
             separates the classes already; random vectors would first move, and what is tuned with them, and rare
             classes, which have few steps, would move least (LIFT, section 4.3).
+        posthoc: what is done to the trained classifier before it predicts: none; logit_adjusted, the logits minus
+            posthoc_tau times the log of the class frequencies (Menon et al., ICLR 2021); tau_normalised, the class
+            vectors of a linear classifier divided by their length to the power posthoc_tau, without bias (Kang et al.,
+            ICLR 2020). It trains nothing: the model does it whenever it is measured or loaded to predict.
+        posthoc_tau: strength of posthoc, > 0; 1 is full strength.
         projection_hidden: hidden width of the projection head (softmax HyCon); None takes the feature width.
         projection_dim: width D of the projection (softmax HyCon).
     """
@@ -225,6 +247,8 @@ class ModelConfig:
     classifier: Literal["linear", "normalised", "etf"] = "linear"
     classifier_scale: float = 16.0
     classifier_init: Literal["random", "class_means"] = "random"
+    posthoc: Literal["none", "logit_adjusted", "tau_normalised"] = "none"
+    posthoc_tau: float = 1.0
     projection_hidden: int | None = None
     projection_dim: int = 128
 
@@ -247,6 +271,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.classifier_init class_means needs model.classifier normalised; got {self.classifier}, whose "
                 "logits would depend on the length of the features"
+            )
+        check_interval("model.posthoc_tau", self.posthoc_tau, 0, math.inf, open_low=True)
+        if self.posthoc == "tau_normalised" and self.classifier != "linear":
+            raise ValueError(
+                f"model.posthoc tau_normalised needs model.classifier linear; got {self.classifier}, whose class "
+                "vectors have length 1 and which has no bias: nothing would change"
             )
         if self.name.startswith("timm:") and len(self.name) > 5:
             return
@@ -396,8 +426,8 @@ class TrainConfig:
         schedule: cosine to zero by step, or step (x 0.1 at the milestones).
         milestones: epochs after which the step schedule divides the rate by ten.
         grad_clip: largest norm of the whole gradient; None does not clip.
-        precision: autocast type; auto takes bf16 where the device has it in hardware (CPU: AVX512-BF16 or
-            AMX), else fp16 on a GPU and fp32 on a CPU.
+        precision: autocast type; auto takes bf16 where the device multiplies it faster than fp32 (CPU: with AMX), else
+            fp16 on a GPU and fp32 on a CPU.
         matmul_precision: how float32 matrices are multiplied, in torch's words: highest (float32), high (TF32 on a
             GPU), medium (bfloat16 where the hardware has it); auto takes high on a GPU and highest on a CPU.
         device: auto takes a GPU when there is one.

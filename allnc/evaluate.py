@@ -15,6 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print accuracy by shot and collapse of a checkpoint; return 0, or 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(prog="python -m allnc.evaluate", description=__doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, with last.safetensors")
+    parser.add_argument(
+        "--on", choices=("test", "validation"), help="which images; default the run's own (its data.validation)"
+    )
     parser.add_argument("--data.root", dest="root", help="folder of the images, where it is not the run's")
     parser.add_argument("--data.test_crops", dest="crops", type=int, choices=(1, 5), help="where it is not the run's")
     parser.add_argument("--model.weights", dest="weights", help="pretrained weights, where they are not the run's")
@@ -37,13 +40,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     data, model = config.data, weights.model(config.model)
     if options.weights and weights.frozen is None:
         raise ValueError(f"--model.weights would be ignored: {options.run} holds every weight; remove it")
+    if options.on == "validation" and data.validation == 0:
+        raise ValueError(f"--on validation needs a run with data.validation; {options.run} held no image out")
     run = Run(
         dataclasses.replace(
             config,
             data=dataclasses.replace(data, root=options.root or data.root, test_crops=options.crops or data.test_crops),
             model=dataclasses.replace(model, weights=options.weights or model.weights),
             train=dataclasses.replace(config.train, device=options.device),
-        )
+        ),
+        tested=options.on == "test",
     )
     run.load_model(weights, epoch)
     measured, _ = run.measure()

@@ -28,6 +28,7 @@ DOORS: dict[str, set[str]] = {
     "trainer": {"_command", "_sealed", "ops", "losses", "metrics", "data", "models", "config", "_version"},
     "info": {"ops", "_extension", "_version"},
     "train": {"trainer", "_command"},
+    "sweep": {"trainer", "_command", "config"},
     "evaluate": {"trainer", "_command"},
     "features": {"trainer", "_command"},
     "__init__": {"ops", "losses", "metrics", "_version"},

@@ -92,7 +92,8 @@ class TrainLoader:
         if not len(own):
             raise ValueError(f"train.batch_size must be at least the number of processes; got {batch_size}")
         self.num_own = len(own)
-        self.plan = _Plan(images, config.rebalance_sampler if two_batches else None, batch_size, seed, own)
+        samplers = (config.sampler, config.rebalance_sampler if two_batches else None)
+        self.plan = _Plan(images, samplers, batch_size, seed, own)
         self.epochs = epochs
         self.ahead: tuple[int, Iterator[Tensor]] | None = None  # the epoch that comes next, and its parts
         self.waiting = Waiting()
@@ -169,28 +170,37 @@ class _Plan:
 
     Args:
         images: the training set.
-        rebalance: sampler of a second batch of the same size; None for one batch.
+        samplers: of the uniform branch, and of a second batch of the same size, None for one batch.
         batch_size: images of the uniform branch in a batch, B.
         seed: of the order and the augmentation.
         own: this process's images of the B, positions in [0, B).
     """
 
-    def __init__(self, images: ImageSet, rebalance: str | None, batch_size: int, seed: int, own: Tensor) -> None:
-        self.labels, self.counts, self.rebalance = images.labels, images.class_counts, rebalance
-        self.batch_size, self.seed = batch_size, seed
-        self.own = own if rebalance is None else torch.cat([own, batch_size + own])  # columns of `indices`
+    def __init__(
+        self, images: ImageSet, samplers: tuple[str, str | None], batch_size: int, seed: int, own: Tensor
+    ) -> None:
+        self.labels, self.counts = images.labels, images.class_counts
+        self.samplers, self.batch_size, self.seed = samplers, batch_size, seed
+        self.own = own if samplers[1] is None else torch.cat([own, batch_size + own])  # columns of `indices`
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
 
     def indices(self, epoch: int) -> Tensor:
         """Return the images of each batch of an epoch, [batches, B + R]."""
-        count = len(self) * self.batch_size
-        order = uniform_order(len(self.labels), self.seed, epoch)[:count].view(-1, self.batch_size)
-        if self.rebalance is None:
-            return order
-        second = rebalanced_order(self.labels, self.counts, self.rebalance, count, self.seed, epoch)
-        return torch.cat([order, second.view(-1, self.batch_size)], dim=1)
+        orders = [
+            self._order(sampler, stream, epoch).view(-1, self.batch_size)
+            for sampler, stream in zip(self.samplers, ("uniform", "rebalance"), strict=True)
+            if sampler is not None
+        ]
+        return torch.cat(orders, dim=1)
+
+    def _order(self, sampler: str, stream: str, epoch: int) -> Tensor:
+        """Return the images of a branch's whole epoch: of the uniform sampler each once, of others by chance."""
+        size = len(self) * self.batch_size
+        if sampler == "uniform":
+            return uniform_order(len(self.labels), self.seed, epoch)[:size]
+        return rebalanced_order(self.labels, self.counts, sampler, size, self.seed, epoch, stream=stream)
 
     def parts(self, first: int, stop: int) -> Iterator[Keys]:
         """Yield positions and seeds of this process's images, part by part of each batch of the epochs."""

@@ -112,6 +112,45 @@ def shuffled_by_class(labels: IndexArray, num_classes: int, seed: int) -> list[I
     return [generator.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
 
 
+def held_out(
+    labels: IndexArray, num_classes: int, share: float, seed: int, groups: IndexArray | None = None
+) -> tuple[IndexArray, IndexArray]:
+    """Split a set in two: a share of each class is held out, and every class keeps an image.
+
+    Args:
+        labels: class of every image, [n].
+        num_classes: number of classes C.
+        share: of each class, in (0, 1): round(share * n_c) images of n_c, at most n_c - 1.
+        seed: which images.
+        groups: a number for every image, [n]: images of a group (all letters of a font, all photographs of an animal)
+            are held out together or not at all, so many groups that they have about that share of all images.
+
+    Returns:
+        Positions of the images that are kept and of those held out, each in the order of the set.
+
+    Raises:
+        ValueError: no image would be held out, or groups leave a class without an image.
+    """
+    out = np.zeros(len(labels), dtype=bool)
+    if groups is None:
+        for positions in shuffled_by_class(labels, num_classes, seed):
+            out[positions[: max(0, min(len(positions) - 1, round(share * len(positions))))]] = True
+    else:
+        numbers, sizes = np.unique(groups, return_counts=True)
+        order = np.random.RandomState(seed).permutation(len(numbers))
+        before = np.cumsum(sizes[order]) - sizes[order]  # images in the groups before this one
+        out = np.isin(groups, numbers[order[before + sizes[order] / 2 < share * len(labels)]])
+        lost = np.setdiff1d(labels[out], labels[~out])
+        if len(lost):
+            raise ValueError(
+                f"data.validation must leave every class an image; got {share:g}, and class {lost[0]} loses all of its "
+                "groups"
+            )
+    if not out.any():
+        raise ValueError(f"data.validation must hold out an image of some class; got {share:g} of {len(labels)} images")
+    return np.flatnonzero(~out), np.flatnonzero(out)
+
+
 def subset(labels: IndexArray, sizes: list[int], seed: int) -> IndexArray:
     """Choose `sizes[c]` images of every class c.
 

@@ -49,10 +49,12 @@ def uniform_order(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=generator(seed, "uniform", epoch))
 
 
-def rebalanced_order(labels: Tensor, class_counts: Tensor, sampler: str, size: int, seed: int, epoch: int) -> Tensor:
+def rebalanced_order(
+    labels: Tensor, class_counts: Tensor, sampler: str, size: int, seed: int, epoch: int, *, stream: str = "rebalance"
+) -> Tensor:
     """Draw `size` images with replacement so that classes appear as `class_probabilities` says, [size]."""
     per_image = class_probabilities(class_counts, sampler)[labels] / class_counts.double()[labels]  # [n]
     cumulative = per_image.cumsum(0)
     cumulative = cumulative / cumulative[-1]  # torch.multinomial stops at 2^24 images
-    draws = torch.rand(size, generator=generator(seed, "rebalance", epoch), dtype=torch.float64)
+    draws = torch.rand(size, generator=generator(seed, stream, epoch), dtype=torch.float64)
     return torch.searchsorted(cumulative, draws, right=True).clamp(max=len(labels) - 1)

@@ -46,10 +46,10 @@ def shot_accuracy(
     many: int = 100,
     few: int = 20,
 ) -> dict[str, float | None]:
-    """Accuracy in percent: over all images, and over the classes of each shot group.
+    """Accuracy in percent: over all images, over all classes, and over the classes of each shot group.
 
-    A group's number is the mean of its classes' accuracies (on a balanced test set the same as the share of
-    its images); classes without a test image are left out of it.
+    A group's number, and that of all classes, is the mean of its classes' accuracies (on a balanced test set the same
+    as the share of its images); classes without a test image are left out of it.
 
     Args:
         predictions: [N] int64 predicted classes.
@@ -59,7 +59,8 @@ def shot_accuracy(
         few: classes with fewer training images than this are few-shot.
 
     Returns:
-        {"accuracy", "many", "medium", "few"} in percent; None for a group without a tested class.
+        {"accuracy", "balanced", "many", "medium", "few"} in percent: "balanced" is the mean of all classes' accuracies;
+        None for a group without a tested class.
 
     Raises:
         TypeError, ValueError: wrong types or shapes, no image, or a label out of range.
@@ -82,7 +83,7 @@ def shot_accuracy(
     tested = torch.bincount(labels, minlength=num_classes)  # [C]
     per_class = torch.bincount(labels, weights=right, minlength=num_classes) / tested.clamp(min=1)  # [C]
     result: dict[str, float | None] = {"accuracy": 100 * float(right.mean())}
-    for name, mask in groups.items():
+    for name, mask in {"balanced": torch.ones_like(groups["few"]), **groups}.items():
         used = mask & (tested > 0)
         result[name] = 100 * float(per_class[used].mean()) if bool(used.any()) else None
     return result

@@ -13,6 +13,7 @@ from allnc.models.etf import ETFClassifier
 from allnc.models.feature_heads import feature_encoder
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
 from allnc.models.normalisation import group_normalised
+from allnc.models.posthoc import posthoc
 from allnc.models.pretrained import timm_encoder
 from allnc.models.resnet_cifar import CifarResNet
 from allnc.models.tuning import frozen_names, rest, sum_of_tensors, tune
@@ -40,6 +41,7 @@ class LongTailModel(nn.Module):
         head: the head that the loss reads beside the classifier; prototypes is a projection of the features and one
             of the class vectors of the classifier that predicts.
         heads: shared or separate classifiers; a loss with one branch shares.
+        class_counts: [C] training images of each class, >= 1, for `config.posthoc` logit_adjusted.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class LongTailModel(nn.Module):
         *,
         head: Literal["projection", "predictor", "prototypes"] | None,
         heads: Literal["shared", "separate"],
+        class_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.feature_dim, self.tune = feature_dim, config.tune
         self.encoder = encoder
         self.classifier = _classifier(feature_dim, num_classes, config)
         self.uniform_classifier = _classifier(feature_dim, num_classes, config) if heads == "separate" else None
+        self.posthoc = posthoc(config, class_counts)
         hidden = config.projection_hidden or feature_dim
         self.projection = self.prototypes = None
         if head in ("projection", "prototypes"):
@@ -77,11 +81,16 @@ class LongTailModel(nn.Module):
         return self.heads(self.encoder(images), train_uniform=train_uniform)
 
     def heads(self, features: Tensor, *, train_uniform: bool = True) -> ModelOutput:
-        """Return logits and heads of features [N, F], with these; `train_uniform` as in `forward`."""
+        """Return logits and heads of features [N, F], with these; `train_uniform` as in `forward`.
+
+        In evaluation mode the logits that predict are those of `model.posthoc`.
+        """
         logits = uniform = self.classifier(features)
         if self.uniform_classifier is not None:
             with torch.set_grad_enabled(train_uniform and torch.is_grad_enabled()):
                 uniform = self.uniform_classifier(features)
+        if self.posthoc is not None and not self.training:
+            logits = self.posthoc(features, logits, self.classifier.weight)
         z = self.projection(features) if self.projection is not None else None
         h = self.predictor(features) if self.predictor is not None else None
         prototypes = self.prototypes(self.classifier.weight) if self.prototypes is not None else None
@@ -115,8 +124,13 @@ class LongTailModel(nn.Module):
 
     @property
     def classifier_weight(self) -> Tensor:
-        """Class vectors of the classifier that predicts, [C, F]."""
+        """Class vectors of the classifier that predicts, [C, F], as they are trained."""
         return self.classifier.weight
+
+    @property
+    def predicting_weight(self) -> Tensor:
+        """Class vectors that predict in evaluation mode, [C, F]: the classifier's, after `model.posthoc`."""
+        return self.classifier.weight if self.posthoc is None else self.posthoc.class_vectors(self.classifier.weight)
 
     @property
     def classifier_bias(self) -> Tensor | None:
@@ -131,6 +145,7 @@ def build_model(
     num_classes: int,
     head: Literal["projection", "predictor", "prototypes"] | None = None,
     two_branches: bool = True,
+    class_counts: Tensor | None = None,
 ) -> LongTailModel:
     """Build the network of a configuration, with random weights from torch's global generator.
 
@@ -140,6 +155,7 @@ def build_model(
         num_classes: number of classes C.
         head: the head that the loss reads (`LossConfig.head`).
         two_branches: whether the loss has two branches; with one, separate heads would leave one untrained.
+        class_counts: [C] training images of each class, >= 1, for `config.posthoc` logit_adjusted.
 
     Raises:
         ValueError: timm does not know the model, its weights are not to be had or do not fit, it cannot be tuned as
@@ -158,7 +174,7 @@ def build_model(
     if config.name.startswith("timm:"):
         tune(encoder, config, num_classes)
     heads = config.heads if two_branches else "shared"
-    return LongTailModel(encoder, feature_dim, num_classes, config, head=head, heads=heads)
+    return LongTailModel(encoder, feature_dim, num_classes, config, head=head, heads=heads, class_counts=class_counts)
 
 
 def _classifier(features: int, classes: int, config: ModelConfig) -> nn.Linear | NormalisedClassifier | ETFClassifier:

@@ -116,7 +116,8 @@ class _Extraction:
         config, epoch, weights = plan.config, 0, None
         if plan.run is None:  # what light tuning would add is no part of the encoder yet
             model = dataclasses.replace(config.model, tune="full", tune_rank=None)
-            config = dataclasses.replace(config, model=model)
+            data = dataclasses.replace(config.data, validation=0.0)  # what trains on the features may hold some out
+            config = dataclasses.replace(config, data=data, model=model)
         else:
             of_run, epoch, weights = load_weights(plan.run)
             model = dataclasses.replace(of_run.model, weights=config.model.weights or of_run.model.weights)
@@ -125,10 +126,10 @@ class _Extraction:
         # What a training makes of images and weights; its steps, which there are none of, shall not refuse a small set.
         # The weights of a run are those that it measures, a moving average where it has one.
         train = dataclasses.replace(config.train, batch_size=2, micro_batch=None, ema_decay=None)
-        run = Run(dataclasses.replace(config, train=train))
+        run = Run(dataclasses.replace(config, train=train), tested=True)
         if weights is not None:
             run.load_model(weights, epoch)
-        self.sets: dict[str, ImageSet] = {"train": run.train_set, "test": run.test_set}
+        self.sets: dict[str, ImageSet] = {"train": run.train_set, "test": run.measured_set}
         self.config, self.device, self.memory = config, run.device, run.memory
         self.encoder = run.model.encoder.eval()
         images = run.train_set
@@ -188,7 +189,7 @@ class _Extraction:
 
     def _views(self, images: ImageSet, stream: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield which images, and an augmented view of each; `stream` is the start of their random numbers."""
-        config = dataclasses.replace(self.config.data, views=1, rebalance_sampler="uniform")
+        config = dataclasses.replace(self.config.data, views=1, sampler="uniform", rebalance_sampler="uniform")
         whole = len(images) // BATCH * BATCH  # the loader leaves out an incomplete batch
         for first, stop in ((0, whole), (whole, len(images))):
             if first < stop:

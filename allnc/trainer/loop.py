@@ -177,8 +177,8 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     number = str(run.dtype).removeprefix("torch.")
     lines = [
         f"{config.data.name}: {run.train_set.count_text} training images ({int(counts.max())} to {int(counts.min())} a "
-        f"class), {len(run.test_set)} test images; {config.model.name}, {parameters:.2f} M parameters; loss "
-        f"{config.loss.name}; {run.device.type}, {number}; {files}"
+        f"class), {len(run.measured_set)} {run.measured_on} images; {config.model.name}, {parameters:.2f} M "
+        f"parameters; loss {config.loss.name}; {run.device.type}, {number}; {files}"
     ]
     if run.processes.size > 1:
         lines.append(f"{run.processes.size} processes share each batch of {config.train.batch_size} images")
@@ -189,7 +189,7 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
         sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
         tuned, whole = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
         lines.append(f"model.tune {config.model.tune}: {tuned:,} of {whole:,} parameters train")
-    lines += [f"note: {note}" for part in (run.train_set, run.test_set) for note in part.notes]
+    lines += [f"note: {note}" for part in (run.train_set, run.measured_set) for note in part.notes]
     if run.epoch:
         lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")
     lines += [
@@ -213,6 +213,7 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
         "loader_wait": mean_of(records, "loader_wait"),
         "seed": config.seed,
         **run.conventions(),
+        "images": run.images(),
         "class_counts": run.counts.tolist(),
         "changes": list(run.changes),
         "device": run.device.type,

@@ -9,6 +9,16 @@ from typing import Any
 
 from allnc.config import BATCH_AUGMENTATIONS, CONTRASTIVE, FEATURE_MODELS, SECTIONS, SMALL_SETS, Config, LossConfig
 
+# Where files lie and how a machine works on them: two runs that differ in these alone are the same run.
+OF_A_MACHINE = (
+    "out",
+    "data.root",
+    "data.train_list",
+    "data.test_list",
+    "data.workers",
+    "train.threads",
+    "model.weights",
+)
 # The options of the loss that each baseline reads, beside its name.
 _READ_BY: dict[str, tuple[str, ...]] = {
     "ce": ("label_smoothing", "drw"),
@@ -84,9 +94,13 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("train", "save", "no pretrained weights stay frozen (model.pretrained, model.tune): all are saved")
     if model.classifier == "linear":
         drop("model", "classifier_scale", "model.classifier is linear")
+    if model.posthoc == "none":
+        drop("model", "posthoc_tau", "model.posthoc is none")
     if data.profile == "none":
         default = f", as is the default with data.name {data.name}" if data.imbalance == "auto" else ""
-        drop("data", "imbalance_ratio max_per_class subset_seed", f"data.imbalance is none{default}")
+        drop("data", "imbalance_ratio max_per_class", f"data.imbalance is none{default}")
+        if data.validation == 0:
+            drop("data", "subset_seed", f"data.imbalance is none{default}, and no image is held out")
     if data.name == "digits":
         drop("data", "root", "the digits come with scikit-learn")
         ignored.pop("data.subset_seed", None)  # it also splits training from test images

@@ -17,7 +17,7 @@ from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure
-from allnc.trainer.options import dotted
+from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.processes import Processes
 from allnc.trainer.runtime import (
     check_backend,
@@ -27,16 +27,6 @@ from allnc.trainer.runtime import (
     random_state,
     restore_random_state,
     seed_everything,
-)
-
-OF_A_MACHINE = (
-    "out",
-    "data.root",
-    "data.train_list",
-    "data.test_list",
-    "data.workers",
-    "train.threads",
-    "model.weights",
 )
 
 
@@ -51,6 +41,7 @@ class Run:
         config: the configuration.
         images: training and test set, where they are at hand already; None loads what the configuration names.
         processes: those that share the run; None for this one alone.
+        tested: measure on the test images also where validation images are held out.
 
     Raises:
         ValueError: the configuration asks for what is not there (files, device, model).
@@ -61,8 +52,11 @@ class Run:
         config: Config,
         images: tuple[ImageSet, ImageSet] | None = None,
         processes: Processes | None = None,
+        *,
+        tested: bool = False,
     ) -> None:
         self.config, self.processes = config, processes or Processes()
+        self.measured_on = "test" if tested or config.data.validation == 0 else "validation"
         self.device = pick_device(config.train)
         if config.loss.name in ("allnc", "supcon", "proco"):
             check_backend(config.loss.backend, self.device)
@@ -73,7 +67,7 @@ class Run:
                 torch.set_num_threads(config.train.threads)
             torch.set_flush_denormal(True)  # denormals of a nearly perfect fit slow CPU kernels tenfold
         seed_everything(config.seed)
-        self.train_set, self.test_set = images or load(config.data)
+        self.train_set, self.measured_set = images or load(config.data, tested=tested)
         config = self._with_statistics()
         self.counts = self.train_set.class_counts
         if int(self.counts.min()) == 0:
@@ -98,6 +92,7 @@ class Run:
             num_classes=self.train_set.num_classes,
             head=entry.head(config.loss),
             two_branches=entry.two_branches,
+            class_counts=self.counts,
         )
         channels_last = config.train.channels_last and len(self.train_set.shape(config.data)) == 3
         self.memory = torch.channels_last if channels_last else torch.contiguous_format
@@ -128,7 +123,7 @@ class Run:
 
     def _with_statistics(self) -> Config:
         """Let the pixels have mean and deviation of the configuration, or of the pretrained weights, which it notes."""
-        if isinstance(self.train_set, FeatureSet) or isinstance(self.test_set, FeatureSet):
+        if isinstance(self.train_set, FeatureSet) or isinstance(self.measured_set, FeatureSet):
             return self.config
         data, own = self.config.data, (self.train_set.mean, self.train_set.std)
         if data.mean is None or data.std is None:
@@ -143,7 +138,7 @@ class Run:
             )
         assert data.mean is not None and data.std is not None
         self.train_set = dataclasses.replace(self.train_set, mean=data.mean, std=data.std)
-        self.test_set = dataclasses.replace(self.test_set, mean=data.mean, std=data.std)
+        self.measured_set = dataclasses.replace(self.measured_set, mean=data.mean, std=data.std)
         return self.config
 
     def start_classifier(self) -> None:
@@ -172,8 +167,7 @@ class Run:
 
     def _agree(self) -> None:
         """Raise ValueError, in the first process, unless all have the same options, weights and images."""
-        sets = {"training": self.train_set, "test": self.test_set}
-        own = {f"{name} images": f"{len(s):,} (SHA-256 {s.fingerprint()[:16]})" for name, s in sets.items()}
+        own = {f"{name} images": text for name, text in self.images().items()}
         own["weights"] = f"those of SHA-256 {sum_of_tensors(self.model.state_dict())[:16]}"
         own |= {name: str(value) for name, value in dotted(self.config).items() if name not in OF_A_MACHINE}
         for rank, theirs in enumerate(self.processes.gather(own)):
@@ -297,21 +291,31 @@ class Run:
             )
 
     def measure(self) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return accuracy by shot (test set) with collapse (training set), and the class means [C, F]."""
+        """Return accuracy by shot with collapse (of the training set), and the class means [C, F]."""
         collapse, means = self.measure_collapse()
         return {**self.measure_accuracy(), **collapse}, means
 
     def measure_accuracy(self) -> dict[str, float | None]:
-        """Return accuracy by shot on the test set."""
-        return accuracy(self.measured, self.test_set, self.counts, self.config.data, self.device, self.processes)
+        """Return accuracy by shot on the images that are measured."""
+        return accuracy(self.measured, self.measured_set, self.counts, self.config.data, self.device, self.processes)
 
     def measure_collapse(self) -> tuple[dict[str, float], torch.Tensor]:
         """Return the collapse metrics of the training set and its class means [C, F]."""
         return neural_collapse(self.measured, self.train_set, self.config.data, self.device, self.processes)
 
+    def images(self) -> dict[str, str]:
+        """Return number and fingerprint of the training images and of those that are measured."""
+        sets = {"training": self.train_set, self.measured_on: self.measured_set}
+        return {name: f"{len(s):,} (SHA-256 {s.fingerprint()[:16]})" for name, s in sets.items()}
+
     def conventions(self) -> dict[str, Any]:
-        """Return what the measured numbers refer to: epochs done, and the limits of many and few."""
-        return {"epochs": self.epoch, "many_above": self.config.data.many, "few_below": self.config.data.few}
+        """Return what the measured numbers refer to: epochs done, the images, and the limits of many and few."""
+        return {
+            "epochs": self.epoch,
+            "measured_on": self.measured_on,
+            "many_above": self.config.data.many,
+            "few_below": self.config.data.few,
+        }
 
 
 def _moving_average(model: LongTailModel, decay: float | None) -> Any:

@@ -154,7 +154,9 @@ def final_table(summary: Record) -> Table:
     table = Table(title=f"epoch {summary['epochs']}, the last one", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    table.add_row("accuracy (test)", _percent(summary["accuracy"]))
+    table.add_row(f"accuracy ({summary['measured_on']})", _percent(summary["accuracy"]))
+    if _percent(summary["balanced"]) != _percent(summary["accuracy"]):  # else the images are as many in each class
+        table.add_row("  mean over classes", _percent(summary["balanced"]))
     limits = {"many": f"> {summary['many_above']}", "few": f"< {summary['few_below']}"}
     for name in SHOTS:
         limit = limits.get(name, f"{summary['few_below']}-{summary['many_above']}")

@@ -70,6 +70,19 @@ def test_an_epoch_is_every_image_once_and_the_tail_more_often_when_rebalanced() 
     assert drawn[0] < drawn[-1]
 
 
+def test_one_batch_can_have_classes_alike() -> None:
+    """Drawn from a stream of its own: a re-balancing branch with the same sampler sees other images."""
+    images, config = digits(sampler="class_balanced", rebalance_sampler="class_balanced")
+    source = loader(images, config, two_batches=True)
+    epochs = torch.stack([source.indices(epoch) for epoch in range(40)])  # [40, batches, 16 + 16]
+    drawn = torch.bincount(images.labels[epochs[..., :16].flatten()], minlength=10)
+    total = int(drawn.sum())
+    assert total == 40 * 16 * len(source)
+    assert ((drawn / total - 0.1).abs() < 4 * (0.1 * 0.9 / total) ** 0.5).all()
+    assert not torch.equal(epochs[..., :16], epochs[..., 16:])
+    assert torch.equal(loader(images, config).indices(7), epochs[7, :, :16])
+
+
 def test_epochs_repeat_and_differ() -> None:
     images, config = digits()
     first, again = (list(loader(images, config).epoch(1)) for _ in range(2))

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from allnc.data.longtail import class_sizes, sizes_within, subset
+from allnc.data.longtail import class_sizes, held_out, sizes_within, subset
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,27 @@ def test_the_size_that_is_proposed_fits_and_the_next_does_not() -> None:
                 with pytest.raises(ValueError):
                     sizes_within(counts, int(found[1]) + 1, ratio, profile)
     assert proposed > 100
+
+
+def test_a_share_of_each_class_is_held_out_and_every_class_keeps_an_image() -> None:
+    labels = np.repeat([0, 1, 2, 3], [10, 4, 2, 1])
+    kept, held = held_out(labels, 4, 0.3, seed=0)
+    assert np.bincount(labels[held], minlength=4).tolist() == [3, 1, 1, 0]  # round(3.0, 1.2, 0.6, 0.3)
+    assert sorted([*kept, *held]) == list(range(17))
+    assert np.bincount(labels[held_out(labels, 4, 0.9, seed=0)[0]]).tolist() == [1, 1, 1, 1]
+    assert not np.array_equal(held, held_out(labels, 4, 0.3, seed=1)[1])
+
+
+def test_groups_are_held_out_whole() -> None:
+    groups = np.repeat(np.arange(10), 7)
+    labels = np.tile(np.arange(7), 10)
+    kept, held = held_out(labels, 7, 0.3, seed=3, groups=groups)
+    assert not set(groups[kept]) & set(groups[held])
+    assert len(set(groups[held])) == 3
+    with pytest.raises(ValueError, match=r"data.validation must leave every class an image; got 0.5, and class"):
+        held_out(groups, 10, 0.5, seed=0, groups=groups)
+
+
+def test_a_share_too_small_for_any_image_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must hold out an image of some class; got 0.01 of 4 images"):
+        held_out(np.array([0, 0, 1, 1]), 2, 0.01, seed=0)

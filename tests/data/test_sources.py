@@ -235,3 +235,16 @@ def test_a_cut_set_knows_what_it_was_cut_from() -> None:
     train, test = load(DataConfig(max_per_class=40, imbalance_ratio=4))
     assert train.count_text == f"{len(train)} of 1297" and test.count_text == "500"
     assert load(DataConfig(imbalance="none"))[0].count_text == "1297"
+
+
+def test_validation_images_are_held_out_before_the_classes_are_cut() -> None:
+    plain = DataConfig(name="digits", imbalance_ratio=10, max_per_class=50, validation=0.2)
+    train, validation = load(plain)
+    again, test = load(plain, tested=True)
+    assert train.fingerprint() == again.fingerprint()
+    assert int(validation.class_counts.min()) >= 20  # about a fifth of the 125 to 133 images that each class has
+    assert train.class_counts.tolist()[0] == 50
+    assert int(train.class_counts[-1]) == 5
+    sets = [{bytes(image.numpy().tobytes()) for image in part.images} for part in (train, validation, test)]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert test.fingerprint() == load(DataConfig(name="digits"))[1].fingerprint()

@@ -14,7 +14,7 @@ def test_by_hand() -> None:
     """Classes 0 and 1 are many-shot with 3/4 and 0/2 right; class 2 medium with 1/2; class 3 few with 1/1."""
     predictions = torch.tensor([0, 0, 0, 3, 0, 0, 2, 1, 3])
     result = shot_accuracy(predictions, LABELS, [500, 101, 100, 19])
-    assert result == {"accuracy": pytest.approx(500 / 9), "many": 37.5, "medium": 50.0, "few": 100.0}
+    assert result == {"accuracy": pytest.approx(500 / 9), "balanced": 56.25, "many": 37.5, "medium": 50.0, "few": 100.0}
 
 
 def test_limits_of_the_groups() -> None:
@@ -28,7 +28,7 @@ def test_limits_of_the_groups() -> None:
 
 def test_empty_groups_are_none() -> None:
     result = shot_accuracy(LABELS, LABELS, [10, 10, 10, 10])
-    assert result == {"accuracy": 100.0, "many": None, "medium": None, "few": 100.0}
+    assert result == {"accuracy": 100.0, "balanced": 100.0, "many": None, "medium": None, "few": 100.0}
     untested = shot_accuracy(LABELS, LABELS, [10, 10, 10, 10, 500])
     assert untested["many"] is None
 

@@ -65,7 +65,7 @@ def everything(images: Any, config: Config, encoder: torch.nn.Module) -> tuple[T
 def assert_stored(folder: Path, run: loop.Run) -> None:
     """The features in the folder are those of the run's encoder, rounded to float16."""
     run.measured.eval()
-    for images, got in zip((run.train_set, run.test_set), load(heads(folder).data), strict=True):
+    for images, got in zip((run.train_set, run.measured_set), load(heads(folder).data), strict=True):
         want, labels = everything(images, run.config, run.measured.encoder)
         rows, of_rows = everything(got, heads(folder), torch.nn.Identity())
         assert rows.dtype == torch.float32 and torch.equal(of_rows, labels)

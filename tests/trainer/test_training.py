@@ -205,6 +205,28 @@ def test_evaluate_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "must be a run folder with last.safetensors" in capsys.readouterr().err
 
 
+def test_a_run_with_validation_images_leaves_the_test_to_evaluate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = changed(TINY, data={"validation": 0.3}, train={"epochs": 1, "eval_every": 1})
+    summary = loop.train(config, tmp_path / "run", quiet())
+    assert summary["measured_on"] == "validation"
+    run = loop.Run(config)
+    assert (len(run.measured_set), len(loop.Run(config, tested=True).measured_set)) == (389, 500)
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    own = capsys.readouterr().out
+    assert "accuracy (validation)" in own
+    assert f"{summary['accuracy']:.1f}" in own
+    assert evaluate.main([str(tmp_path / "run"), "--on", "test"]) == 0
+    assert "accuracy (test)" in capsys.readouterr().out
+
+
+def test_no_validation_images_no_evaluation_on_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop.train(changed(TINY, train={"epochs": 1}), tmp_path / "run", quiet())
+    assert evaluate.main([str(tmp_path / "run"), "--on", "validation"]) == 2
+    assert "--on validation needs a run with data.validation" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("hycon", ["cosine", "softmax"])
 def test_a_gpu_trains_and_resumes(hycon: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

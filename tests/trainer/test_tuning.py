@@ -251,8 +251,8 @@ def test_five_crops_by_hand() -> None:
 def test_five_crops_average_logits_of_accuracy_alone(place: Path) -> None:
     config = configuration(place, "head", data={"test_crops": 5})
     run = Run(config)
-    one = list(plain_batches(run.test_set, config.data, 5, CPU))
-    five = list(plain_batches(run.test_set, config.data, 5, CPU, margin=True))
+    one = list(plain_batches(run.measured_set, config.data, 5, CPU))
+    five = list(plain_batches(run.measured_set, config.data, 5, CPU, margin=True))
     for (plain, labels), (square, same) in zip(one, five, strict=True):
         assert square.shape[-2:] == (SIDE * 8 // 7,) * 2 and torch.equal(labels, same)
         assert torch.equal(measure.five_crops(square, SIDE)[0], plain)
@@ -262,7 +262,7 @@ def test_five_crops_average_logits_of_accuracy_alone(place: Path) -> None:
     run.model.eval()
     with torch.inference_mode():
         mean = sum(run.model(crop).logits_rebalance for crop in crops) / 5
-    logits = torch.cat([part for part, _ in measure._test_logits(run.model, run.test_set, config.data, CPU)])
+    logits = torch.cat([part for part, _ in measure._test_logits(run.model, run.measured_set, config.data, CPU)])
     torch.testing.assert_close(logits, mean, rtol=1e-5, atol=1e-5)
     collapse = run.measure_collapse()[0]
     assert collapse == Run(changed(config, data={"test_crops": 1})).measure_collapse()[0]
@@ -280,8 +280,8 @@ def test_pixels_are_normalised_as_the_weights_want_it_and_the_run_notes_it(place
     half = (0.5, 0.5, 0.5)
     run = Run(configuration(place, "head"))
     assert (run.config.data.mean, run.config.data.std) == (half, half)
-    assert run.train_set.mean == run.test_set.mean == run.train_set.std == half
-    white = torch.cat([pixels for pixels, _ in plain_batches(run.test_set, run.config.data, 20, CPU)])
+    assert run.train_set.mean == run.measured_set.mean == run.train_set.std == half
+    white = torch.cat([pixels for pixels, _ in plain_batches(run.measured_set, run.config.data, 20, CPU)])
     assert white.min() >= -1 and white.max() <= 1
     loop.train(configuration(place, "head", train={"epochs": 1}), tmp_path, quiet())
     assert load_weights(tmp_path)[0].data.mean == half

@@ -1,0 +1,79 @@
+"""Compare methods: `python -m allnc.sweep SWEEP.yaml --out DIR [--jobs N]`; run again to go on after a stop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from allnc._command import answer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing, write tables and the plot; return 0, 2 for a mistake, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m allnc.sweep", description=__doc__)
+    parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="methods, data sets and seeds")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of runs.jsonl, tables and runs/")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default one a core")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="list the commands of the runs that are missing and stop"
+    )
+    options = parser.parse_args(arguments)
+    return answer("allnc.sweep", lambda: _sweep(options))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from allnc.sweep.execute import Clock, execute
+    from allnc.sweep.plan import Job, read_sweep
+    from allnc.sweep.record import Result, read
+    from allnc.sweep.table import SCORE, Row, as_csv, markdown, rows_of
+    from allnc.trainer.folder import check_place, write_whole
+
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be >= 1; got {options.jobs}")
+    sweep = read_sweep(options.sweep)
+    check_place(options.out)
+    recorded = read(options.out)
+    found = {job: next((r for r in reversed(recorded) if r.is_of(job)), None) for job in sweep.jobs}
+    missing = [job for job, result in found.items() if result is None]
+    if options.dry_run:
+        for job in missing:
+            print(f"python -m allnc.train {' '.join(job.words)}")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def write_tables() -> list[Row]:
+        results = [result for result in found.values() if result is not None]
+        if not results:
+            return []
+        rows = rows_of(results, sweep.baseline, sweep.data, sweep.methods)
+        measured_on = " or ".join(sorted({result.summary["measured_on"] for result in results}))
+        write_whole(options.out / "table.md", markdown(rows, sweep.baseline, measured_on).encode())
+        write_whole(options.out / "table.csv", as_csv(rows).encode())
+        return rows
+
+    def finished(job: Job, result: Result | None) -> None:
+        found[job] = result
+        score = "failed" if result is None else f"{result.summary[SCORE]:.2f} ({result.summary['seconds']:.0f} s)"
+        print(f"{clock.tick()} {job.name}: {score}", flush=True)
+        write_tables()
+
+    write_tables()
+    print(f"{len(sweep.jobs)} runs, {len(missing)} to train, {options.jobs} at a time", flush=True)
+    clock = Clock(len(missing))
+    try:
+        failed = execute(missing, options.out, processes=options.jobs, finished=finished)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command continues") from None
+    from allnc.sweep.plot import plot_geometry  # last: it imports much
+
+    plot_geometry(write_tables(), options.out / "geometry.png")
+    if failed:
+        job, log = failed[0]
+        raise ValueError(f"{len(failed)} of {len(missing)} runs failed: {job.name} says why in {log}, and so on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
