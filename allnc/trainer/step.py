@@ -55,6 +55,7 @@ def forward(run: Run, batch: Batch, *, progress: float) -> LossOutput:
 
 def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> LossOutput:
     """Return the loss of the model's outputs, which it takes in the types they come in and adds up in float32."""
+    heads = {"z": output.z, "h": output.h, "prototypes": output.prototypes}  # those that the loss reads are there
     return run.loss(
         output.features,
         batch.labels,
@@ -62,9 +63,8 @@ def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> 
         (batch.branch(output.logits_uniform, rebalance=False), batch.branch(batch.labels, rebalance=False)),
         (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(batch.labels, rebalance=True)),
         progress,
-        z=output.z,
-        h=output.h,
         num_views=run.config.data.views,
+        **{name: rows for name, rows in heads.items() if rows is not None},
     )
 
 
