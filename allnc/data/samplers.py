@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STREAMS = {"uniform": 0, "rebalance": 1, "augment": 2, "loader": 3}
+STREAMS = {"uniform": 0, "rebalance": 1, "augment": 2, "loader": 3, "classifier": 4}
 
 
 def generator(seed: int, stream: str, epoch: int) -> torch.Generator:

@@ -34,7 +34,7 @@ def train_step(run: Run, batch: Batch, *, progress: float) -> dict[str, Tensor]:
         batch: this process's images of the step.
         progress: share of training done, in [0, 1].
     """
-    backward = _backward if run.passes == 1 else _backward_in_parts
+    backward = _backward if run.passes == 1 and not run.retrains else _backward_in_parts
     total, parts = backward(run, batch, progress)
     clip = run.config.train.grad_clip
     if clip is not None:
@@ -89,7 +89,7 @@ def _backward_in_parts(run: Run, batch: Batch, progress: float) -> LossOutput:
     features[torch.cat(parts)] = torch.cat(found)
     del found
 
-    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    trains = not run.retrains and any(parameter.requires_grad for parameter in encoder.parameters())
     features.requires_grad_(trains)
     with run.autocast():
         output = run.model.heads(features, train_uniform=run.loss.trains_uniform(progress))
@@ -98,7 +98,7 @@ def _backward_in_parts(run: Run, batch: Batch, progress: float) -> LossOutput:
     gradient, after = features.grad, dropout_state(device)
     del output, features
 
-    if gradient is not None:  # else all of the encoder is frozen
+    if gradient is not None:  # else all of the encoder is frozen, or rests
         with averaged_statistics(encoder):
             for rows, state in zip(parts, before, strict=True):
                 restore_dropout_state(state, device)
