@@ -378,6 +378,11 @@ class TrainConfig:
         ema_decay: share of the old weights kept at each step by the moving average that is then measured and saved, in
             (0, 1); it grows from 0 by 1 - (1 + step)^(-2/3), so that the first weights are soon forgotten. None: the
             weights themselves.
+        mixup: alpha >= 0 of mixup, for losses of logits and labels alone: every image is mixed with another of its
+            batch, with one share from Beta(alpha, alpha) a step, and the loss is the mixture of those of both labels
+            (Zhang et al., ICLR 2018). A second stage (retrain_epochs) has plain images. 0: no mixing.
+        remix: let mixtures have the label of a class that is at least 3 times rarer alone where its image has more than
+            half of the pixels (Chou et al., ECCV 2020 workshops).
         retrain_epochs: how many of the epochs, the last ones, train a new classifier alone, in [0, epochs): the encoder
             rests in evaluation mode, batches are class-balanced, the loss is cross-entropy whatever the first stage's
             is, and the rate falls from its peak to zero once more, by half a cosine (classifier re-training, Kang et
@@ -413,6 +418,8 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     ema_decay: float | None = None
+    mixup: float = 0.0
+    remix: bool = False
     retrain_epochs: int = 0
     warmup_epochs: float = 1.0
     schedule: Literal["cosine", "step"] = "cosine"
@@ -442,6 +449,7 @@ class TrainConfig:
             check_interval("train.micro_batch", self.micro_batch, 1, self.batch_size)
         if self.ema_decay is not None:
             check_interval("train.ema_decay", self.ema_decay, 0, 1, open_low=True, open_high=True)
+        check_interval("train.mixup", self.mixup, 0, math.inf)
         check_interval("train.retrain_epochs", self.retrain_epochs, 0, self.epochs, open_high=True)
         check_interval("train.lr", self.lr, 0, math.inf, open_low=True)
         check_interval("train.momentum", self.momentum, 0, 1, open_high=True)

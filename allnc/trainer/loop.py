@@ -16,6 +16,7 @@ from allnc.metrics.plots import plot_angles, plot_curves
 from allnc.trainer import checkpoint
 from allnc.trainer.folder import ANGLES, CONFIG, CURVES, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
 from allnc.trainer.manifest import read_manifest
+from allnc.trainer.mixing import batches
 from allnc.trainer.optim import learning_rate
 from allnc.trainer.options import to_dict
 from allnc.trainer.processes import Processes, launched
@@ -137,7 +138,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
     rate = 0.0
     log.start_epoch(run.epoch + 1, steps)
     run.processes.seed_others(run.config.seed, run.epoch)
-    for index, batch in enumerate(run.loader.epoch(run.epoch)):
+    for index, batch in enumerate(batches(run)):
         step = run.epoch * steps + index
         rate = learning_rate(config, step, steps)
         for group in run.optimizer.param_groups:

@@ -16,6 +16,7 @@ from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_te
 from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
+from allnc.trainer.mixing import check_loss_takes_mixtures
 from allnc.trainer.optim import build_optimizer, configure
 from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.processes import Processes
@@ -100,6 +101,7 @@ class Run:
             projection_dim=config.model.projection_dim,
             group=self.processes.group,
         ).to(self.device)
+        check_loss_takes_mixtures(self)
         self.average = _moving_average(self.model, config.train.ema_decay)
         self.optimizer = build_optimizer(self.model, config.train)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

@@ -54,13 +54,25 @@ def forward(run: Run, batch: Batch, *, progress: float) -> LossOutput:
 
 
 def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> LossOutput:
-    """Return the loss of the model's outputs, which it takes in the types they come in and adds up in float32."""
+    """Return the loss of the model's outputs, which it takes in the types they come in and adds up in float32.
+
+    That of mixed images is the mixture of those at both of their labels.
+    """
+    own = _loss_at(batch.labels, run, output, batch, progress)
+    if batch.other_labels is None:
+        return own
+    other, share = _loss_at(batch.other_labels, run, output, batch, progress), batch.share
+    parts = {name: share * value + (1 - share) * other.parts[name] for name, value in own.parts.items()}
+    return LossOutput(share * own.total + (1 - share) * other.total, parts)
+
+
+def _loss_at(labels: Tensor, run: Run, output: ModelOutput, batch: Batch, progress: float) -> LossOutput:
     return run.loss(
         output.features,
-        batch.labels,
+        labels,
         run.model.classifier_weight,
-        (batch.branch(output.logits_uniform, rebalance=False), batch.branch(batch.labels, rebalance=False)),
-        (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(batch.labels, rebalance=True)),
+        (batch.branch(output.logits_uniform, rebalance=False), batch.branch(labels, rebalance=False)),
+        (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(labels, rebalance=True)),
         progress,
         z=output.z,
         h=output.h,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.trainer import loop
 from allnc.trainer import run as run_module
+from allnc.trainer.mixing import batches
 from allnc.trainer.processes import Processes
 from allnc.trainer.retrain import start_retraining
 from tests.processes import rank_main
@@ -42,6 +43,7 @@ def cases() -> dict[str, Config]:
         "baseline, clipped": changed(loss={"name": "logit_adjusted"}, train={"grad_clip": 0.5}),
         "in parts": changed(model={"norm": "group"}, train={"micro_batch": 4, "grad_clip": 0.5, "ema_decay": 0.9}),
         "a new classifier alone": changed(model={"heads": "separate"}, train={"retrain_epochs": 1}),
+        "mixed": changed(loss={"name": "logit_adjusted"}, train={"mixup": 0.5, "remix": True}),
         "views through transforms": changed(data={"augmentation": "autoaugment", "workers": 0}),
     }
 
@@ -59,7 +61,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
             run.model.train()
             run.loss.double()
         parts = []
-        for step, batch in enumerate(run.loader.epoch(0)):
+        for step, batch in enumerate(batches(run)):
             batch = batch._replace(images=batch.images.double())
             parts.append(loop.train_step(run, batch, progress=step / (2 * STEPS)))
             if run.average is not None:
