@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from allnc._checks import check_integer, check_interval
 
-SMALL_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # held in memory as one uint8 tensor
+BALANCED_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # as published
+SMALL_SETS = (*BALANCED_SETS, "arrays")  # held in memory as one uint8 tensor
 FEATURE_MODELS = ("linear", "mlp")  # what trains on stored features instead of images
 FEATURES_MANIFEST = "features.json"  # of a folder that allnc.features wrote
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once
@@ -53,15 +54,17 @@ class DataConfig:
     """Which images, how many of each class, and how they are viewed and sampled.
 
     Args:
-        name: data set; image_list reads `relative/path label` lines, image_folder a folder for each class, as
-            torchvision's ImageFolder; features reads what `python -m allnc.features` wrote.
-        root: folder of the images or of the data set's own files; None looks in the usual places.
+        name: data set; arrays reads a file of small images (docs/data.md); image_list reads `relative/path label`
+            lines, image_folder a folder for each class, as torchvision's ImageFolder; features reads what
+            `python -m allnc.features` wrote.
+        root: folder of the images or of the data set's own files, or for arrays the file; None looks in the usual
+            places.
         train_list: text file with the training images (image_list only).
         test_list: text file with the test images (image_list only).
         download: let torchvision download the files when they are not there.
         imbalance: profile of the class sizes that are cut out of the training images; none takes every image; auto
             takes exponential for the balanced small sets (digits, fashion_mnist, cifar10, cifar100) and none for
-            image_list, image_folder and features, whose class sizes are their own.
+            arrays, image_list, image_folder and features, whose class sizes are their own.
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
         subset_seed: which images are held out and which make the long-tailed subset, independent of the run's seed.
@@ -83,15 +86,18 @@ class DataConfig:
         few: a class with fewer training images than this is a few-shot class.
         workers: processes that decode large images, >= 0.
         mean, std: of the pixels scaled to [0, 1], by channel: what is subtracted, and what is divided by. None takes
-            those of the data set (ImageNet's for large images), or for large images and model.pretrained those that
-            the weights were trained with, which timm knows; they then stand here in the run's own config.yaml.
+            those of the data set (for arrays, of all training images of the file; ImageNet's for large images), or for
+            large images and model.pretrained those that the weights were trained with, which timm knows; they then
+            stand here in the run's own config.yaml.
         test_crops: 1 measures the test accuracy on the plain view; 5 averages the logits of five crops: the plain view
             (to a pixel) and the four corners of the square it was cut from. Large images only. It takes five times as
             long; neural collapse is measured on the plain view in either case. Source: LIFT's test-time ensembling (Shi
             et al., ICML 2024), whose corners are those of the whole image, resized to 31/28 of the side (ours: 8/7).
     """
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_list", "image_folder", "features"] = "digits"
+    name: Literal[
+        "digits", "fashion_mnist", "cifar10", "cifar100", "arrays", "image_list", "image_folder", "features"
+    ] = "digits"
     root: str | None = None
     train_list: str | None = None
     test_list: str | None = None
@@ -120,7 +126,7 @@ class DataConfig:
         """The profile of the class sizes: what `imbalance` says, or what auto stands for."""
         if self.imbalance != "auto":
             return self.imbalance
-        return "exponential" if self.name in SMALL_SETS else "none"
+        return "exponential" if self.name in BALANCED_SETS else "none"
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -137,6 +143,8 @@ class DataConfig:
         check_integer("data.many", self.many, minimum=self.few)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
+        if self.name == "arrays" and not self.root:
+            raise ValueError("data.root must be given with data.name arrays: a .npz or .safetensors file")
         if self.name == "image_folder" and not self.root:
             raise ValueError(
                 "data.root must be given with data.name image_folder: a folder with train/ and val/ or test/"
@@ -210,8 +218,9 @@ class ModelConfig:
         tune_rank: columns of the bottleneck or of the low-rank update, >= 1; None takes 2^floor(log2(C / 2L)), at least
             1, for C classes and L adapted blocks, as LIFT, so that what is added is not larger than the classifier.
         heads: shared, one classifier for both branches; separate, one each (the re-balancing one predicts).
-        classifier: linear, or normalised (scaled cosine between features and class vectors).
-        classifier_scale: factor of the cosine of a normalised classifier, > 0.
+        classifier: linear, normalised (scaled cosine between features and class vectors), or etf (the same with class
+            vectors that are a random simplex and do not train, for at least C - 1 features).
+        classifier_scale: factor of the cosine of a normalised or etf classifier, > 0.
         classifier_init: random, or class_means: before the first epoch, each class vector of a normalised classifier
             becomes the unit mean of its class's features, over at most 100 plain training images. A pretrained encoder
             separates the classes already; random vectors would first move, and what is tuned with them, and rare
@@ -235,7 +244,7 @@ class ModelConfig:
     tune: Literal["full", "head", "norm", "lora", "adapter"] = "full"
     tune_rank: int | None = None
     heads: Literal["shared", "separate"] = "shared"
-    classifier: Literal["linear", "normalised"] = "linear"
+    classifier: Literal["linear", "normalised", "etf"] = "linear"
     classifier_scale: float = 16.0
     classifier_init: Literal["random", "class_means"] = "random"
     posthoc: Literal["none", "logit_adjusted", "tau_normalised"] = "none"
@@ -256,6 +265,8 @@ class ModelConfig:
             raise ValueError("model.norm must be batch with model.pretrained, whose weights are made for it; got group")
         if self.tune_rank is not None:
             check_interval("model.tune_rank", self.tune_rank, 1, math.inf)
+        if self.classifier == "etf" and self.heads == "separate":
+            raise ValueError("model.heads must be shared with model.classifier etf, which has nothing to learn in two")
         if self.classifier_init == "class_means" and self.classifier != "normalised":
             raise ValueError(
                 f"model.classifier_init class_means needs model.classifier normalised; got {self.classifier}, whose "
@@ -286,6 +297,8 @@ class ModelConfig:
             )
 
 
+REWEIGHTED = ("ce", "focal", "ldam", "mse")  # the losses that deferred re-weighting serves
+
 _NOT_NEGATIVE = (
     "hycon_weight",
     "alpha",
@@ -293,6 +306,7 @@ _NOT_NEGATIVE = (
     "p2p_means",
     "p2p_weights",
     "p2p_duality",
+    "tau",
     "focal_gamma",
 )
 
@@ -302,7 +316,9 @@ class LossConfig:
     """The loss: AllNC with its parts, or one classification loss alone.
 
     Args:
-        name: allnc, or the baseline trained on the uniform branch alone.
+        name: allnc, or the baseline trained on the uniform branch alone: ce, logit_adjusted, focal, class_balanced,
+            ldam, mse, ntce and nonl (which normalise each class over the batch; for a normalised classifier), or etf_dr
+            (dot regression, for the etf classifier).
         hycon: form of HyCon: softmax (projected, with negatives), cosine (positives only) or none.
         hycon_weight: weight of HyCon beside P2P on the means, >= 0.
         alpha: weight of HyCon and P2P on the means against classification, >= 0.
@@ -317,14 +333,21 @@ class LossConfig:
         p2p_target: etf (simplex), softmax (separation, for more classes than features), or auto.
         p2p_temperature: temperature of P2P's softmax target, > 0.
         rebalance: loss of the re-balancing branch.
+        tau: strength of the logit adjustment, wherever it is used, >= 0.
+        label_smoothing: share of the target that is spread over all classes, in [0, 1), for cross-entropy and logit
+            adjustment, alone or in the re-balancing branch.
         focal_gamma: exponent of the focal loss, wherever it is used, >= 0.
+        drw: share of training, in [0, 1], after which classes weigh by the inverse of their effective number of images
+            (deferred re-weighting), for ce, focal, ldam and mse; None: never.
         gamma: exponent of the schedule: eta = 1 - min(1, progress / horizon) ** gamma, > 0.
         horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 0: from the
             start.
         backend: implementation of the ops; auto takes the fastest that can run.
     """
 
-    name: Literal["allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "allnc"
+    name: Literal[
+        "allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam", "mse", "ntce", "nonl", "etf_dr"
+    ] = "allnc"
     hycon: Literal["softmax", "cosine", "none"] = "softmax"
     hycon_weight: float = 1.0
     alpha: float = 1.0
@@ -338,8 +361,11 @@ class LossConfig:
     p2p_duality: float = 1.0
     p2p_target: Literal["auto", "etf", "softmax"] = "auto"
     p2p_temperature: float = 0.1
-    rebalance: Literal["logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
+    rebalance: Literal["ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
+    tau: float = 1.0
+    label_smoothing: float = 0.0
     focal_gamma: float = 2.0
+    drw: float | None = None
     gamma: float = 2.0
     horizon: float = 0.3
     backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
@@ -357,6 +383,9 @@ class LossConfig:
             check_interval(f"loss.{name}", getattr(self, name), 0, math.inf, open_low=True)
         check_interval("loss.ema_momentum", self.ema_momentum, 0, 1, open_high=True)
         check_interval("loss.horizon", self.horizon, 0, 1)
+        check_interval("loss.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
+        if self.drw is not None:
+            check_interval("loss.drw", self.drw, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -501,6 +530,14 @@ class Config:
         check_interval("seed", self.seed, 0, 2**32 - 1)
         if self.loss.name == "allnc" and self.loss.contrast == "cosine" and self.data.views != 2:
             raise ValueError(f"data.views must be 2 with loss.hycon cosine; got {self.data.views}")
+        needs = {"etf_dr": ("etf",), "ntce": ("normalised", "etf"), "nonl": ("normalised", "etf")}.get(self.loss.name)
+        if needs is not None and self.model.classifier not in needs:
+            raise ValueError(
+                f"model.classifier must be {' or '.join(needs)} with loss.name {self.loss.name}; got "
+                f"{self.model.classifier}"
+            )
+        if self.train.retrain_epochs and self.model.classifier == "etf":
+            raise ValueError("train.retrain_epochs needs a model.classifier that trains, linear or normalised; got etf")
         if (self.data.name == "features") != (self.model.name in FEATURE_MODELS):
             raise ValueError(
                 f"model.name must be {' or '.join(FEATURE_MODELS)} with data.name features, and only then; got "

@@ -1,4 +1,4 @@
-"""Where images come from: digits, Fashion-MNIST, CIFAR, image lists, image folders.
+"""Where images come from: digits, Fashion-MNIST, CIFAR, files of arrays, image lists, image folders.
 
 Small sets are one uint8 tensor in memory; large ones are paths that worker processes decode. What is missing, damaged
 or contradictory is said before a run starts.
@@ -47,6 +47,8 @@ class ImageSet:
         images: [n, channels, height, width], uint8; None when the images are on disk.
         paths: files of the images, [n]; empty when they are in memory.
         classes: names of the classes, [C]; empty when they have none.
+        groups: number of the group of every image, [n], int64; images of one group stay together where a share of the
+            set is held out. None: no image belongs to another.
         available: images of the set from which this one was cut, >= n; None stands for n.
         notes: sentences for whoever starts a run: what was left out or looks wrong.
 
@@ -61,6 +63,7 @@ class ImageSet:
     images: Tensor | None = None
     paths: PathList = field(default_factory=lambda: PathList.of(()))
     classes: tuple[str, ...] = ()
+    groups: Tensor | None = None
     available: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -70,6 +73,11 @@ class ImageSet:
             raise ValueError(
                 f"labels must be [{number}], int64, one for each image; got {list(self.labels.shape)}, "
                 f"{self.labels.dtype}"
+            )
+        if self.groups is not None and (self.groups.shape != (number,) or self.groups.dtype != torch.int64):
+            raise ValueError(
+                f"groups must be [{number}], int64, one for each image; got {list(self.groups.shape)}, "
+                f"{self.groups.dtype}"
             )
         if number and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < self.num_classes):
             raise ValueError(
@@ -90,8 +98,9 @@ class ImageSet:
 
     def shape(self, config: DataConfig) -> tuple[int, ...]:
         """Shape of an image as the model sees it."""
-        side = config.image_size if self.images is None else self.images.shape[-1]
-        return (self.channels, side, side)
+        if self.images is None:
+            return (self.channels, config.image_size, config.image_size)
+        return tuple(self.images.shape[1:])
 
     @property
     def class_counts(self) -> Tensor:
@@ -117,6 +126,7 @@ class ImageSet:
         return replace(
             self,
             labels=self.labels[index],
+            groups=None if self.groups is None else self.groups[index],
             images=None if self.images is None else self.images[index],
             paths=self.paths.take(index.numpy()) if self.images is None else self.paths,
         )
@@ -143,6 +153,10 @@ def load(config: DataConfig, *, tested: bool = False) -> tuple[ImageSet, ImageSe
         train, test = _fashion_mnist(config)
     elif config.name in ("cifar10", "cifar100"):
         train, test = _cifar(config)
+    elif config.name == "arrays":
+        from allnc.data.arrays import read_arrays  # whose sets are of this module
+
+        train, test = read_arrays(config)
     elif config.name == "image_list":
         train, test = _image_lists(config)
     elif config.name == "features":
@@ -152,7 +166,13 @@ def load(config: DataConfig, *, tested: bool = False) -> tuple[ImageSet, ImageSe
     else:
         train, test = _image_folder(config)
     if config.validation > 0:
-        kept, held = held_out(train.labels.numpy(), train.num_classes, config.validation, config.subset_seed)
+        kept, held = held_out(
+            train.labels.numpy(),
+            train.num_classes,
+            config.validation,
+            config.subset_seed,
+            None if train.groups is None else train.groups.numpy(),
+        )
         if not tested:
             test = replace(train.select(held), notes=_validation_notes(train, held))
         train = train.select(kept)

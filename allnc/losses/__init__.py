@@ -7,6 +7,8 @@ from allnc.losses.gbbn import GBBN
 from allnc.losses.hycon import HyCon, HyConCosine
 from allnc.losses.longtail import LDAM, ClassBalanced, CrossEntropy, Focal, LogitAdjusted, long_tail_loss
 from allnc.losses.p2p import P2P, P2PTerms
+from allnc.losses.prototype_contrast import PrototypeContrast
+from allnc.losses.regression import DotRegression, MeanSquaredError
 
 __all__ = [
     "GBBN",
@@ -17,12 +19,15 @@ __all__ = [
     "ClassMeans",
     "Classification",
     "CrossEntropy",
+    "DotRegression",
     "Focal",
     "HyCon",
     "HyConCosine",
     "LogitAdjusted",
     "LossOutput",
+    "MeanSquaredError",
     "P2PTerms",
+    "PrototypeContrast",
     "build_loss",
     "long_tail_loss",
 ]

@@ -41,6 +41,7 @@ class AllNC(nn.Module):
         feature_dim: F, width of the features.
         projection_dim: D, width of the projections z; for softmax HyCon only.
         config: every setting of the loss; `LossConfig` explains them.
+        classifier_scale: factor of the cosines that are the logits, None for a linear classifier; for LDAM's margins.
         group: the batch is that of all ranks of this process group, of which each brings some rows, or none. All
             ranks must call forward together. The output is that of one process with all rows, and so is the *average*
             of the ranks' gradients, which DistributedDataParallel forms. One synchronisation a step.
@@ -73,6 +74,7 @@ class AllNC(nn.Module):
         projection_dim: int | None = None,
         config: LossConfig | None = None,
         *,
+        classifier_scale: float | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -82,7 +84,15 @@ class AllNC(nn.Module):
         self.config, self.group, self.num_classes = config, group, num_classes
         self.gbbn = GBBN(
             class_counts,
-            rebalance=long_tail_loss(config.rebalance, class_counts, gamma=config.focal_gamma, group=group),
+            rebalance=long_tail_loss(
+                config.rebalance,
+                class_counts,
+                gamma=config.focal_gamma,
+                tau=config.tau,
+                label_smoothing=config.label_smoothing,
+                classifier_scale=classifier_scale,
+                group=group,
+            ),
             gamma=config.gamma,
             horizon=config.horizon,
             group=group,

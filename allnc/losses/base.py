@@ -110,26 +110,67 @@ def mean_of_rows(total: Tensor, count: Tensor, group: ProcessGroup | None) -> Te
     return total / count.where(count > 0, 1)
 
 
+def mean_of_losses(
+    losses: Tensor, labels: Tensor, *, class_weight: Tensor | None = None, group: ProcessGroup | None = None
+) -> Tensor:
+    """Mean over the rows whose label is not -100, each weighed by its class; 0, not NaN, when there are none.
+
+    Args:
+        losses: [N] floating, the loss of each row.
+        labels: [N] int64, already checked.
+        class_weight: [C] weight of each class; None weighs all rows alike.
+        group: the rows are those of all ranks, as in `mean_of_rows`.
+    """
+    use = labels != IGNORE_INDEX  # [N]
+    weight = use.to(losses.dtype)
+    if class_weight is not None:
+        weight = class_weight.to(losses.dtype)[labels.where(use, 0)] * use
+    return mean_of_rows((weight * losses.where(use, 0)).sum(), weight.sum(), group)
+
+
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, weight: Tensor | None = None, group: ProcessGroup | None = None
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the rows whose label is not -100; 0, not NaN, when there are none.
 
     Args:
         logits: [N, C] floating.
         labels: [N] int64, already checked.
-        weight: [C] weight of each class; the mean is then over the weights, as in torch.
+        class_weight: [C] weight of the rows of each class; the mean is then over the weights.
+        label_smoothing: share of the target that is spread over all C classes, in [0, 1).
         group: the rows are those of all ranks, as in `mean_of_rows`.
 
     Returns:
         Scalar, float32 (float64 for float64 logits).
     """
     logits = logits.to(accumulation_dtype(logits.dtype))
-    weight = None if weight is None else weight.to(logits.dtype)
-    total = F.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORE_INDEX, reduction="sum")
-    use = labels != IGNORE_INDEX  # [N]
-    rows = use.to(logits.dtype) if weight is None else weight[labels.where(use, 0)] * use
-    return mean_of_rows(total, rows.sum(), group)
+    options = {"ignore_index": IGNORE_INDEX, "label_smoothing": label_smoothing}
+    if class_weight is not None:  # of the row's class alone: torch would weigh the smoothed share by the other classes
+        losses = F.cross_entropy(logits, labels, reduction="none", **options)
+        return mean_of_losses(losses, labels, class_weight=class_weight, group=group)
+    total = F.cross_entropy(logits, labels, reduction="sum", **options)
+    return mean_of_rows(total, (labels != IGNORE_INDEX).sum().to(logits.dtype), group)
+
+
+def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float = 0.9999) -> Tensor:
+    """Class weights (1 - β) / (1 - β^n_c), the inverse of the effective number of images, as float32 [C].
+
+    Args:
+        class_counts: [C] training images of each class, >= 0.
+        beta: β in [0, 1); 0 weighs all classes alike, β -> 1 by 1/n_c.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+
+    Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019.
+    """
+    check_interval("beta", beta, 0, 1, open_high=True)
+    return ((1 - beta) / (1 - beta ** checked_counts(class_counts))).float()
 
 
 def checked_logits(logits: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

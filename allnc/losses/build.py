@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from allnc.config import LossConfig
+from allnc._checks import check_interval
+from allnc.config import REWEIGHTED, LossConfig
 from allnc.losses.allnc import AllNC
-from allnc.losses.base import LossOutput, checked_logits
-from allnc.losses.longtail import LONG_TAIL, CrossEntropy, long_tail_loss
+from allnc.losses.base import LossOutput, checked_logits, effective_number_weights
+from allnc.losses.longtail import LONG_TAIL, long_tail_loss
+from allnc.losses.prototype_contrast import PrototypeContrast
+from allnc.losses.regression import DotRegression, MeanSquaredError
 from allnc.ops.ranks import Ranks, scale_gradient
 
 if TYPE_CHECKING:
@@ -24,11 +27,20 @@ class Classification(nn.Module):
 
     Args:
         loss: module called with (logits, labels).
+        drw: share of training, in [0, 1], after which `loss` is also given class weights by the inverse of the
+            effective number of images (β = 0.9999); None: never. The source begins at 0.8.
+        class_counts: [C] training images of each class; needed with `drw` only.
         group: ranks over whose rows `loss` takes its mean; gradients are then such that the *average* over ranks, as
             DistributedDataParallel forms it, is that of one process with all rows.
 
+    Raises:
+        TypeError, ValueError: drw out of its range, or without class counts.
+
+    Source: deferred re-weighting: Cao et al. (LDAM-DRW), NeurIPS 2019.
+
     Example:
         >>> import torch
+        >>> from allnc.losses import CrossEntropy
         >>> loss = Classification(CrossEntropy(num_classes=3))
         >>> logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
         >>> branch = (logits, labels)
@@ -37,9 +49,23 @@ class Classification(nn.Module):
         ['cls', 'uniform']
     """
 
-    def __init__(self, loss: nn.Module, *, group: ProcessGroup | None = None) -> None:
+    class_weight: Tensor
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        *,
+        drw: float | None = None,
+        class_counts: Tensor | Sequence[int] | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
-        self.loss, self.group = loss, group
+        self.loss, self.drw, self.group = loss, drw, group
+        if drw is not None:
+            check_interval("drw", drw, 0, 1)
+            if class_counts is None:
+                raise ValueError("class_counts must be given with drw; got None")
+            self.register_buffer("class_weight", effective_number_weights(class_counts))  # [C]
 
     def trains_uniform(self, progress: float) -> bool:
         """Whether the uniform branch has a part in the loss at this share of training: always."""
@@ -62,30 +88,79 @@ class Classification(nn.Module):
         logits, targets = uniform
         if self.group is not None:  # a wrong argument on one rank is an error on all, instead of a wait
             Ranks(self.group, lambda: checked_logits(logits, targets, len(weight)), lambda: len(logits), dict)
-        total = self.loss(logits, targets)
+        if self.drw is not None and progress >= self.drw:
+            total = self.loss(logits, targets, self.class_weight)
+        else:
+            total = self.loss(logits, targets)
         parts = {"cls": total.detach(), "uniform": total.detach()}
         return LossOutput(total if self.group is None else scale_gradient(total, self.group.size()), parts)
+
+
+class Setting(NamedTuple):
+    """What a loss is built for, beside its configuration."""
+
+    class_counts: Tensor  # [C] int64, training images of each class
+    feature_dim: int  # F
+    projection_dim: int | None  # D
+    classifier_scale: float | None  # factor of the cosines that are the logits, None for a linear classifier
+    group: ProcessGroup | None
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_counts)
 
 
 class Entry(NamedTuple):
     """What the registry knows of a loss."""
 
-    build: Callable[..., AllNC | Classification]  # (config, class_counts, feature_dim, projection_dim, group)
+    build: Callable[[LossConfig, Setting], AllNC | Classification]
     head: Callable[[LossConfig], Head | None] = lambda config: None  # what it reads beside features and logits
     two_branches: bool = False  # whether it reads the re-balancing branch beside the uniform one
 
 
-def _allnc(config, class_counts, feature_dim, projection_dim, group) -> AllNC:
-    return AllNC(class_counts, feature_dim, projection_dim, config, group=group)
+def _allnc(config: LossConfig, setting: Setting) -> AllNC:
+    counts, features, projections, scale, group = setting
+    return AllNC(counts, features, projections, config, classifier_scale=scale, group=group)
 
 
-def _cross_entropy(config, class_counts, feature_dim, projection_dim, group) -> Classification:
-    return Classification(CrossEntropy(len(class_counts), group=group), group=group)
+def _long_tail(config: LossConfig, setting: Setting) -> Classification:
+    assert config.name in LONG_TAIL
+    loss = long_tail_loss(
+        config.name,
+        setting.class_counts,
+        gamma=config.focal_gamma,
+        tau=config.tau,
+        label_smoothing=config.label_smoothing,
+        classifier_scale=setting.classifier_scale,
+        group=setting.group,
+    )
+    return _classification(loss, config, setting)
 
 
-def _long_tail(config, class_counts, feature_dim, projection_dim, group) -> Classification:
-    loss = long_tail_loss(config.name, class_counts, gamma=config.focal_gamma, group=group)
-    return Classification(loss, group=group)
+def _mean_squared_error(config: LossConfig, setting: Setting) -> Classification:
+    scale, group = setting.classifier_scale, setting.group
+    return _classification(MeanSquaredError(setting.num_classes, classifier_scale=scale, group=group), config, setting)
+
+
+def _prototype_contrast(config: LossConfig, setting: Setting) -> Classification:
+    only_negatives = config.name == "nonl"
+    loss = PrototypeContrast(setting.num_classes, only_negatives=only_negatives, group=setting.group)
+    return Classification(loss, group=setting.group)
+
+
+def _dot_regression(config: LossConfig, setting: Setting) -> Classification:
+    if setting.classifier_scale is None:
+        raise ValueError(
+            "classifier_scale must be given with loss.name etf_dr; got None. Give the model an ETF classifier"
+        )
+    loss = DotRegression(setting.num_classes, classifier_scale=setting.classifier_scale, group=setting.group)
+    return Classification(loss, group=setting.group)
+
+
+def _classification(loss: nn.Module, config: LossConfig, setting: Setting) -> Classification:
+    drw = config.drw if config.name in REWEIGHTED else None
+    return Classification(loss, drw=drw, class_counts=setting.class_counts, group=setting.group)
 
 
 def _allnc_head(config: LossConfig) -> Head | None:
@@ -95,8 +170,11 @@ def _allnc_head(config: LossConfig) -> Head | None:
 # By the name that `LossConfig.name` takes. A new loss is an entry here and a name there.
 LOSSES: dict[str, Entry] = {
     "allnc": Entry(_allnc, head=_allnc_head, two_branches=True),
-    "ce": Entry(_cross_entropy),
     **{name: Entry(_long_tail) for name in LONG_TAIL},
+    "mse": Entry(_mean_squared_error),
+    "ntce": Entry(_prototype_contrast),
+    "nonl": Entry(_prototype_contrast),
+    "etf_dr": Entry(_dot_regression),
 }
 
 
@@ -106,6 +184,7 @@ def build_loss(
     class_counts: Tensor,
     feature_dim: int,
     projection_dim: int | None = None,
+    classifier_scale: float | None = None,
     group: ProcessGroup | None = None,
 ) -> AllNC | Classification:
     """Build the loss that a configuration names.
@@ -115,6 +194,7 @@ def build_loss(
         class_counts: [C] int64, training images of each class.
         feature_dim: F, width of the features.
         projection_dim: D, width of the projections z, for a loss that reads them.
+        classifier_scale: factor of the cosines that are the logits; None for a linear classifier.
         group: the batch is that of all ranks of this process group, see `AllNC`.
 
     Returns:
@@ -129,4 +209,5 @@ def build_loss(
         >>> build_loss(LossConfig(name="ce"), class_counts=counts, feature_dim=8).loss
         CrossEntropy()
     """
-    return LOSSES[config.name].build(config, class_counts, feature_dim, projection_dim, group)
+    setting = Setting(class_counts, feature_dim, projection_dim, classifier_scale, group)
+    return LOSSES[config.name].build(config, setting)

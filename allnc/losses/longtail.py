@@ -1,8 +1,10 @@
-"""Classification losses for long-tailed data: logit-adjusted, focal, class-balanced and LDAM cross-entropy.
+"""Classification losses for long-tailed data: plain, logit-adjusted, focal, class-balanced and LDAM cross-entropy.
 
 Each takes logits [N, C] and labels [N] (-100: row takes no part) and returns the mean over the rows that
 do, 0 when there are none. With a process group the mean is over the rows of all ranks, with this rank's share of the
 gradient. Classes without a training image count as having one, which keeps every term finite.
+
+The losses that deferred re-weighting (`Classification`) serves also take class weights; the mean is then over these.
 
 Legend: N images, C classes; n_c training images of class c.
 """
@@ -16,12 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from allnc._checks import check_choice, check_integer, check_interval
-from allnc.losses.base import IGNORE_INDEX, checked_counts, checked_logits, cross_entropy, mean_of_rows
+from allnc.losses.base import (
+    IGNORE_INDEX,
+    checked_counts,
+    checked_logits,
+    cross_entropy,
+    effective_number_weights,
+    mean_of_losses,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-LongTail = Literal["logit_adjusted", "focal", "class_balanced", "ldam"]
+LongTail = Literal["ce", "logit_adjusted", "focal", "class_balanced", "ldam"]
 LONG_TAIL: tuple[LongTail, ...] = get_args(LongTail)
 
 
@@ -30,10 +39,11 @@ class CrossEntropy(nn.Module):
 
     Args:
         num_classes: C >= 2.
+        label_smoothing: share ε in [0, 1) of the target that is spread over all C classes.
         group: ranks over whose rows the mean is taken.
 
     Raises:
-        TypeError, ValueError: num_classes not an integer >= 2.
+        TypeError, ValueError: an argument out of its range.
 
     Example:
         >>> import math, torch
@@ -41,19 +51,21 @@ class CrossEntropy(nn.Module):
         >>> math.isclose(value.item(), math.log(4), rel_tol=1e-6)
         True
 
-    Source: textbook.
+    Source: textbook; label smoothing: Szegedy et al., Rethinking the Inception Architecture, CVPR 2016.
     """
 
-    def __init__(self, num_classes: int, *, group: ProcessGroup | None = None) -> None:
+    def __init__(self, num_classes: int, *, label_smoothing: float = 0.0, group: ProcessGroup | None = None) -> None:
         super().__init__()
         self.group = group
         check_integer("num_classes", num_classes, minimum=2)
-        self.num_classes = num_classes
+        check_interval("label_smoothing", label_smoothing, 0, 1, open_high=True)
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of logits [N, C] at labels [N]."""
+    def forward(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
+        """Return the mean loss of logits [N, C] at labels [N], weighed by class_weight [C] if given."""
         logits, labels = checked_logits(logits, labels, self.num_classes)
-        return cross_entropy(logits, labels, group=self.group)
+        options = {"class_weight": class_weight, "label_smoothing": self.label_smoothing}
+        return cross_entropy(logits, labels, **options, group=self.group)
 
 
 class LogitAdjusted(nn.Module):
@@ -62,6 +74,7 @@ class LogitAdjusted(nn.Module):
     Args:
         class_counts: [C] training images of each class, >= 0.
         tau: τ >= 0, strength of the adjustment; 0 is plain cross-entropy.
+        label_smoothing: share in [0, 1) of the target that is spread over all C classes.
         group: ranks over whose rows the mean is taken.
 
     Raises:
@@ -81,18 +94,25 @@ class LogitAdjusted(nn.Module):
     log_prior: Tensor
 
     def __init__(
-        self, class_counts: Tensor | Sequence[int], *, tau: float = 1.0, group: ProcessGroup | None = None
+        self,
+        class_counts: Tensor | Sequence[int],
+        *,
+        tau: float = 1.0,
+        label_smoothing: float = 0.0,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.label_smoothing = group, label_smoothing
         check_interval("tau", tau, 0)
+        check_interval("label_smoothing", label_smoothing, 0, 1, open_high=True)
         counts = checked_counts(class_counts)
         self.register_buffer("log_prior", (tau * (counts / counts.sum()).log()).float())  # [C]
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N]."""
         logits, labels = checked_logits(logits, labels, len(self.log_prior))
-        return cross_entropy(logits + self.log_prior, labels, group=self.group)
+        smoothing = self.label_smoothing
+        return cross_entropy(logits + self.log_prior, labels, label_smoothing=smoothing, group=self.group)
 
 
 class Focal(nn.Module):
@@ -122,15 +142,15 @@ class Focal(nn.Module):
         check_interval("gamma", gamma, 0)
         self.num_classes, self.gamma = num_classes, gamma
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of logits [N, C] at labels [N]."""
+    def forward(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
+        """Return the mean loss of logits [N, C] at labels [N], weighed by class_weight [C] if given."""
         logits, labels = checked_logits(logits, labels, self.num_classes)
         use = labels != IGNORE_INDEX  # [N]
         log_p = logits.log_softmax(1).gather(1, labels.where(use, 0)[:, None]).squeeze(1)  # [N]
         # The slope of (1 - p)^γ is infinite at p = 1 for γ < 1: stop one rounding step before.
         miss = (-torch.expm1(log_p)).clamp(min=torch.finfo(logits.dtype).eps)
-        total = (-miss.pow(self.gamma) * log_p).where(use, 0).sum()
-        return mean_of_rows(total, use.sum(), self.group)
+        losses = -miss.pow(self.gamma) * log_p  # [N]
+        return mean_of_losses(losses, labels, class_weight=class_weight, group=self.group)
 
 
 class ClassBalanced(nn.Module):
@@ -162,14 +182,12 @@ class ClassBalanced(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
-        check_interval("beta", beta, 0, 1, open_high=True)
-        counts = checked_counts(class_counts)
-        self.register_buffer("weight", ((1 - beta) / (1 - beta**counts)).float())  # [C]
+        self.register_buffer("weight", effective_number_weights(class_counts, beta))  # [C]
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N]."""
         logits, labels = checked_logits(logits, labels, len(self.weight))
-        return cross_entropy(logits, labels, weight=self.weight, group=self.group)
+        return cross_entropy(logits, labels, class_weight=self.weight, group=self.group)
 
 
 class LDAM(nn.Module):
@@ -177,9 +195,10 @@ class LDAM(nn.Module):
 
     Args:
         class_counts: [C] training images of each class, >= 0.
-        max_margin: largest margin, that of the smallest class that has an image, in units of the logits, > 0.
-        scale: s > 0. The paper's 30 is for logits that are bare cosines; 1 suits logits that already have a
-            scale, as those of a linear or a scaled cosine classifier.
+        max_margin: largest margin, that of the smallest class that has an image, in units of the logits, > 0. The
+            paper's 0.5 is for cosines: logits that are s times a cosine have margins of 0.5 s.
+        scale: s > 0, for logits that are bare cosines (30 in the paper); 1 for those that already have a scale, as
+            those of a linear or a scaled cosine classifier.
         group: ranks over whose rows the mean is taken.
 
     Raises:
@@ -213,12 +232,12 @@ class LDAM(nn.Module):
         self.scale = scale
         self.register_buffer("margin", (max_margin * relative / relative[present].max()).clamp(max=max_margin).float())
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of logits [N, C] at labels [N]."""
+    def forward(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
+        """Return the mean loss of logits [N, C] at labels [N], weighed by class_weight [C] if given."""
         logits, labels = checked_logits(logits, labels, len(self.margin))
         own = labels.where(labels != IGNORE_INDEX, 0)[:, None]  # [N, 1]
         margins = torch.zeros_like(logits).scatter(1, own, self.margin.to(logits.dtype)[own])  # [N, C]
-        return cross_entropy(self.scale * (logits - margins), labels, group=self.group)
+        return cross_entropy(self.scale * (logits - margins), labels, class_weight=class_weight, group=self.group)
 
 
 def long_tail_loss(
@@ -226,21 +245,33 @@ def long_tail_loss(
     class_counts: Tensor | Sequence[int],
     *,
     gamma: float = 2.0,
+    tau: float = 1.0,
+    label_smoothing: float = 0.0,
+    classifier_scale: float | None = None,
     group: ProcessGroup | None = None,
 ) -> nn.Module:
-    """The long-tail loss of that name with its default settings.
+    """The classification loss of that name; each reads the settings that it has.
 
     Args:
-        name: "logit_adjusted", "focal", "class_balanced" or "ldam".
+        name: "ce", "logit_adjusted", "focal", "class_balanced" or "ldam".
         class_counts: [C] training images of each class.
-        gamma: exponent of the focal loss; not read by the others.
+        gamma: exponent of the focal loss.
+        tau: strength of the logit adjustment.
+        label_smoothing: share of the target spread over all classes, for cross-entropy and logit adjustment.
+        classifier_scale: factor of the cosines that are the logits, None for a linear classifier. LDAM's largest
+            margin is half of it, as in its paper, whose scale is 30.
         group: ranks over whose rows the mean is taken.
 
     Raises:
-        ValueError: an unknown name.
+        TypeError, ValueError: an unknown name, or an argument out of its range.
     """
     check_choice("name", name, LONG_TAIL)
+    if name == "ce":
+        return CrossEntropy(len(class_counts), label_smoothing=label_smoothing, group=group)
     if name == "focal":
         return Focal(len(class_counts), gamma=gamma, group=group)
-    losses = {"logit_adjusted": LogitAdjusted, "class_balanced": ClassBalanced, "ldam": LDAM}
-    return losses[name](class_counts, group=group)
+    if name == "logit_adjusted":
+        return LogitAdjusted(class_counts, tau=tau, label_smoothing=label_smoothing, group=group)
+    if name == "class_balanced":
+        return ClassBalanced(class_counts, group=group)
+    return LDAM(class_counts, max_margin=0.5 * (classifier_scale or 1.0), group=group)

@@ -36,7 +36,7 @@ _BLUE, _ORANGE, _GREEN, _RED, _BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00
 # of the records, a label, a colour and a marker each.
 _PANELS: tuple[tuple[str, str, bool, float, tuple[tuple[str, str, str, str], ...]], ...] = (
     (
-        "Test accuracy",
+        "Accuracy",
         "%",
         False,
         1,

@@ -1,6 +1,7 @@
 """Networks: CIFAR ResNets, timm's models, and the heads on top."""
 
 from allnc.models.build import LongTailModel, ModelOutput, build_model, renew_classifier
+from allnc.models.etf import ETFClassifier
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
 from allnc.models.pretrained import pixel_statistics
 from allnc.models.resnet_cifar import CifarResNet
@@ -8,6 +9,7 @@ from allnc.models.tuning import added_parts_run, sum_of_tensors
 
 __all__ = [
     "CifarResNet",
+    "ETFClassifier",
     "LongTailModel",
     "ModelOutput",
     "NormalisedClassifier",

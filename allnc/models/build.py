@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allnc.config import FEATURE_MODELS, ModelConfig
+from allnc.models.etf import ETFClassifier
 from allnc.models.feature_heads import feature_encoder
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
 from allnc.models.normalisation import group_normalised
@@ -192,7 +193,9 @@ def renew_classifier(model: LongTailModel, config: ModelConfig, *, seed: int) ->
     model.classifier.load_state_dict(fresh.state_dict())
 
 
-def _classifier(features: int, classes: int, config: ModelConfig) -> nn.Linear | NormalisedClassifier:
+def _classifier(features: int, classes: int, config: ModelConfig) -> nn.Linear | NormalisedClassifier | ETFClassifier:
+    if config.classifier == "etf":
+        return ETFClassifier(features, classes, scale=config.classifier_scale)
     if config.classifier == "normalised":
         return NormalisedClassifier(features, classes, scale=config.classifier_scale)
     return nn.Linear(features, classes)

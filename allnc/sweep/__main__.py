@@ -12,7 +12,7 @@ from allnc._command import answer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is missing, write table.md and table.csv; return 0, 2 for a mistake, 130 after Ctrl-C."""
+    """Train what is missing, write tables and the plot; return 0, 2 for a mistake, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m allnc.sweep", description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="methods, data sets and seeds")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of runs.jsonl, tables and runs/")
@@ -28,7 +28,7 @@ def _sweep(options: argparse.Namespace) -> None:
     from allnc.sweep.execute import Clock, execute
     from allnc.sweep.plan import Job, read_sweep
     from allnc.sweep.record import Result, read
-    from allnc.sweep.table import SCORE, as_csv, markdown, rows_of
+    from allnc.sweep.table import SCORE, Row, as_csv, markdown, rows_of
     from allnc.trainer.folder import check_place, write_whole
 
     if options.jobs < 1:
@@ -44,14 +44,15 @@ def _sweep(options: argparse.Namespace) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
 
-    def write_tables() -> None:
+    def write_tables() -> list[Row]:
         results = [result for result in found.values() if result is not None]
         if not results:
-            return
+            return []
         rows = rows_of(results, sweep.baseline, sweep.data, sweep.methods)
         measured_on = " or ".join(sorted({result.summary["measured_on"] for result in results}))
         write_whole(options.out / "table.md", markdown(rows, sweep.baseline, measured_on).encode())
         write_whole(options.out / "table.csv", as_csv(rows).encode())
+        return rows
 
     def finished(job: Job, result: Result | None) -> None:
         found[job] = result
@@ -66,6 +67,9 @@ def _sweep(options: argparse.Namespace) -> None:
         failed = execute(missing, options.out, processes=options.jobs, finished=finished)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command continues") from None
+    from allnc.sweep.plot import plot_geometry  # last: it imports much
+
+    plot_geometry(write_tables(), options.out / "geometry.png")
     if failed:
         job, log = failed[0]
         raise ValueError(f"{len(failed)} of {len(missing)} runs failed: {job.name} says why in {log}, and so on")

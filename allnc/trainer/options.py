@@ -19,6 +19,14 @@ OF_A_MACHINE = (
     "train.threads",
     "model.weights",
 )
+# The options of the loss that each baseline reads, beside its name.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "ce": ("label_smoothing", "drw"),
+    "logit_adjusted": ("tau", "label_smoothing"),
+    "focal": ("focal_gamma", "drw"),
+    "ldam": ("drw",),
+    "mse": ("drw",),
+}
 
 
 def ignored_options(config: Config) -> dict[str, str]:
@@ -35,7 +43,8 @@ def ignored_options(config: Config) -> dict[str, str]:
             ignored.setdefault(f"{section}.{name}", reason)
 
     if loss.name != "allnc":
-        parts = " ".join(f.name for f in dataclasses.fields(LossConfig) if f.name not in ("name", "focal_gamma"))
+        reads = _READ_BY.get(loss.name, ())
+        parts = " ".join(f.name for f in dataclasses.fields(LossConfig) if f.name not in ("name", *reads))
         drop("loss", parts, f"loss.name is {loss.name}")
         drop("data", "rebalance_sampler", f"loss.name {loss.name} has no re-balancing branch")
         drop("model", "heads", f"loss.name {loss.name} has one branch and one classifier")
@@ -46,8 +55,16 @@ def ignored_options(config: Config) -> dict[str, str]:
             "projection_hidden projection_dim",
             f"the loss has no softmax HyCon ({loss.name}, {loss.hycon})",
         )
-    if "focal" not in (loss.name, loss.rebalance if loss.name == "allnc" else None):
-        drop("loss", "focal_gamma", "no branch has the focal loss")
+    if loss.name == "allnc":
+        drop("loss", "drw", "loss.name is allnc, which re-balances by its schedule")
+        if loss.rebalance != "focal":
+            drop("loss", "focal_gamma", "no branch has the focal loss")
+        if loss.rebalance != "logit_adjusted":
+            drop("loss", "tau", f"loss.rebalance is {loss.rebalance}")
+        if loss.rebalance not in ("ce", "logit_adjusted"):
+            drop("loss", "label_smoothing", f"loss.rebalance is {loss.rebalance}")
+        if model.classifier == "etf":
+            drop("loss", "p2p_weights", "model.classifier is etf, whose vectors do not train")
     if loss.hycon == "none":
         drop("loss", "hycon_weight", "loss.hycon is none")
     if loss.p2p_target == "etf":

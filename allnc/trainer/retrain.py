@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from allnc.config import LossConfig
 from allnc.data.samplers import generator
 from allnc.losses.build import build_loss
 from allnc.models import renew_classifier
@@ -45,7 +46,7 @@ def prepare_retraining(run: Run) -> None:
     balanced = dataclasses.replace(config.data, sampler="class_balanced")
     run.loader = run.make_loader(balanced, two_batches=False, epochs=config.train.epochs)
     run.loss = build_loss(
-        dataclasses.replace(config.loss, name="ce"),
+        LossConfig(name="ce"),
         class_counts=run.counts,
         feature_dim=run.model.feature_dim,
         group=run.processes.group,

@@ -99,6 +99,7 @@ class Run:
             class_counts=self.counts,
             feature_dim=model.feature_dim,
             projection_dim=config.model.projection_dim,
+            classifier_scale=None if config.model.classifier == "linear" else config.model.classifier_scale,
             group=self.processes.group,
         ).to(self.device)
         check_loss_takes_mixtures(self)

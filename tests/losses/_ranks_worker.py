@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COUNTS = torch.tensor([50, 20, 10, 5, 2, 1])
 C, WIDTH, DIM, INPUT, IMAGES = len(COUNTS), 10, 8, 7, 23
 STEPS = 2
+WIDTHS: dict[str, Any] = {"feature_dim": WIDTH, "projection_dim": DIM, "classifier_scale": 16.0}
 # How many of the images each rank of a group brings.
 SIZES = {1: [23], 2: [15, 8], 3: [1, 9, 13], 4: [8, 0, 12, 3]}
 
@@ -45,6 +46,8 @@ def cases() -> dict[str, LossConfig]:
         "no contrast": replace(digits, hycon="none"),
         "focal branch": replace(digits, rebalance="focal"),
         "weighted branch": replace(digits, rebalance="class_balanced"),
+        "smoothed branch": replace(digits, rebalance="ce", label_smoothing=0.2),
+        "deferred weights": LossConfig(name="mse", drw=0.15),
         **{name: LossConfig(name=name) for name in LOSSES if name != "allnc"},  # pyright: ignore[reportArgumentType]
     }
     return {**recipes, **others}
@@ -100,7 +103,7 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 def train(config: LossConfig, own: slice, group: Any) -> dict[str, Any]:
     """Two steps on a rank's images; the gradients are averaged over ranks, as DistributedDataParallel does."""
     model = Model()
-    loss = build_loss(config, class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM, group=group).double()
+    loss = build_loss(config, class_counts=COUNTS, **WIDTHS, group=group).double()
     parts, gradients = [], []
     for number in range(STEPS):
         images, labels = batch(number)
@@ -120,7 +123,7 @@ def wrong_call(rank: int, group: Any) -> list[str]:
     told = []
     softmax, cosine, baseline = LossConfig(), LossConfig(hycon="cosine"), LossConfig(name="class_balanced")
     for wrong, config in (("label", softmax), ("views", cosine), ("label", baseline), ("", cosine)):
-        loss = build_loss(config, class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM, group=group).double()
+        loss = build_loss(config, class_counts=COUNTS, **WIDTHS, group=group).double()
         images, labels = batch(0)
         if wrong == "label" and rank == 1:
             labels = torch.full_like(labels, C)

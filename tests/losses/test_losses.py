@@ -53,7 +53,9 @@ def _class_means(rows: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([rows[labels == c].mean(0) if c in labels else rows[0] * 0 for c in range(C)])
 
 
-@pytest.mark.parametrize("module", ["allnc", "build", "gbbn", "hycon", "longtail", "p2p"])
+@pytest.mark.parametrize(
+    "module", ["allnc", "build", "gbbn", "hycon", "longtail", "p2p", "prototype_contrast", "regression"]
+)
 def test_docstring_examples(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"allnc.losses.{module}"))
     assert results.attempted > 0 and results.failed == 0
@@ -225,10 +227,11 @@ def test_allnc_compiles_without_a_break(form: Any) -> None:
     assert_near(traced.feature_means.means, eager.feature_means.means)
 
 
-@pytest.mark.parametrize("name", ["allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_every_configured_loss_has_one_signature(name: str) -> None:
     config = LossConfig(name=name)  # pyright: ignore[reportArgumentType]
-    loss = build_loss(config, class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM).double()
+    sizes: dict[str, Any] = {"feature_dim": WIDTH, "projection_dim": DIM, "classifier_scale": 16.0}
+    loss = build_loss(config, class_counts=COUNTS, **sizes).double()
     batch = _Batch()
     output = batch.call(loss)
     output.total.backward()
@@ -266,8 +269,35 @@ def test_build_passes_every_setting() -> None:
     assert isinstance(loss.gbbn.rebalance_loss, Focal) and loss.gbbn.rebalance_loss.gamma == 3.5
     assert (loss.gbbn.gamma, loss.gbbn.horizon) == (1.2, 0.35)
     assert loss.projection_means.means.shape == (C, DIM) and loss.feature_means.means.shape == (C, WIDTH)
-    focal = build_loss(LossConfig(name="focal", focal_gamma=3.0), class_counts=COUNTS, feature_dim=1)
-    assert focal.loss.gamma == 3.0  # pyright: ignore[reportAttributeAccessIssue]
+    focal: Any = build_loss(LossConfig(name="focal", focal_gamma=3.0, drw=0.7), class_counts=COUNTS, feature_dim=1)
+    assert focal.loss.gamma == 3.0 and focal.drw == 0.7
+
+
+def test_build_passes_every_setting_of_the_classification_losses() -> None:
+    def built(scale: float | None = 16.0, **options: Any) -> Any:
+        return build_loss(LossConfig(**options), class_counts=COUNTS, feature_dim=1, classifier_scale=scale).loss
+
+    prior = (COUNTS.clamp(min=1) / COUNTS.clamp(min=1).sum()).log()
+    adjusted = built(name="logit_adjusted", tau=1.5, label_smoothing=0.2)
+    assert_near(adjusted.log_prior, 1.5 * prior)
+    assert adjusted.label_smoothing == 0.2 and built(name="ce", label_smoothing=0.3).label_smoothing == 0.3
+    assert built(name="ldam").margin.max() == 8.0 and built(None, name="ldam").margin.max() == 0.5
+    assert built(name="mse").own == 16.0 and built(None, name="mse").own == 15.0
+    assert built(name="etf_dr").scale == 16.0
+    assert built(name="nonl").only_negatives and not built(name="ntce").only_negatives
+    with pytest.raises(ValueError, match=r"classifier_scale must be given with loss\.name etf_dr; got None"):
+        built(None, name="etf_dr")
+
+
+def test_the_rebalancing_branch_has_every_setting() -> None:
+    def branch(**options: Any) -> Any:
+        config = LossConfig(hycon="none", **options)
+        return AllNC(COUNTS, WIDTH, config=config, classifier_scale=16.0).gbbn.rebalance_loss
+
+    adjusted = branch(tau=0.5, label_smoothing=0.2)
+    assert_near(adjusted.log_prior, 0.5 * LogitAdjusted(COUNTS).log_prior)
+    assert adjusted.label_smoothing == 0.2 and branch(rebalance="ce", label_smoothing=0.1).label_smoothing == 0.1
+    assert branch(rebalance="ldam").margin.max() == 8.0
 
 
 @pytest.mark.parametrize(
@@ -283,7 +313,7 @@ def test_build_passes_every_setting() -> None:
         (lambda: P2P(3, 4, duality_weight=-1), "duality_weight must be >= 0; got -1"),
         (lambda: GBBN([3, 4], gamma=0), "gamma must be > 0; got 0"),
         (lambda: GBBN([3, 4], horizon=1.5), r"horizon must be in \[0, 1\]; got 1.5"),
-        (lambda: GBBN([3, 4], rebalance="ce"), "rebalance must be one of"),  # pyright: ignore[reportArgumentType]
+        (lambda: GBBN([3, 4], rebalance="mse"), "rebalance must be one of"),  # pyright: ignore[reportArgumentType]
         (lambda: GBBN([3, 4]).eta(1.01), r"progress must be in \[0, 1\]; got 1.01"),
         (lambda: AllNC([3, 4], 4), "projection_dim must be given with hycon='softmax'; got None"),
         (lambda: AllNC([3, 4], 4, 4, LossConfig(alpha=math.nan)), "loss.alpha must be >= 0; got nan"),

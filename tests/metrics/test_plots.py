@@ -98,14 +98,14 @@ def test_curves(tmp_path: Path, figures: list[Figure]) -> None:
     plot_curves(records, tmp_path / "curves.png")
     assert image.imread(tmp_path / "curves.png").std() > 0.05
     lines = {axis.get_title().split(":")[0]: axis.lines for axis in figures[0].axes if axis.lines}
-    assert set(lines) == {"Test accuracy", "Training loss", "NC1", "NC2", "NC4"}
+    assert set(lines) == {"Accuracy", "Training loss", "NC1", "NC2", "NC4"}
     assert np.asarray(lines["Training loss"][0].get_xdata()).tolist() == [1, 2, 3, 5, 6, 7]
     assert np.asarray(lines["NC1"][0].get_xdata()).tolist() == [
         4,
         7,
     ]  # zero has no place on a logarithmic axis
     assert np.asarray(lines["NC4"][0].get_ydata()).tolist() == [25, 25, 25]
-    assert len(lines["Test accuracy"]) == 1
+    assert len(lines["Accuracy"]) == 1
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:

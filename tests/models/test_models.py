@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from allnc.config import LossConfig, ModelConfig
 from allnc.losses.build import LOSSES
-from allnc.models import LongTailModel, NormalisedClassifier, build_model
+from allnc.models import ETFClassifier, LongTailModel, NormalisedClassifier, build_model
 
 SMALL = ModelConfig(name="resnet8", width=4, projection_dim=6)
 
@@ -65,6 +65,24 @@ def test_normalised_classifier_by_hand() -> None:
     logits = classifier(torch.tensor([[0.0, 5.0], [1.0, 0.0]]))
     torch.testing.assert_close(logits, torch.tensor([[0.0, 10 / 2**0.5], [10.0, 10 / 2**0.5]]))
     assert build(ModelConfig(name="resnet8", classifier="normalised")).classifier_bias is None
+
+
+@pytest.mark.parametrize(("features", "classes"), [(2, 3), (16, 5), (64, 10)])
+def test_etf_classifier_is_a_simplex_that_does_not_train(features: int, classes: int) -> None:
+    classifier = ETFClassifier(features, classes, scale=10.0)
+    want = torch.full((classes, classes), -1 / (classes - 1)).fill_diagonal_(1.0)
+    torch.testing.assert_close(classifier.weight @ classifier.weight.T, want, atol=1e-6, rtol=0)
+    assert not list(classifier.parameters()) and set(classifier.state_dict()) == {"weight"}
+    logits = classifier(3 * classifier.weight)  # logits are 10 times the cosine
+    torch.testing.assert_close(logits, 10 * want, atol=1e-5, rtol=0)
+
+
+def test_etf_classifier_is_in_the_model_and_needs_its_width() -> None:
+    model = build(ModelConfig(name="resnet8", width=1, classifier="etf", classifier_scale=8.0))  # 4 features
+    assert model(torch.randn(2, 1, 12, 12)).logits_rebalance.abs().max() <= 8.0
+    assert "classifier.weight" in model.state_dict() and model.classifier_bias is None
+    with pytest.raises(ValueError, match=r"needs at least C - 1 = 3 features for 4 classes; got 2: take a wider"):
+        ETFClassifier(2, 4, scale=1.0)
 
 
 def test_a_timm_encoder_takes_any_channels() -> None:

@@ -1,0 +1,226 @@
+"""Sets of small images in one file: what `data.name arrays` reads.
+
+    images, test_images    [n, H, W] or [n, H, W, c] uint8, all of one size
+    labels, test_labels    [n] integers, 0 to C - 1; every class has a training image
+    classes                [C] names of the classes; optional
+    groups                 [n] integers; optional: training images with the same number stay together where a share of
+                           them is held out, such as those of one font, patient or video
+    source                 text on where the images come from; optional, not read
+
+The file is a .npz of numpy, or a .safetensors, whose names of the classes are a JSON list in the metadata (`classes`).
+Nothing is unpickled.
+
+Legend: n images, H, W height and width, c channels, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+
+from allnc.config import DataConfig
+from allnc.data.images import shown
+from allnc.data.sources import ImageSet
+
+NEEDED = ("images", "labels", "test_images", "test_labels")
+OPTIONAL = ("classes", "groups", "source")
+Array = npt.NDArray[Any]
+
+
+def read_arrays(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """Return the training and the test set in the file data.root.
+
+    Mean and deviation of the pixels are those of all its training images.
+
+    Args:
+        config: of which root, a .npz or .safetensors file, and augmentation are read.
+
+    Returns:
+        Two sets with images [n, c, H, W] uint8.
+
+    Raises:
+        ValueError: the file is missing, damaged or of another kind, lacks an array or has one that is not known, or an
+            array has another type, size or range than it must, or images that the augmentation cannot take. The
+            message is one line and starts with the path, or with data.root or data.augmentation.
+    """
+    path = config.root
+    assert path  # DataConfig has checked
+    if not os.path.isfile(path):
+        raise ValueError(f"data.root must be a .npz or .safetensors file; got {shown(path)}, which is no file")
+    try:
+        arrays = _read_safetensors(path) if path.endswith(".safetensors") else _read_npz(path)
+        train, test = _sets(arrays)
+    except ValueError as error:
+        raise ValueError(f"{shown(path)} {error}") from error
+    channels, height, width = train.shape(config)
+    if config.augmentation == "autoaugment" and (channels not in (1, 3) or height != width):
+        raise ValueError(
+            f"data.augmentation autoaugment needs square images of 1 or 3 channels; got {height} x {width} with "
+            f"{channels}: take crop_flip_cutout, shift_rotate or none"
+        )
+    return train, test
+
+
+def _read_npz(path: str) -> dict[str, Array]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("must be a whole .npz file (a zip of arrays), as numpy.savez writes it")
+    arrays = {}
+    name = "a list of arrays"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            _check_names(file.files)
+            for name in sorted(set(file.files) - {"source"}):
+                arrays[name] = np.asarray(file[name])
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise
+        raise ValueError(
+            f"must hold plain arrays; {name} is one of Python objects, which is not unpickled: save numbers, or for "
+            "classes strings (numpy.array(names, dtype=str))"
+        ) from error
+    except Exception as error:  # zipfile, zlib and numpy raise whatever damaged bytes drive them to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"must be a whole .npz file; {name} cannot be read: {reason}") from error
+    return arrays
+
+
+def _read_safetensors(path: str) -> dict[str, Array]:
+    try:
+        with safe_open(path, "np") as file:
+            _check_names(file.keys())
+            arrays = {name: np.asarray(file.get_tensor(name)) for name in set(file.keys()) - {"source"}}
+            names = (file.metadata() or {}).get("classes")
+    except SafetensorError as error:
+        raise ValueError(f"must be a whole .safetensors file; got: {' '.join(str(error).split())}") from error
+    if names is not None:
+        try:
+            arrays["classes"] = np.array(json.loads(names))
+        except ValueError as error:
+            raise ValueError(f"must name its classes in a JSON list; got {names[:40]!r}") from error
+    return arrays
+
+
+def _check_names(names: list[str]) -> None:
+    missing = [name for name in NEEDED if name not in names]
+    if missing:
+        raise ValueError(f"must hold {', '.join(NEEDED)}; {', '.join(missing)} missing")
+    unknown = sorted(set(names) - {*NEEDED, *OPTIONAL})
+    if unknown:
+        raise ValueError(
+            f"must hold no more than {', '.join((*NEEDED, *OPTIONAL))}; got {', '.join(map(ascii, unknown))}, too"
+        )
+
+
+def _sets(arrays: Mapping[str, Array]) -> tuple[ImageSet, ImageSet]:
+    images, tests = (_images(name, arrays[name]) for name in ("images", "test_images"))
+    if images.shape[1:] != tests.shape[1:]:
+        raise ValueError(
+            f"must have test_images of the size of images, {_size(images)}; got {_size(tests)}: resize one of them"
+        )
+    labels = _integers("labels", arrays["labels"], len(images), "images")
+    test_labels = _integers("test_labels", arrays["test_labels"], len(tests), "test_images")
+    classes = _class_names(arrays.get("classes"))
+    num_classes = _number_of_classes(labels, classes)
+    if test_labels.min() < 0 or test_labels.max() >= num_classes:
+        raise ValueError(
+            f"must have test_labels in 0 to {num_classes - 1}, as labels; got {test_labels.min()} to "
+            f"{test_labels.max()}"
+        )
+    groups = arrays.get("groups")
+    mean, std = _statistics(images)
+    common: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "classes": classes}
+    train = ImageSet(
+        labels=torch.from_numpy(labels),
+        images=_channels_first(images),
+        groups=None if groups is None else torch.from_numpy(_integers("groups", groups, len(images), "images")),
+        **common,
+    )
+    return train, ImageSet(labels=torch.from_numpy(test_labels), images=_channels_first(tests), **common)
+
+
+def _images(name: str, images: Array) -> Array:
+    """Return images as [n, H, W, c]."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+        raise ValueError(
+            f"must have {name} [n, H, W] or [n, H, W, c] of type uint8 (0 to 255), none of which is 0; got "
+            f"{list(images.shape)} of type {images.dtype}"
+        )
+    if images.ndim == 3:
+        return images[..., None]
+    if images.shape[1] in (1, 3) and images.shape[3] > 4:
+        raise ValueError(
+            f"must have {name} with the channels last, [n, H, W, c]; got {list(images.shape)}: move them with "
+            f"{name}.transpose(0, 2, 3, 1)"
+        )
+    return images
+
+
+def _integers(name: str, values: Array, number: int, counted: str) -> npt.NDArray[np.int64]:
+    if values.dtype.kind not in "iu" or values.shape != (number,):
+        raise ValueError(
+            f"must have {name} [{number}] of integers, one for each of {counted}; got {list(values.shape)} of type "
+            f"{values.dtype}"
+        )
+    if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"must have {name} that int64 holds; got {values.max()}")
+    return np.ascontiguousarray(values, dtype=np.int64)
+
+
+def _class_names(names: Array | None) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    if names.dtype.kind != "U" or names.ndim != 1 or not len(names):
+        raise ValueError(f"must have classes [C] of strings; got {list(names.shape)} of type {names.dtype}")
+    texts = tuple(names.tolist())
+    again = next((text for place, text in enumerate(texts) if text in texts[:place]), None)
+    if again is not None:
+        raise ValueError(f"must have classes with a name each; got {again!r} twice")
+    return texts
+
+
+def _number_of_classes(labels: npt.NDArray[np.int64], classes: tuple[str, ...]) -> int:
+    """Return C, once every class from 0 to C - 1 has an image."""
+    found = np.unique(labels)
+    num_classes = len(classes) or int(found[-1]) + 1
+    if found[0] < 0 or found[-1] >= num_classes:
+        by = ", one for each of its classes" if classes else ""
+        raise ValueError(f"must have labels in 0 to {num_classes - 1}{by}; got {found[0]} to {found[-1]}")
+    if len(found) != num_classes:
+        gap = int(np.flatnonzero(found != np.arange(len(found)))[0]) if found[-1] >= len(found) else len(found)
+        raise ValueError(
+            f"must have an image of every class in 0 to {num_classes - 1}; class {gap} has none: number the classes "
+            "without gaps"
+        )
+    return num_classes
+
+
+def _statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of each channel's pixels, scaled to [0, 1], which are counted by value."""
+    means, deviations = [], []
+    values = np.arange(256) / 255
+    for channel in range(images.shape[3]):
+        counts = sum(np.bincount(part[..., channel].ravel(), minlength=256) for part in np.array_split(images, 16))
+        shares = counts / np.sum(counts)
+        mean = float(shares @ values)
+        deviation = float(shares @ (values - mean) ** 2) ** 0.5
+        if deviation == 0:
+            raise ValueError(f"must have images of more than one brightness; channel {channel} has one only")
+        means.append(mean)
+        deviations.append(deviation)
+    return tuple(means), tuple(deviations)
+
+
+def _size(images: Array) -> str:
+    return "{} x {} with {} channel(s)".format(*images.shape[1:])
+
+
+def _channels_first(images: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))  # [n, c, H, W]
