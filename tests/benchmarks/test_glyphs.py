@@ -62,7 +62,7 @@ def test_letters_are_upright_and_themselves(glyphs: Any) -> None:
     bar, delta = images[LETTERS.index("П")], images[LETTERS.index("Δ")]
     assert bar[3].mean() > 1.5 * bar[15].mean() and bar[15, SIDE // 2] == 0
     widths = (delta > 99).sum(1)
-    assert widths[3] < widths[16] == widths.max()
+    assert widths[3] < 5 and widths[16] > 12
 
 
 def test_faces_without_the_letters_and_with_one_box_for_all_are_left_out(glyphs: Any, unpacked: Path) -> None:
@@ -79,17 +79,8 @@ def test_a_set_has_no_family_in_both_parts(
 ) -> None:
     monkeypatch.setattr(glyphs, "TEST_SHARE", 0.4)  # of six faces: two, which are STIX
     for name in ("one", "two"):
-        glyphs.main(
-            [
-                "some",
-                "--out",
-                str(tmp_path / f"{name}.npz"),
-                "--fonts",
-                str(unpacked),
-                "--sheet",
-                str(tmp_path / "s.png"),
-            ]
-        )
+        paths = {"--out": tmp_path / f"{name}.npz", "--fonts": unpacked, "--sheet": tmp_path / "s.png"}
+        glyphs.main(["some", *(str(word) for option in paths.items() for word in option)])
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     train, test = load(DataConfig(name="arrays", root=str(tmp_path / "one.npz")))
     assert train.class_counts.tolist() == [4] * len(LETTERS) and test.class_counts.tolist() == [2] * len(LETTERS)
@@ -149,8 +140,9 @@ def test_packages_are_fetched_whole_and_once(glyphs: Any, tmp_path: Path, monkey
     assert sorted(path.name for path in (tmp_path / "fonts").iterdir()) == ["fonts-a", "fonts-b"]
 
 
-def test_the_pinned_sets_have_a_class_for_each_character() -> None:
-    module = importlib.import_module("benchmarks.alphabets")
+def test_the_pinned_sets_have_a_class_for_each_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("alphabets")
     for name, classes in (("cyrillic", 66), ("kana", 142)):
         alphabet = module.ALPHABETS[name]
         assert len(alphabet.classes) == len(set(alphabet.classes)) == classes
