@@ -27,6 +27,7 @@ class ModelOutput(NamedTuple):
     logits_rebalance: Tensor  # [N, C], those that predict; the same tensor when the heads are shared
     z: Tensor | None  # [N, D] unit rows (projection)
     h: Tensor | None  # [N, F] (predictor)
+    prototypes: Tensor | None = None  # [C, D] unit rows (class vectors through a projection of their own)
 
 
 class LongTailModel(nn.Module):
@@ -37,7 +38,8 @@ class LongTailModel(nn.Module):
         feature_dim: width F.
         num_classes: number of classes C.
         config: heads and classifier.
-        head: the head that the loss reads beside the classifier.
+        head: the head that the loss reads beside the classifier; prototypes is a projection of the features and one
+            of the class vectors of the classifier that predicts.
         heads: shared or separate classifiers; a loss with one branch shares.
         class_counts: [C] training images of each class, >= 1, for `config.posthoc` logit_adjusted.
     """
@@ -49,7 +51,7 @@ class LongTailModel(nn.Module):
         num_classes: int,
         config: ModelConfig,
         *,
-        head: Literal["projection", "predictor"] | None,
+        head: Literal["projection", "predictor", "prototypes"] | None,
         heads: Literal["shared", "separate"],
         class_counts: Tensor | None = None,
     ) -> None:
@@ -59,8 +61,13 @@ class LongTailModel(nn.Module):
         self.classifier = _classifier(feature_dim, num_classes, config)
         self.uniform_classifier = _classifier(feature_dim, num_classes, config) if heads == "separate" else None
         self.posthoc = posthoc(config, class_counts)
+        self.features_rest = False
         hidden = config.projection_hidden or feature_dim
-        self.projection = Projection(feature_dim, hidden, config.projection_dim) if head == "projection" else None
+        self.projection = self.prototypes = None
+        if head in ("projection", "prototypes"):
+            self.projection = Projection(feature_dim, hidden, config.projection_dim)
+        if head == "prototypes":
+            self.prototypes = Projection(feature_dim, hidden, config.projection_dim)
         self.predictor = Predictor(feature_dim) if head == "predictor" else None
 
     def forward(self, images: Tensor, *, train_uniform: bool = True) -> ModelOutput:
@@ -80,20 +87,29 @@ class LongTailModel(nn.Module):
         In evaluation mode the logits that predict are those of `model.posthoc`.
         """
         logits = uniform = self.classifier(features)
-        if self.uniform_classifier is not None:
+        if self.uniform_classifier is not None and not self.features_rest:
             with torch.set_grad_enabled(train_uniform and torch.is_grad_enabled()):
                 uniform = self.uniform_classifier(features)
         if self.posthoc is not None and not self.training:
             logits = self.posthoc(features, logits, self.classifier.weight)
         z = self.projection(features) if self.projection is not None else None
         h = self.predictor(features) if self.predictor is not None else None
-        return ModelOutput(features, uniform, logits, z, h)
+        prototypes = self.prototypes(self.classifier.weight) if self.prototypes is not None else None
+        return ModelOutput(features, uniform, logits, z, h, prototypes)
 
     def train(self, mode: bool = True) -> LongTailModel:
-        """Set training mode, except where the encoder is frozen."""
+        """Set training mode, except where the encoder is frozen or all but the classifier rests."""
         super().train(mode)
         rest(self.encoder, self.tune)
+        if self.features_rest:
+            for part in self.children():
+                part.train(mode and part is self.classifier)
         return self
+
+    def rest_features(self) -> None:
+        """Let all but the classifier that predicts be in evaluation mode from here on; the uniform one is idle."""
+        self.features_rest = True
+        self.train(self.training)
 
     def frozen_names(self) -> list[str]:
         """Return the entries of the state that training never changes."""
@@ -136,7 +152,7 @@ def build_model(
     *,
     in_channels: int,
     num_classes: int,
-    head: Literal["projection", "predictor"] | None = None,
+    head: Literal["projection", "predictor", "prototypes"] | None = None,
     two_branches: bool = True,
     class_counts: Tensor | None = None,
 ) -> LongTailModel:
@@ -168,6 +184,20 @@ def build_model(
         tune(encoder, config, num_classes)
     heads = config.heads if two_branches else "shared"
     return LongTailModel(encoder, feature_dim, num_classes, config, head=head, heads=heads, class_counts=class_counts)
+
+
+def renew_classifier(model: LongTailModel, config: ModelConfig, *, seed: int) -> None:
+    """Give the classifier that predicts new random weights, in place, the same on every device.
+
+    Args:
+        model: built from `config`.
+        config: of the model.
+        seed: decides the weights alone; the global generators stay as they are.
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        fresh = _classifier(model.feature_dim, model.classifier_weight.shape[0], config)
+    model.classifier.load_state_dict(fresh.state_dict())
 
 
 def _classifier(features: int, classes: int, config: ModelConfig) -> nn.Linear | NormalisedClassifier | ETFClassifier:
