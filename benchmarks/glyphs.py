@@ -6,7 +6,8 @@
 Each face of a font gives one image of each class. No family is in both parts, and neither is a copy of one: families
 whose glyphs look the same are one group, and a group is in one part. The files are what `data.name arrays` reads.
 
-Needs Debian (apt-get and dpkg-deb, no root) and fontTools, which matplotlib brings.
+Needs Debian 12 (apt-get and dpkg-deb, not root) and fontTools, which matplotlib brings. With the same versions of the
+packages and of Pillow, which the file names, the file is the same to the byte.
 
 Legend: n faces, C classes, S side of an image in pixels.
 """
@@ -17,16 +18,19 @@ import argparse
 import logging
 import re
 import subprocess
-import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL
+from alphabets import ALPHABETS, Alphabet
 from fontTools.ttLib import TTCollection, TTFont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 Images = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
@@ -43,7 +47,7 @@ NOT_LETTERS = ("UKIJ Tughra",)  # pictures in the places of letters
 # What the name of a family adds to that of another: weight, width, optical size, region, kind of file.
 STYLES = re.compile(
     r"\b(thin|extra|ultra|semi|demi|light|book|regular|medium|bold|heavy|black|italic|oblique|upright|condensed|"
-    r"condenced|narrow|compact|caption|display|sc|smallcaps|caps|alt|classic|classical|cjk|jp|kr|cn|tc|hk|tw|mbe|mono|"
+    r"narrow|compact|caption|display|sc|smallcaps|caps|alt|classic|classical|cjk|jp|kr|cn|tc|hk|tw|mbe|mono|"
     r"code|typewriter|one|eco|pro|minus|o|p|ui|ttf|tt|math|variable|width|text|serif|sans)\b|\d+|[^\w]+"
 )
 # Starts of family names that stand for one design, which names or drawings do not tell everywhere.
@@ -53,74 +57,11 @@ DESIGNS = {
     "courier": ("nimbus mono", "freemono", "induni-c"),
     "palatino": ("p052", "induni-p"),
     "schoolbook": ("c059", "induni-n"),
-    "eurofurence": ("eurofurence", "unifur", "monofur"),
     "m plus": ("m plus", "migmix", "migu", "umeplus", "mmcedar", "komatuna", "vl ", "ricty", "konatu"),
-    "ipa": ("ipa", "takao"),
     **{
         name: (name,)
-        for name in ("yoz", "ume ", "kiloji", "misaki", "px ", "cmu", "roboto", "gentium", "nanum", "kouzan")
+        for name in ("yoz", "ume ", "kiloji", "misaki", "px ", "cmu", "roboto", "gentium", "nanum", "kouzan", "ipa")
     },
-}
-
-
-@dataclass(frozen=True)
-class Alphabet:
-    """What a set is made of.
-
-    Args:
-        classes: characters, one a class, [C]; of those that look alike, only one.
-        side: of an image in pixels, S.
-        packages: Debian packages whose fonts are drawn.
-    """
-
-    classes: str
-    side: int
-    packages: tuple[str, ...]
-
-
-def _fonts(names: str) -> tuple[str, ...]:
-    return tuple(f"fonts-{name}" for name in names.split())
-
-
-ALPHABETS = {
-    # One case or alphabet of what looks the same at one size: no small к, no Greek Α, no small ψ.
-    "cyrillic": Alphabet(
-        classes="АБВГДЕЁЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯабеёΔΘΛΞΣΥΨΩΖΝαβγδεζηθιλμνξπρςσυω",
-        side=16,
-        packages=_fonts(
-            """
-            3270 agave ancient-scripts anonymous-pro arphic-ukai arphic-uming bpg-georgian cantarell cardo clear-sans
-            cmu comfortaa croscore crosextra-carlito dejavu-core dejavu-extra ebgaramond ebgaramond-extra eurofurence
-            fantasque-sans firacode freefont-otf georgewilliams glasstty go hack horai-umefont inter ipaexfont-gothic
-            ipaexfont-mincho jetbrains-mono johnsmith-induni junicode jura kanjistrokeorders konatu lato lexi-gulim
-            liberation linex linuxlibertine manrope migmix monofur monoid mononoki morisawa-bizud-gothic
-            morisawa-bizud-mincho mph-2b-damase naver-d2coding noto-core noto-mono oflb-asana-math oldstandard open-sans
-            oradano-mincho-gsrr osifont paratype pc play roboto-slab roboto-unhinted seto sil-andika sil-charis
-            sil-doulos sil-gentiumplus sil-gentiumplus-compact smiley-sans stix symbola triod-postnaja tuffy ukij-uyghur
-            unfonts-core unfonts-extra unifont uralic urw-base35 vlgothic vollkorn wqy-zenhei yozvox-yozfont-antique
-            """
-        ),
-    ),
-    # Without ヘ, ベ, ペ and リ, which are へ, べ, ぺ and り in many fonts.
-    "kana": Alphabet(
-        classes="あいうえおかきくけこさしすせそたちつてとなにぬねのはひふへほまみむめもやゆよらりるれろわゐゑをん"
-        "がぎぐげござじずぜぞだぢづでどばびぶべぼぱぴぷぺぽ"
-        "アイウエオカキクケコサシスセソタチツテトナニヌネノハヒフホマミムメモヤユヨラルレロワヰヱヲン"
-        "ガギグゲゴザジズゼゾダヂヅデドバビブボパピプポ",
-        side=24,
-        packages=_fonts(
-            """
-            aoyagi-kouzan-t aoyagi-soseki arphic-gbsn00lp arphic-gkai00mp arphic-ukai arphic-uming baekmuk cherrybomb
-            cwtex-fs cwtex-heib cwtex-kai cwtex-ming cwtex-yen dejima-mincho dotgothic16 droid-fallback georgewilliams
-            hanazono horai-umefont ipaexfont-gothic ipaexfont-mincho ipafont-gothic ipafont-mincho kanjistrokeorders
-            kiloji klee komatuna konatu kouzan-mouhitsu migmix misaki mmcedar mona monapo morisawa-bizud-gothic
-            morisawa-bizud-mincho motoya-l-cedar motoya-l-maruberi mplus nanum-extra naver-d2coding noto-cjk
-            oradano-mincho-gsrr rampart reggae ricty-diminished rocknroll sawarabi-gothic sawarabi-mincho seto
-            smiley-sans stick train umeplus unfonts-core unfonts-extra unifont vlgothic woowa-bm wqy-microhei wqy-zenhei
-            yozvox-yozfont-antique yozvox-yozfont-cute yozvox-yozfont-standard-kana yusei-magic
-            """
-        ),
-    ),
 }
 
 
@@ -145,12 +86,14 @@ def fetch(packages: Sequence[str], folder: Path) -> dict[str, str]:
     """Download and unpack those packages that are not in `folder` yet; return the version of each."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in packages if not (folder / name / "DEBIAN" / "control").is_file()]
-    if missing:
-        subprocess.run(["apt-get", "download", *missing], cwd=folder, check=True)
-    for name in missing:
-        (archive,) = folder.glob(f"{name}_*.deb")
-        subprocess.run(["dpkg-deb", "--raw-extract", archive, folder / name], check=True)
-        archive.unlink()
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        if missing:
+            subprocess.run(["apt-get", "download", *missing], cwd=temporary, check=True)
+        for name in missing:
+            (archive,) = Path(temporary).glob(f"{name}_*.deb")
+            subprocess.run(["dpkg-deb", "--raw-extract", archive, Path(temporary, name)], check=True)
+            Path(temporary, name).rename(folder / name)  # whole or not at all
+            archive.unlink()
     versions = {}
     for name in packages:
         control = (folder / name / "DEBIAN" / "control").read_text(encoding="utf-8")
@@ -278,51 +221,62 @@ def sheet(faces: Sequence[Face], images: Images) -> Image.Image:
     return picture
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=ALPHABETS)
-    parser.add_argument("--out", type=Path, required=True, help="the npz file to write")
-    parser.add_argument(
-        "--fonts",
-        type=Path,
-        default=Path("data/fonts"),
-        help="folder of the unpacked packages; missing ones are fetched",
-    )
-    parser.add_argument("--sheet", type=Path, help="write a picture of all glyphs, too (PNG)")
-    options = parser.parse_args(arguments)
-    alphabet = ALPHABETS[options.set]
-    versions = fetch(alphabet.packages, options.fonts)
-    faces, images, left_out = render([options.fonts / name for name in alphabet.packages], alphabet)
+def compose(name: str, fonts: Path) -> tuple[dict[str, npt.NDArray[Any]], Image.Image]:
+    """Return what the file of a set holds, and a picture of it: the faces for training first, then those of the test.
+
+    Args:
+        name: of the alphabet.
+        fonts: folder of the unpacked packages; missing ones are fetched.
+    """
+    alphabet = ALPHABETS[name]
+    versions = fetch(alphabet.packages, fonts)
+    faces, images, left_out = render([fonts / package for package in alphabet.packages], alphabet)
     rows = standardised(images.reshape(len(images), -1))
     alike = rows @ rows.T
     kept = originals(alike)
     left_out["that are copies"] = len(faces) - len(kept)
     faces, images = [faces[i] for i in kept], images[kept]
     groups = groups_of(faces, alike[np.ix_(kept, kept)])
-    parts = dict(zip(("train", "test"), chosen(groups), strict=True))
-    source = [f"{options.set}: {len(alphabet.classes)} classes, {alphabet.side} x {alphabet.side} pixels"]
+    train, test = chosen(groups)
+    parts = {"train": train, "test": test}
+    source = [f"{name}: {len(alphabet.classes)} classes, {alphabet.side} x {alphabet.side} pixels"]
     source += [f"{part}: {len(at)} faces in {len(set(groups[at]))} groups" for part, at in parts.items()]
     source += [f"left out: {count} faces {reason}" for reason, count in sorted(left_out.items())]
-    print("\n".join(source), file=sys.stderr)
-    source += [
-        f"{part} faces: " + "; ".join(f"{faces[i].family} {faces[i].style}" for i in parts[part]) for part in parts
-    ]
-    source += [f"package {name} {version}" for name, version in versions.items()]
+    source.append(f"drawn by Pillow {PIL.__version__} with FreeType {features.version('freetype2')}")
+    for part, at in parts.items():
+        source.append(f"{part} faces: " + "; ".join(f"{faces[i].family} {faces[i].style}" for i in at))
+    source += [f"package {package} {version}" for package, version in versions.items()]
     # Profiles make the last classes the rare ones: in the order of the alphabet, these would all be of one kind.
     order = np.random.RandomState(SEED).permutation(len(alphabet.classes))
-    arrays: dict[str, npt.NDArray[np.generic]] = {}
-    for part, prefix in (("train", ""), ("test", "test_")):
-        arrays[f"{prefix}images"] = images[parts[part]].reshape(-1, alphabet.side, alphabet.side)
-        arrays[f"{prefix}labels"] = np.tile(np.argsort(order), len(parts[part]))
-    arrays["groups"] = np.repeat(groups[parts["train"]], len(alphabet.classes))
-    arrays["classes"] = np.array(list(alphabet.classes))[order]
-    arrays["source"] = np.array("\n".join(source))
+    square = (alphabet.side, alphabet.side)
+    arrays = {
+        "images": images[train].reshape(-1, *square),
+        "labels": np.tile(np.argsort(order), len(train)),
+        "test_images": images[test].reshape(-1, *square),
+        "test_labels": np.tile(np.argsort(order), len(test)),
+        "groups": np.repeat(groups[train], len(alphabet.classes)),
+        "classes": np.array(list(alphabet.classes))[order],
+        "source": np.array("\n".join(source)),
+    }
+    return arrays, sheet([faces[i] for i in (*train, *test)], images[[*train, *test]])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=ALPHABETS)
+    parser.add_argument("--out", type=Path, required=True, help="the npz file to write")
+    parser.add_argument(
+        "--fonts", type=Path, default=Path("data/fonts"), help="folder of unpacked packages; missing ones are fetched"
+    )
+    parser.add_argument("--sheet", type=Path, help="write a picture of all glyphs, too (PNG)")
+    options = parser.parse_args(arguments)
+    arrays, picture = compose(options.set, options.fonts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("wb") as file:
         np.savez_compressed(file, **arrays)
     if options.sheet:
-        at = parts["train"] + parts["test"]
-        sheet([faces[i] for i in at], images[at]).save(options.sheet)
+        picture.save(options.sheet)
+    print(str(arrays["source"]).partition("\ntrain faces")[0])
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from allnc.trainer.manifest import Manifest
 from allnc.trainer.optim import peak_rate
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
 
-RECIPES = ["cifar100_lt", "cifar10_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt", "imagenet_lt_vit"]
-RECIPES += ["inat18", "inat18_vit", "places_lt", "places_lt_vit"]
+RECIPES = ["cifar100_lt", "cifar10_lt", "cyrillic_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt"]
+RECIPES += ["imagenet_lt_vit", "inat18", "inat18_vit", "kana_lt", "places_lt", "places_lt_vit"]
 
 
 def test_every_recipe_parses() -> None:

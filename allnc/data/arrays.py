@@ -205,6 +205,9 @@ def _class_names(names: Array | None, number: int) -> tuple[str, ...]:
             f"must have classes [C] of strings, with an image each; got {list(names.shape)} of type {names.dtype}"
         )
     texts = tuple(names.tolist())
+    odd = next((text for text in texts if not text or not text.isprintable()), None)
+    if odd is not None:
+        raise ValueError(f"must have classes with names that can be printed; got {odd!r}")
     again = next((text for place, text in enumerate(texts) if text in texts[:place]), None)
     if again is not None:
         raise ValueError(f"must have classes with a name each; got {again!r} twice")
