@@ -421,6 +421,15 @@ class TrainConfig:
         ema_decay: share of the old weights kept at each step by the moving average that is then measured and saved, in
             (0, 1); it grows from 0 by 1 - (1 + step)^(-2/3), so that the first weights are soon forgotten. None: the
             weights themselves.
+        mixup: alpha >= 0 of mixup, for losses of logits and labels alone: every image is mixed with another of its
+            batch, with one share from Beta(alpha, alpha) a step, and the loss is the mixture of those of both labels
+            (Zhang et al., ICLR 2018). A second stage (retrain_epochs) has plain images. 0: no mixing.
+        remix: let mixtures have the label of a class that is at least 3 times rarer alone where its image has more than
+            half of the pixels (Chou et al., ECCV 2020 workshops).
+        retrain_epochs: how many of the epochs, the last ones, train a new classifier alone, in [0, epochs): the encoder
+            rests in evaluation mode, batches are class-balanced, the loss is cross-entropy whatever the first stage's
+            is, and the rate falls from its peak to zero once more, by half a cosine (classifier re-training, Kang et
+            al., ICLR 2020). Schedule, warm-up and milestones are of the epochs before. 0: no second stage.
         warmup_epochs: epochs of linear warm-up, >= 0 (fractions allowed); at most half of all epochs are
             used.
         schedule: cosine to zero by step, or step (x 0.1 at the milestones).
@@ -452,6 +461,9 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     ema_decay: float | None = None
+    mixup: float = 0.0
+    remix: bool = False
+    retrain_epochs: int = 0
     warmup_epochs: float = 1.0
     schedule: Literal["cosine", "step"] = "cosine"
     milestones: tuple[int, ...] = ()
@@ -465,6 +477,11 @@ class TrainConfig:
     collapse_every: int = 5
     save: Literal["tuned", "whole"] = "tuned"
 
+    @property
+    def feature_epochs(self) -> int:
+        """The epochs in which the whole network trains: all but those of the second stage."""
+        return self.epochs - self.retrain_epochs
+
     def __post_init__(self) -> None:
         if isinstance(self.milestones, list):
             object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -475,6 +492,8 @@ class TrainConfig:
             check_interval("train.micro_batch", self.micro_batch, 1, self.batch_size)
         if self.ema_decay is not None:
             check_interval("train.ema_decay", self.ema_decay, 0, 1, open_low=True, open_high=True)
+        check_interval("train.mixup", self.mixup, 0, math.inf)
+        check_interval("train.retrain_epochs", self.retrain_epochs, 0, self.epochs, open_high=True)
         check_interval("train.lr", self.lr, 0, math.inf, open_low=True)
         check_interval("train.momentum", self.momentum, 0, 1, open_high=True)
         check_interval("train.weight_decay", self.weight_decay, 0, math.inf)
@@ -531,6 +550,8 @@ class Config:
                 f"model.classifier must be {' or '.join(needs)} with loss.name {self.loss.name}; got "
                 f"{self.model.classifier}"
             )
+        if self.train.retrain_epochs and self.model.classifier == "etf":
+            raise ValueError("train.retrain_epochs needs a model.classifier that trains, linear or normalised; got etf")
         if (self.data.name == "features") != (self.model.name in FEATURE_MODELS):
             raise ValueError(
                 f"model.name must be {' or '.join(FEATURE_MODELS)} with data.name features, and only then; got "

@@ -4,6 +4,7 @@ from allnc.data.feature_loader import loader_for
 from allnc.data.features import FeatureSet
 from allnc.data.loader import Batch, TrainLoader, plain_batches
 from allnc.data.longtail import class_sizes, subset
+from allnc.data.mixing import Mixture, mixtures, remix_labels
 from allnc.data.samplers import class_probabilities
 from allnc.data.sources import ImageSet, load
 
@@ -11,11 +12,14 @@ __all__ = [
     "Batch",
     "FeatureSet",
     "ImageSet",
+    "Mixture",
     "TrainLoader",
     "class_probabilities",
     "class_sizes",
     "load",
     "loader_for",
+    "mixtures",
     "plain_batches",
+    "remix_labels",
     "subset",
 ]

@@ -33,6 +33,8 @@ class Batch(NamedTuple):
     labels: Tensor  # [N] int64
     num_uniform: int
     num_rebalance: int
+    other_labels: Tensor | None = None  # [N] int64, of mixed images: the loss counts `share` at labels, the rest here
+    share: float = 1.0
 
     def branch(self, values: Tensor, *, rebalance: bool) -> Tensor:
         """Return the rows of one branch, view-major; all rows when one batch serves both branches."""

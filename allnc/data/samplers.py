@@ -9,12 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STREAMS = {"uniform": 0, "rebalance": 1, "augment": 2, "loader": 3}
+STREAMS = {"uniform": 0, "rebalance": 1, "augment": 2, "loader": 3, "classifier": 4, "mix": 5}
+
+
+def seeds(seed: int, stream: str, epoch: int) -> np.random.SeedSequence:
+    """Return the entropy that only `seed`, the named stream and `epoch` decide."""
+    return np.random.SeedSequence([seed, STREAMS[stream], epoch])
 
 
 def generator(seed: int, stream: str, epoch: int) -> torch.Generator:
     """Return a generator that only `seed`, the named stream and `epoch` decide."""
-    state = np.random.SeedSequence([seed, STREAMS[stream], epoch]).generate_state(1, np.uint64)[0]
+    state = seeds(seed, stream, epoch).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))  # torch seeds are signed 64 bit
 
 

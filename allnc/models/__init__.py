@@ -1,6 +1,6 @@
 """Networks: CIFAR ResNets, timm's models, and the heads on top."""
 
-from allnc.models.build import LongTailModel, ModelOutput, build_model
+from allnc.models.build import LongTailModel, ModelOutput, build_model, renew_classifier
 from allnc.models.etf import ETFClassifier
 from allnc.models.heads import NormalisedClassifier, Predictor, Projection
 from allnc.models.pretrained import pixel_statistics
@@ -18,5 +18,6 @@ __all__ = [
     "added_parts_run",
     "build_model",
     "pixel_statistics",
+    "renew_classifier",
     "sum_of_tensors",
 ]

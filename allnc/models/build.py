@@ -61,6 +61,7 @@ class LongTailModel(nn.Module):
         self.classifier = _classifier(feature_dim, num_classes, config)
         self.uniform_classifier = _classifier(feature_dim, num_classes, config) if heads == "separate" else None
         self.posthoc = posthoc(config, class_counts)
+        self.features_rest = False
         hidden = config.projection_hidden or feature_dim
         self.projection = self.prototypes = None
         if head in ("projection", "prototypes"):
@@ -86,7 +87,7 @@ class LongTailModel(nn.Module):
         In evaluation mode the logits that predict are those of `model.posthoc`.
         """
         logits = uniform = self.classifier(features)
-        if self.uniform_classifier is not None:
+        if self.uniform_classifier is not None and not self.features_rest:
             with torch.set_grad_enabled(train_uniform and torch.is_grad_enabled()):
                 uniform = self.uniform_classifier(features)
         if self.posthoc is not None and not self.training:
@@ -97,10 +98,18 @@ class LongTailModel(nn.Module):
         return ModelOutput(features, uniform, logits, z, h, prototypes)
 
     def train(self, mode: bool = True) -> LongTailModel:
-        """Set training mode, except where the encoder is frozen."""
+        """Set training mode, except where the encoder is frozen or all but the classifier rests."""
         super().train(mode)
         rest(self.encoder, self.tune)
+        if self.features_rest:
+            for part in self.children():
+                part.train(mode and part is self.classifier)
         return self
+
+    def rest_features(self) -> None:
+        """Let all but the classifier that predicts be in evaluation mode from here on; the uniform one is idle."""
+        self.features_rest = True
+        self.train(self.training)
 
     def frozen_names(self) -> list[str]:
         """Return the entries of the state that training never changes."""
@@ -175,6 +184,20 @@ def build_model(
         tune(encoder, config, num_classes)
     heads = config.heads if two_branches else "shared"
     return LongTailModel(encoder, feature_dim, num_classes, config, head=head, heads=heads, class_counts=class_counts)
+
+
+def renew_classifier(model: LongTailModel, config: ModelConfig, *, seed: int) -> None:
+    """Give the classifier that predicts new random weights, in place, the same on every device.
+
+    Args:
+        model: built from `config`.
+        config: of the model.
+        seed: decides the weights alone; the global generators stay as they are.
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        fresh = _classifier(model.feature_dim, model.classifier_weight.shape[0], config)
+    model.classifier.load_state_dict(fresh.state_dict())
 
 
 def _classifier(features: int, classes: int, config: ModelConfig) -> nn.Linear | NormalisedClassifier | ETFClassifier:

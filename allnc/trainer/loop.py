@@ -16,9 +16,11 @@ from allnc.metrics.plots import plot_angles, plot_curves
 from allnc.trainer import checkpoint
 from allnc.trainer.folder import ANGLES, CONFIG, CURVES, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
 from allnc.trainer.manifest import read_manifest
+from allnc.trainer.mixing import batches
 from allnc.trainer.optim import learning_rate
 from allnc.trainer.options import to_dict
 from allnc.trainer.processes import Processes, launched
+from allnc.trainer.retrain import start_retraining
 from allnc.trainer.run import DivergenceError, Run
 from allnc.trainer.runlog import RunLog, final_table, finite, mean_of
 from allnc.trainer.runtime import git_commit, pick_device, versions
@@ -128,20 +130,23 @@ def _measurements(run: Run) -> dict[str, Any]:
 def train_epoch(run: Run, log: RunLog) -> dict[str, float]:
     """Run one epoch and return the mean loss, the mean of its parts, and the last learning rate."""
     config, steps = run.config.train, len(run.loader)
+    if run.epoch == config.feature_epochs:
+        start_retraining(run)
     run.model.train()
+    first = config.feature_epochs * steps  # step of a second stage
     sums: dict[str, torch.Tensor] = {}
     rate = 0.0
     log.start_epoch(run.epoch + 1, steps)
     run.processes.seed_others(run.config.seed, run.epoch)
-    for index, batch in enumerate(run.loader.epoch(run.epoch)):
+    for index, batch in enumerate(batches(run)):
         step = run.epoch * steps + index
         rate = learning_rate(config, step, steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        for name, value in train_step(run, batch, progress=step / (config.epochs * steps)).items():
+        for name, value in train_step(run, batch, progress=min(1.0, step / first)).items():
             sums[name] = sums.get(name, 0) + value
         if run.average is not None:
-            run.average.update(run.model, step=step + 1)
+            run.average.update(run.model, step=step + 1 - (first if run.retrains else 0))  # each stage's own
         if (index + 1) % CHECK_EVERY == 0 or index + 1 == steps:
             run.processes.together(partial(_check_finite, run, sums, index + 1))
         log.step()
@@ -185,6 +190,8 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     if run.passes > 1:
         most = -(-config.train.batch_size // run.processes.size // run.passes) * (2 if run.loader.two_batches else 1)
         lines.append(f"each batch passes the encoder in {run.passes} parts of at most {most} images")
+    if config.train.retrain_epochs:
+        lines.append(f"from epoch {config.train.feature_epochs + 1} on a new classifier trains alone")
     if config.model.tune != "full":
         sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
         tuned, whole = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

@@ -94,6 +94,12 @@ def changes_on_resuming(before: Manifest, after: Config) -> list[dict[str, Any]]
         raise ValueError(f"a resumed run must keep {listing}; only train.* and where the files lie may change")
     if after.train.epochs < before.epoch:
         raise ValueError(f"train.epochs must be >= {before.epoch}, the epochs done; got {after.train.epochs}")
+    stages = before.config.train.feature_epochs, after.train.feature_epochs
+    if stages[0] != stages[1] and min(stages) < before.epoch:
+        raise ValueError(
+            f"train.epochs - train.retrain_epochs must stay {stages[0]} after {before.epoch} epochs, of which the "
+            f"first {min(stages[0], before.epoch)} trained all of the network; got {stages[1]}"
+        )
     if after.train.epochs == before.epoch:  # nothing is left to train
         idle = [name for name in changed if name.startswith("train.") and name not in ("train.device", "train.threads")]
         if idle:

@@ -70,14 +70,20 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     """Return the learning rate of a step (0-based).
 
     Linear warm-up to the peak over `warmup_epochs`; then half a cosine to zero over the rest, or the peak divided by
-    ten after each milestone.
+    ten after each milestone. A second stage (`retrain_epochs`) has half a cosine from the peak of its own.
     """
     peak = peak_rate(config)
-    warmup = min(config.warmup_epochs, config.epochs / 2) * steps_per_epoch  # a short trial has its peak, too
+    steps = config.feature_epochs * steps_per_epoch
+    if step >= steps:
+        return _cosine(peak, step - steps, config.retrain_epochs * steps_per_epoch)
+    warmup = min(config.warmup_epochs, config.feature_epochs / 2) * steps_per_epoch  # a short trial has its peak, too
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if config.schedule == "step":
         passed = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
         return peak * 0.1**passed
-    rest = config.epochs * steps_per_epoch - warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / rest))
+    return _cosine(peak, step - warmup, steps - warmup)
+
+
+def _cosine(peak: float, step: float, steps: float) -> float:
+    return peak * 0.5 * (1 + math.cos(math.pi * step / steps))

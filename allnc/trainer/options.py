@@ -111,6 +111,8 @@ def ignored_options(config: Config) -> dict[str, str]:
     if data.name == "features":
         drop("data", "image_size workers mean std", "features are read as they were stored")
         drop("train", "channels_last", "features are rows of numbers, not images")
+    if train.mixup == 0:
+        drop("train", "remix", "train.mixup is 0")
     if train.schedule == "cosine":
         drop("train", "milestones", "train.schedule is cosine")
     return ignored

@@ -43,9 +43,10 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, number: int) -> slice:
-        """Which of a number of things are this process's: contiguous, and as many as others' or one more."""
-        return slice(number * self.rank // self.size, number * (self.rank + 1) // self.size)
+    def share(self, number: int, rank: int | None = None) -> slice:
+        """Which of a number of things are this or another process's: contiguous, as many as others' or one more."""
+        rank = self.rank if rank is None else rank
+        return slice(number * rank // self.size, number * (rank + 1) // self.size)
 
     def together(self, body: Callable[[], T]) -> T:
         """Run in every process; what one of them raises ends all of them.
@@ -77,6 +78,17 @@ class Processes:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def rows_of_all(self, own: torch.Tensor, number: int) -> torch.Tensor:
+        """Return the rows of all processes, [number, ...], of which this one's `share` are its own."""
+        if self.group is None:
+            return own
+        sizes = [len(range(number)[self.share(number, rank)]) for rank in range(self.size)]
+        padded = own.new_zeros(max(sizes), *own.shape[1:])  # what is gathered must have one shape
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def seed_others(self, seed: int, epoch: int) -> None:
         """Give every process but the first its own random numbers (dropout), which depend on nothing before."""

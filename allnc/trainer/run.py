@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 
-from allnc.config import SMALL_SETS, Config
-from allnc.data import FeatureSet, ImageSet, load, loader_for
+from allnc.config import SMALL_SETS, Config, DataConfig
+from allnc.data import FeatureSet, ImageSet, TrainLoader, load, loader_for
 from allnc.losses.build import LOSSES, build_loss
 from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_tensors
 from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
+from allnc.trainer.mixing import check_loss_takes_mixtures
 from allnc.trainer.optim import build_optimizer, configure
 from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.processes import Processes
+from allnc.trainer.retrain import prepare_retraining
 from allnc.trainer.runtime import (
     check_backend,
     pick_device,
@@ -76,16 +78,9 @@ class Run:
             )
 
         entry = LOSSES[config.loss.name]
-        self.loader = loader_for(self.train_set)(
-            self.train_set,
-            config.data,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            two_batches=entry.two_branches and config.data.rebalance_sampler != "uniform",
-            device=self.device,
-            share=self.processes.share,
-            epochs=config.train.epochs,
-        )
+        two_batches = entry.two_branches and config.data.rebalance_sampler != "uniform"
+        self.loader = self.make_loader(config.data, two_batches=two_batches, epochs=config.train.feature_epochs)
+        self.retrains = False  # whether a new classifier trains on features that rest, see trainer/retrain.py
         model = build_model(
             config.model,
             in_channels=self.train_set.channels,
@@ -107,6 +102,7 @@ class Run:
             classifier_scale=None if config.model.classifier == "linear" else config.model.classifier_scale,
             group=self.processes.group,
         ).to(self.device)
+        check_loss_takes_mixtures(self)
         self.average = _moving_average(self.model, config.train.ema_decay)
         self.optimizer = build_optimizer(self.model, config.train)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -115,6 +111,19 @@ class Run:
         self.best = 0.0
         self.changes: tuple[dict[str, Any], ...] = ()  # options changed on resuming
         self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
+
+    def make_loader(self, data: DataConfig, *, two_batches: bool, epochs: int) -> TrainLoader:
+        """Return the batches of the training set up to an epoch, drawn and augmented as `data` says."""
+        return loader_for(self.train_set)(
+            self.train_set,
+            data,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            two_batches=two_batches,
+            device=self.device,
+            share=self.processes.share,
+            epochs=epochs,
+        )
 
     @property
     def measured(self) -> LongTailModel:
@@ -248,6 +257,8 @@ class Run:
             raise ValueError("a resumed run must have the features it began with; data.root holds others")
         self.load_model(weights, manifest.epoch)
         self.model.load_state_dict(self._whole_state(state.get("model", weights), weights))
+        if manifest.epoch > self.config.train.feature_epochs:
+            prepare_retraining(self)
         self.loss.load_state_dict(state["loss"])
         if manifest.config.train.optimizer == self.config.train.optimizer:  # else the new one starts without a past
             self.optimizer.load_state_dict(state["optimizer"])

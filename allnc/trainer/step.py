@@ -34,7 +34,7 @@ def train_step(run: Run, batch: Batch, *, progress: float) -> dict[str, Tensor]:
         batch: this process's images of the step.
         progress: share of training done, in [0, 1].
     """
-    backward = _backward if run.passes == 1 else _backward_in_parts
+    backward = _backward if run.passes == 1 and not run.retrains else _backward_in_parts
     total, parts = backward(run, batch, progress)
     clip = run.config.train.grad_clip
     if clip is not None:
@@ -54,14 +54,27 @@ def forward(run: Run, batch: Batch, *, progress: float) -> LossOutput:
 
 
 def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> LossOutput:
-    """Return the loss of the model's outputs, which it takes in the types they come in and adds up in float32."""
+    """Return the loss of the model's outputs, which it takes in the types they come in and adds up in float32.
+
+    That of mixed images is the mixture of those at both of their labels.
+    """
+    own = _loss_at(batch.labels, run, output, batch, progress)
+    if batch.other_labels is None:
+        return own
+    other, share = _loss_at(batch.other_labels, run, output, batch, progress), batch.share
+    parts = {name: share * value + (1 - share) * other.parts[name] for name, value in own.parts.items()}
+    return LossOutput(share * own.total + (1 - share) * other.total, parts)
+
+
+def _loss_at(labels: Tensor, run: Run, output: ModelOutput, batch: Batch, progress: float) -> LossOutput:
+    """Return the loss where the images have these labels."""
     heads = {"z": output.z, "h": output.h, "prototypes": output.prototypes}  # those that the loss reads are there
     return run.loss(
         output.features,
-        batch.labels,
+        labels,
         run.model.classifier_weight,
-        (batch.branch(output.logits_uniform, rebalance=False), batch.branch(batch.labels, rebalance=False)),
-        (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(batch.labels, rebalance=True)),
+        (batch.branch(output.logits_uniform, rebalance=False), batch.branch(labels, rebalance=False)),
+        (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(labels, rebalance=True)),
         progress,
         num_views=run.config.data.views,
         **{name: rows for name, rows in heads.items() if rows is not None},
@@ -89,7 +102,7 @@ def _backward_in_parts(run: Run, batch: Batch, progress: float) -> LossOutput:
     features[torch.cat(parts)] = torch.cat(found)
     del found
 
-    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    trains = not run.retrains and any(parameter.requires_grad for parameter in encoder.parameters())
     features.requires_grad_(trains)
     with run.autocast():
         output = run.model.heads(features, train_uniform=run.loss.trains_uniform(progress))
@@ -98,7 +111,7 @@ def _backward_in_parts(run: Run, batch: Batch, progress: float) -> LossOutput:
     gradient, after = features.grad, dropout_state(device)
     del output, features
 
-    if gradient is not None:  # else all of the encoder is frozen
+    if gradient is not None:  # else all of the encoder is frozen, or rests
         with averaged_statistics(encoder):
             for rows, state in zip(parts, before, strict=True):
                 restore_dropout_state(state, device)

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.trainer import loop
 from allnc.trainer import run as run_module
+from allnc.trainer.mixing import batches
 from allnc.trainer.processes import Processes
+from allnc.trainer.retrain import start_retraining
 from tests.processes import rank_main
 
 PLAIN = Config(
@@ -40,6 +42,8 @@ def cases() -> dict[str, Config]:
         "cosine": changed(loss={"hycon": "cosine"}),
         "baseline, clipped": changed(loss={"name": "logit_adjusted"}, train={"grad_clip": 0.5}),
         "in parts": changed(model={"norm": "group"}, train={"micro_batch": 4, "grad_clip": 0.5, "ema_decay": 0.9}),
+        "a new classifier alone": changed(model={"heads": "separate"}, train={"retrain_epochs": 1}),
+        "mixed": changed(loss={"name": "logit_adjusted"}, train={"mixup": 0.5, "remix": True}),
         "views through transforms": changed(data={"augmentation": "autoaugment", "workers": 0}),
     }
 
@@ -52,8 +56,12 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
         patch.setattr(run_module, "build_loss", lambda *a, **k: build_loss(*a, **k).double())
         run = run_module.Run(config, processes=processes)
         run.connect()
+        if config.train.retrain_epochs:
+            start_retraining(run)
+            run.model.train()
+            run.loss.double()
         parts = []
-        for step, batch in enumerate(run.loader.epoch(0)):
+        for step, batch in enumerate(batches(run)):
             batch = batch._replace(images=batch.images.double())
             parts.append(loop.train_step(run, batch, progress=step / (2 * STEPS)))
             if run.average is not None:
