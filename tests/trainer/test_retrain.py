@@ -133,6 +133,19 @@ def test_a_step_of_the_second_stage_by_hand() -> None:
     torch.testing.assert_close(run.model.classifier_weight, weight - 0.5 * weight.grad)
 
 
+@pytest.mark.parametrize("name", ["bcl", "proco"])
+def test_a_second_stage_after_a_contrast(name: str) -> None:
+    """Its cross-entropy is called with the heads that the first stage's loss reads, and leaves them alone."""
+    run = Run(changed(DECOUPLED, loss={"name": name}))
+    start_retraining(run)
+    run.model.train()
+    projection = run.model.projection
+    assert projection is not None
+    before = [p.detach().clone() for p in projection.parameters()]
+    train_step(run, next(run.loader.epoch(2)), progress=0.9)
+    assert all(torch.equal(p, old) for p, old in zip(projection.parameters(), before, strict=True))
+
+
 def test_a_finished_run_goes_on_only_in_its_second_stage(tmp_path: Path) -> None:
     loop.train(DECOUPLED, tmp_path, quiet())
     with pytest.raises(ValueError, match=r"train\.epochs - train\.retrain_epochs must stay 2 after 4 epochs, of which"):
