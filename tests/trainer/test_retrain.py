@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_a_step_of_the_second_stage_by_hand() -> None:
     run.model.train()
     batch = next(run.loader.epoch(2))
     with torch.no_grad():
-        features = run.model.encoder.eval()(batch.images.contiguous(memory_format=run.memory))
+        features = copy.deepcopy(run.model.encoder).eval()(batch.images.contiguous(memory_format=run.memory))
     weight, bias = (p.detach().clone().requires_grad_() for p in run.model.classifier.parameters())
     loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, batch.labels)
     loss.backward()
