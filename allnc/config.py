@@ -297,6 +297,7 @@ class ModelConfig:
             )
 
 
+CONTRASTIVE = ("supcon", "bcl", "proco")  # the baselines that contrast projections beside a classification loss
 REWEIGHTED = ("ce", "focal", "ldam", "mse")  # the losses that deferred re-weighting serves
 
 _NOT_NEGATIVE = (
@@ -317,12 +318,13 @@ class LossConfig:
 
     Args:
         name: allnc, or the baseline trained on the uniform branch alone: ce, logit_adjusted, focal, class_balanced,
-            ldam, mse, ntce and nonl (which normalise each class over the batch; for a normalised classifier), or etf_dr
-            (dot regression, for the etf classifier).
+            ldam, mse, ntce and nonl (which normalise each class over the batch; for a normalised classifier), etf_dr
+            (dot regression, for the etf classifier); or with a contrast of the projections, weighed by hycon_weight,
+            supcon (beside ce), bcl and proco (beside logit_adjusted).
         hycon: form of HyCon: softmax (projected, with negatives), cosine (positives only) or none.
-        hycon_weight: weight of HyCon beside P2P on the means, >= 0.
+        hycon_weight: weight of HyCon beside P2P on the means, or of the contrast of supcon, bcl and proco, >= 0.
         alpha: weight of HyCon and P2P on the means against classification, >= 0.
-        temperature: temperature of softmax HyCon, > 0.
+        temperature: temperature of softmax HyCon, or of the contrast of supcon, bcl and proco, > 0.
         mean_weight: weight of the own class mean among the positives of softmax HyCon, >= 0.
         balance: column weights of softmax HyCon: class (each class counts once) or none (as SupCon).
         ema_momentum: share of the old class mean kept at each step, in [0, 1).
@@ -346,7 +348,19 @@ class LossConfig:
     """
 
     name: Literal[
-        "allnc", "ce", "logit_adjusted", "focal", "class_balanced", "ldam", "mse", "ntce", "nonl", "etf_dr"
+        "allnc",
+        "ce",
+        "logit_adjusted",
+        "focal",
+        "class_balanced",
+        "ldam",
+        "mse",
+        "ntce",
+        "nonl",
+        "etf_dr",
+        "supcon",
+        "bcl",
+        "proco",
     ] = "allnc"
     hycon: Literal["softmax", "cosine", "none"] = "softmax"
     hycon_weight: float = 1.0

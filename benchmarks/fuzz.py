@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gzip
 import io
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from random import Random
 from typing import Any
 
 import fuzz_runs
+import fuzz_sets
 import numpy as np
 from mutate import Target, mutated, refused
 from PIL import Image
@@ -191,31 +191,7 @@ def folders(random: Random, folder: Path) -> None:
             assert sorted(found.paths) == sorted(map(str, wanted))
 
 
-def idx(random: Random, folder: Path) -> None:
-    """Damaged idx files: a ValueError that names the folder's file, or images with as many labels from 0 to 9."""
-    number = random.randint(1, 5)
-    for part in ("train", "t10k"):
-        pixels, labels = random.randbytes(784 * number), random.choices(range(10), k=number)
-        for kind, head, data in (("images", (3, number, 28, 28), pixels), ("labels", (1, number), bytes(labels))):
-            raw = struct.pack(f">{len(head)}I", 2048 + head[0], *head[1:]) + data
-            raw = mutated(random, raw) if random.random() < 0.3 else raw
-            packed = gzip.compress(raw, mtime=0)
-            packed = mutated(random, packed) if random.random() < 0.3 else packed
-            path = folder / f"{part}-{kind}-idx{head[0]}-ubyte"
-            path.unlink(missing_ok=True)
-            path.with_name(path.name + ".gz").write_bytes(packed)
-            if random.random() < 0.3:
-                path.write_bytes(raw)
-    config = DataConfig(name="fashion_mnist", root=str(folder), augmentation="none", imbalance="none")
-    try:
-        sets = load(config)
-    except Exception as error:
-        return refused(error, str(folder / "train-"), str(folder / "t10k-"))
-    for found in sets:
-        assert found.images is not None and found.images.shape == (len(found), 1, 28, 28) and len(found) > 0
-
-
-ALL = (images, lists, folders, idx, fuzz_runs.configs, fuzz_runs.checkpoints)
+ALL = (images, lists, folders, fuzz_sets.idx, fuzz_sets.arrays, fuzz_runs.configs, fuzz_runs.checkpoints)
 TARGETS: dict[str, Target] = {target.__name__: target for target in ALL}
 
 

@@ -32,12 +32,12 @@ Images = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
 EM = 160  # size of the drawing that is scaled down to S
-MARGIN = 2  # pixels around the glyph
+MARGIN = 10  # sides of the image in one of the margin around the glyph
 SAME = 0.99  # correlation of two glyphs of a face from which on nobody can tell these classes apart
 COPY = 0.995  # of the same glyphs of two faces, from which on the second one is left out
 RELATED = 0.95  # of two faces, from which on their families are one group
-MOST_OF_A_GROUP = 12  # faces
-TEST_SHARE = 0.3  # of the faces
+MOST_OF_A_GROUP = 16  # faces
+TEST_SHARE = 0.25  # of the faces
 SEED = 0
 NOT_LETTERS = ("UKIJ Tughra",)  # pictures in the places of letters
 # What the name of a family adds to that of another: weight, width, optical size, region, kind of file.
@@ -86,7 +86,7 @@ ALPHABETS = {
     # One case or alphabet of what looks the same at one size: no small к, no Greek Α, no small ψ.
     "cyrillic": Alphabet(
         classes="АБВГДЕЁЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯабеёΔΘΛΞΣΥΨΩΖΝαβγδεζηθιλμνξπρςσυω",
-        side=20,
+        side=16,
         packages=_fonts(
             """
             3270 agave ancient-scripts anonymous-pro arphic-ukai arphic-uming bpg-georgian cantarell cardo clear-sans
@@ -188,7 +188,7 @@ def draw(face: Face, characters: str, side: int) -> Images | None:
         if box is None:
             return None
         glyph = glyph.crop(box)
-        scale = (side - 2 * MARGIN) / max(glyph.size)
+        scale = (side - 2 * (side // MARGIN)) / max(glyph.size)
         glyph = glyph.resize([max(1, round(length * scale)) for length in glyph.size], Image.Resampling.LANCZOS)
         row, column = (side - glyph.height) // 2, (side - glyph.width) // 2
         image[row : row + glyph.height, column : column + glyph.width] = np.asarray(glyph)
@@ -223,7 +223,7 @@ def chosen(groups: Integers) -> tuple[list[int], list[int]]:
     train: list[int] = []
     test: list[int] = []
     for group in generator.permutation(len(members)):
-        (test if len(test) < wanted else train).extend(members[group])
+        (test if len(test) + len(members[group]) <= wanted else train).extend(members[group])
     return sorted(train), sorted(test)
 
 
@@ -308,12 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{part} faces: " + "; ".join(f"{faces[i].family} {faces[i].style}" for i in parts[part]) for part in parts
     ]
     source += [f"package {name} {version}" for name, version in versions.items()]
+    # Profiles make the last classes the rare ones: in the order of the alphabet, these would all be of one kind.
+    order = np.random.RandomState(SEED).permutation(len(alphabet.classes))
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for part, prefix in (("train", ""), ("test", "test_")):
         arrays[f"{prefix}images"] = images[parts[part]].reshape(-1, alphabet.side, alphabet.side)
-        arrays[f"{prefix}labels"] = np.tile(np.arange(len(alphabet.classes)), len(parts[part]))
+        arrays[f"{prefix}labels"] = np.tile(np.argsort(order), len(parts[part]))
     arrays["groups"] = np.repeat(groups[parts["train"]], len(alphabet.classes))
-    arrays["classes"] = np.array(list(alphabet.classes))
+    arrays["classes"] = np.array(list(alphabet.classes))[order]
     arrays["source"] = np.array("\n".join(source))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("wb") as file:

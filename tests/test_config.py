@@ -90,6 +90,12 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
         (["--loss.name", "focal", "--loss.tau", "2"], "--loss.tau would be ignored: loss.name is focal"),
         (["--loss.rebalance", "ce", "--loss.tau", "2"], "--loss.tau would be ignored: loss.rebalance is ce"),
         (["--loss.rebalance", "ldam", "--loss.label_smoothing", "0.1"], "would be ignored: loss.rebalance is ldam"),
+        (["--loss.name", "supcon", "--loss.tau", "2"], "--loss.tau would be ignored: loss.name is supcon"),
+        (["--loss.name", "bcl", "--loss.balance", "none"], "--loss.balance would be ignored: loss.name is bcl"),
+        (
+            ["--loss.name=proco", "--loss.hycon_weight=0", "--model.projection_dim=9"],
+            "--model.projection_dim would be ignored: loss.hycon_weight is 0",
+        ),
         (["--loss.name", "etf_dr"], "model.classifier must be etf with loss.name etf_dr; got normalised"),
         (["--loss.name", "nonl", "--model.classifier", "linear"], "must be normalised or etf with loss.name nonl"),
         (
@@ -214,11 +220,15 @@ def test_ignored_options_are_real_options() -> None:
         Config(loss=LossConfig(name="focal", hycon="none", p2p_target="etf", horizon=0)),
         Config(model=ModelConfig(name="timm:resnet18"), data=DataConfig(imbalance="none")),
         Config(train=TrainConfig(schedule="step", milestones=(3,))),
+        Config(loss=LossConfig(name="proco", hycon="none")),
     ]
     for config in configs:
         assert set(ignored_options(config)) <= set(option_names())
     assert "loss.focal_gamma" not in ignored_options(configs[1]) and "loss.gamma" in ignored_options(configs[1])
     assert "train.milestones" not in ignored_options(configs[3])
+    read = {f"loss.{name}" for name in ("name", "hycon_weight", "temperature", "tau", "ema_momentum", "backend")}
+    assert {name for name in option_names() if name.startswith("loss.")} - set(ignored_options(configs[4])) == read
+    assert "model.projection_dim" not in ignored_options(configs[4])
 
 
 def test_from_dict_refuses_unknown_keys() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from allnc.config import DataConfig
 from allnc.data.images import shown
@@ -70,42 +71,64 @@ def read_arrays(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def _read_npz(path: str) -> dict[str, Array]:
-    if not zipfile.is_zipfile(path):
-        raise ValueError("must be a whole .npz file (a zip of arrays), as numpy.savez writes it")
-    arrays = {}
-    name = "a list of arrays"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            _check_names(file.files)
-            for name in sorted(set(file.files) - {"source"}):
-                arrays[name] = np.asarray(file[name])
-    except ValueError as error:
-        if "Object arrays" not in str(error):
-            raise
-        raise ValueError(
-            f"must hold plain arrays; {name} is one of Python objects, which is not unpickled: save numbers, or for "
-            "classes strings (numpy.array(names, dtype=str))"
-        ) from error
-    except Exception as error:  # zipfile, zlib and numpy raise whatever damaged bytes drive them to
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"must be a whole .npz file; {name} cannot be read: {reason}") from error
-    return arrays
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # what damaged bytes drive a reader to, here and below
+        raise ValueError(f"must be a whole .npz file, as numpy.savez writes it; got: {_reason(error)}") from error
+    with archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        _check_names(names)
+        return {name: _read_npy(archive, name) for name in sorted(set(names) - {"source"})}
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str) -> Array:
+    try:
+        with warnings.catch_warnings(), archive.open(f"{name}.npy") as file:
+            warnings.simplefilter("ignore")  # numpy's on headers that other versions wrote
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            if file.read(1):  # and reading to the end makes zipfile compare the checksum
+                raise ValueError("it has more bytes than its shape tells")
+            return array
+    except Exception as error:
+        if "Object arrays" in str(error):
+            raise ValueError(
+                f"must hold plain arrays; {name} is one of Python objects, which is not unpickled: save numbers, or "
+                "for classes strings (numpy.array(names, dtype=str))"
+            ) from error
+        raise ValueError(f"must be a whole .npz file; {name} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if line.isprintable() else ascii(line)
 
 
 def _read_safetensors(path: str) -> dict[str, Array]:
     try:
-        with safe_open(path, "np") as file:
-            _check_names(file.keys())
-            arrays = {name: np.asarray(file.get_tensor(name)) for name in set(file.keys()) - {"source"}}
-            names = (file.metadata() or {}).get("classes")
-    except SafetensorError as error:
-        raise ValueError(f"must be a whole .safetensors file; got: {' '.join(str(error).split())}") from error
-    if names is not None:
-        try:
-            arrays["classes"] = np.array(json.loads(names))
-        except ValueError as error:
-            raise ValueError(f"must name its classes in a JSON list; got {names[:40]!r}") from error
+        with safe_open(path, "pt") as file:  # numpy would not know bfloat16
+            tensors = {name: file.get_tensor(name) for name in set(file.keys()) - {"source"}}
+            classes = (file.metadata() or {}).get("classes")
+    except Exception as error:
+        raise ValueError(f"must be a whole .safetensors file; got: {_reason(error)}") from error
+    _check_names([*tensors])
+    arrays: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            raise ValueError(f"must have {name} of integers; got {list(tensor.shape)} of type {tensor.dtype}")
+        arrays[name] = tensor.clone().numpy()  # not the file's own bytes, which others may change
+    if classes is not None:
+        arrays["classes"] = _listed(classes)
     return arrays
+
+
+def _listed(text: str) -> Array:
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"must name its classes in a JSON list of strings; got {text[:40]!r}")
+    return np.array(names, dtype=str)
 
 
 def _check_names(names: list[str]) -> None:
@@ -127,7 +150,7 @@ def _sets(arrays: Mapping[str, Array]) -> tuple[ImageSet, ImageSet]:
         )
     labels = _integers("labels", arrays["labels"], len(images), "images")
     test_labels = _integers("test_labels", arrays["test_labels"], len(tests), "test_images")
-    classes = _class_names(arrays.get("classes"))
+    classes = _class_names(arrays.get("classes"), len(labels))
     num_classes = _number_of_classes(labels, classes)
     if test_labels.min() < 0 or test_labels.max() >= num_classes:
         raise ValueError(
@@ -174,11 +197,13 @@ def _integers(name: str, values: Array, number: int, counted: str) -> npt.NDArra
     return np.ascontiguousarray(values, dtype=np.int64)
 
 
-def _class_names(names: Array | None) -> tuple[str, ...]:
+def _class_names(names: Array | None, number: int) -> tuple[str, ...]:
     if names is None:
         return ()
-    if names.dtype.kind != "U" or names.ndim != 1 or not len(names):
-        raise ValueError(f"must have classes [C] of strings; got {list(names.shape)} of type {names.dtype}")
+    if names.dtype.kind != "U" or names.ndim != 1 or not 0 < len(names) <= number:
+        raise ValueError(
+            f"must have classes [C] of strings, with an image each; got {list(names.shape)} of type {names.dtype}"
+        )
     texts = tuple(names.tolist())
     again = next((text for place, text in enumerate(texts) if text in texts[:place]), None)
     if again is not None:

@@ -3,6 +3,7 @@
 from allnc.losses.allnc import AllNC
 from allnc.losses.base import ClassMeans, LossOutput
 from allnc.losses.build import Classification, build_loss
+from allnc.losses.contrastive import Contrastive
 from allnc.losses.gbbn import GBBN
 from allnc.losses.hycon import HyCon, HyConCosine
 from allnc.losses.longtail import LDAM, ClassBalanced, CrossEntropy, Focal, LogitAdjusted, long_tail_loss
@@ -18,6 +19,7 @@ __all__ = [
     "ClassBalanced",
     "ClassMeans",
     "Classification",
+    "Contrastive",
     "CrossEntropy",
     "DotRegression",
     "Focal",

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from torch import Tensor, nn
 
 from allnc._checks import check_interval
-from allnc.config import REWEIGHTED, LossConfig
+from allnc.config import CONTRASTIVE, REWEIGHTED, LossConfig
 from allnc.losses.allnc import AllNC
 from allnc.losses.base import LossOutput, checked_logits, effective_number_weights
+from allnc.losses.contrastive import Contrastive
 from allnc.losses.longtail import LONG_TAIL, long_tail_loss
 from allnc.losses.prototype_contrast import PrototypeContrast
 from allnc.losses.regression import DotRegression, MeanSquaredError
@@ -19,7 +20,7 @@ from allnc.ops.ranks import Ranks, scale_gradient
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Head = Literal["projection", "predictor"]
+Head = Literal["projection", "predictor", "prototypes"]
 
 
 class Classification(nn.Module):
@@ -114,7 +115,7 @@ class Setting(NamedTuple):
 class Entry(NamedTuple):
     """What the registry knows of a loss."""
 
-    build: Callable[[LossConfig, Setting], AllNC | Classification]
+    build: Callable[[LossConfig, Setting], AllNC | Classification | Contrastive]
     head: Callable[[LossConfig], Head | None] = lambda config: None  # what it reads beside features and logits
     two_branches: bool = False  # whether it reads the re-balancing branch beside the uniform one
 
@@ -163,6 +164,16 @@ def _classification(loss: nn.Module, config: LossConfig, setting: Setting) -> Cl
     return Classification(loss, drw=drw, class_counts=setting.class_counts, group=setting.group)
 
 
+def _contrastive(config: LossConfig, setting: Setting) -> Contrastive:
+    return Contrastive(setting.class_counts, setting.projection_dim, config, group=setting.group)
+
+
+def _contrastive_head(config: LossConfig) -> Head | None:
+    if config.hycon_weight == 0:
+        return None
+    return "prototypes" if config.name == "bcl" else "projection"
+
+
 def _allnc_head(config: LossConfig) -> Head | None:
     return {"softmax": "projection", "cosine": "predictor", "none": None}[config.contrast]
 
@@ -175,6 +186,7 @@ LOSSES: dict[str, Entry] = {
     "ntce": Entry(_prototype_contrast),
     "nonl": Entry(_prototype_contrast),
     "etf_dr": Entry(_dot_regression),
+    **{name: Entry(_contrastive, head=_contrastive_head) for name in CONTRASTIVE},
 }
 
 
@@ -186,7 +198,7 @@ def build_loss(
     projection_dim: int | None = None,
     classifier_scale: float | None = None,
     group: ProcessGroup | None = None,
-) -> AllNC | Classification:
+) -> AllNC | Classification | Contrastive:
     """Build the loss that a configuration names.
 
     Args:

@@ -27,6 +27,7 @@ class ModelOutput(NamedTuple):
     logits_rebalance: Tensor  # [N, C], those that predict; the same tensor when the heads are shared
     z: Tensor | None  # [N, D] unit rows (projection)
     h: Tensor | None  # [N, F] (predictor)
+    prototypes: Tensor | None = None  # [C, D] unit rows (class vectors through a projection of their own)
 
 
 class LongTailModel(nn.Module):
@@ -37,7 +38,8 @@ class LongTailModel(nn.Module):
         feature_dim: width F.
         num_classes: number of classes C.
         config: heads and classifier.
-        head: the head that the loss reads beside the classifier.
+        head: the head that the loss reads beside the classifier; prototypes is a projection of the features and one
+            of the class vectors of the classifier that predicts.
         heads: shared or separate classifiers; a loss with one branch shares.
         class_counts: [C] training images of each class, >= 1, for `config.posthoc` logit_adjusted.
     """
@@ -49,7 +51,7 @@ class LongTailModel(nn.Module):
         num_classes: int,
         config: ModelConfig,
         *,
-        head: Literal["projection", "predictor"] | None,
+        head: Literal["projection", "predictor", "prototypes"] | None,
         heads: Literal["shared", "separate"],
         class_counts: Tensor | None = None,
     ) -> None:
@@ -61,7 +63,11 @@ class LongTailModel(nn.Module):
         self.posthoc = posthoc(config, class_counts)
         self.features_rest = False
         hidden = config.projection_hidden or feature_dim
-        self.projection = Projection(feature_dim, hidden, config.projection_dim) if head == "projection" else None
+        self.projection = self.prototypes = None
+        if head in ("projection", "prototypes"):
+            self.projection = Projection(feature_dim, hidden, config.projection_dim)
+        if head == "prototypes":
+            self.prototypes = Projection(feature_dim, hidden, config.projection_dim)
         self.predictor = Predictor(feature_dim) if head == "predictor" else None
 
     def forward(self, images: Tensor, *, train_uniform: bool = True) -> ModelOutput:
@@ -88,7 +94,8 @@ class LongTailModel(nn.Module):
             logits = self.posthoc(features, logits, self.classifier.weight)
         z = self.projection(features) if self.projection is not None else None
         h = self.predictor(features) if self.predictor is not None else None
-        return ModelOutput(features, uniform, logits, z, h)
+        prototypes = self.prototypes(self.classifier.weight) if self.prototypes is not None else None
+        return ModelOutput(features, uniform, logits, z, h, prototypes)
 
     def train(self, mode: bool = True) -> LongTailModel:
         """Set training mode, except where the encoder is frozen or all but the classifier rests."""
@@ -145,7 +152,7 @@ def build_model(
     *,
     in_channels: int,
     num_classes: int,
-    head: Literal["projection", "predictor"] | None = None,
+    head: Literal["projection", "predictor", "prototypes"] | None = None,
     two_branches: bool = True,
     class_counts: Tensor | None = None,
 ) -> LongTailModel:

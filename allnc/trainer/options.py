@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from allnc.config import BATCH_AUGMENTATIONS, FEATURE_MODELS, SECTIONS, SMALL_SETS, Config, LossConfig
+from allnc.config import BATCH_AUGMENTATIONS, CONTRASTIVE, FEATURE_MODELS, SECTIONS, SMALL_SETS, Config, LossConfig
 
 # Where files lie and how a machine works on them: two runs that differ in these alone are the same run.
 OF_A_MACHINE = (
@@ -26,6 +26,9 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "focal": ("focal_gamma", "drw"),
     "ldam": ("drw",),
     "mse": ("drw",),
+    "supcon": ("hycon_weight", "temperature", "backend"),
+    "bcl": ("hycon_weight", "temperature", "tau"),
+    "proco": ("hycon_weight", "temperature", "tau", "ema_momentum", "backend"),
 }
 
 
@@ -48,7 +51,11 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("loss", parts, f"loss.name is {loss.name}")
         drop("data", "rebalance_sampler", f"loss.name {loss.name} has no re-balancing branch")
         drop("model", "heads", f"loss.name {loss.name} has one branch and one classifier")
-    if loss.hycon != "softmax" or loss.name != "allnc":
+    if loss.name in CONTRASTIVE:
+        if loss.hycon_weight == 0:
+            drop("loss", "temperature ema_momentum backend", "loss.hycon_weight is 0")
+            drop("model", "projection_hidden projection_dim", "loss.hycon_weight is 0")
+    elif loss.hycon != "softmax" or loss.name != "allnc":
         drop("loss", "temperature mean_weight balance", f"loss.hycon is {loss.hycon}")
         drop(
             "model",
@@ -65,7 +72,7 @@ def ignored_options(config: Config) -> dict[str, str]:
             drop("loss", "label_smoothing", f"loss.rebalance is {loss.rebalance}")
         if model.classifier == "etf":
             drop("loss", "p2p_weights", "model.classifier is etf, whose vectors do not train")
-    if loss.hycon == "none":
+    if loss.hycon == "none" and loss.name == "allnc":
         drop("loss", "hycon_weight", "loss.hycon is none")
     if loss.p2p_target == "etf":
         drop("loss", "p2p_temperature", "loss.p2p_target is etf")

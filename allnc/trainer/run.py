@@ -60,7 +60,7 @@ class Run:
         self.config, self.processes = config, processes or Processes()
         self.measured_on = "test" if tested or config.data.validation == 0 else "validation"
         self.device = pick_device(config.train)
-        if config.loss.name == "allnc":
+        if config.loss.name in ("allnc", "supcon", "proco"):
             check_backend(config.loss.backend, self.device)
         torch.set_float32_matmul_precision(pick_matmul_precision(config.train, self.device))
         self.dtype = pick_precision(config.train, self.device)

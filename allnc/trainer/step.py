@@ -67,6 +67,8 @@ def loss_of(run: Run, output: ModelOutput, batch: Batch, *, progress: float) -> 
 
 
 def _loss_at(labels: Tensor, run: Run, output: ModelOutput, batch: Batch, progress: float) -> LossOutput:
+    """Return the loss where the images have these labels."""
+    heads = {"z": output.z, "h": output.h, "prototypes": output.prototypes}  # those that the loss reads are there
     return run.loss(
         output.features,
         labels,
@@ -74,9 +76,8 @@ def _loss_at(labels: Tensor, run: Run, output: ModelOutput, batch: Batch, progre
         (batch.branch(output.logits_uniform, rebalance=False), batch.branch(labels, rebalance=False)),
         (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(labels, rebalance=True)),
         progress,
-        z=output.z,
-        h=output.h,
         num_views=run.config.data.views,
+        **{name: rows for name, rows in heads.items() if rows is not None},
     )
 
 

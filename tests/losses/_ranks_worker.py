@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from allnc.config import LossConfig
-from allnc.losses import build_loss
+from allnc.losses import Contrastive, build_loss
 from allnc.losses.build import LOSSES
 from allnc.ops.ranks import Ranks
 from tests.processes import rank_main
@@ -77,6 +77,7 @@ def step(
     labels = labels.repeat(2)
     features = torch.tanh(rows @ model.encoder.T)
     logits = features @ model.classifier.T
+    prototypes = F.normalize(model.classifier @ model.projection.T, dim=1)
     output = loss(
         features,
         labels,
@@ -87,6 +88,7 @@ def step(
         z=F.normalize(features @ model.projection.T, dim=1),
         h=features @ model.predictor.T,
         num_views=num_views,
+        **({"prototypes": prototypes} if isinstance(loss, Contrastive) else {}),
     )
     output.total.backward()
     return {"total": output.total.detach(), **output.parts}

@@ -44,9 +44,9 @@ class _Batch:
         self.uniform = (random(ROWS, C).requires_grad_(), self.labels)
         self.rebalance = (random(ROWS, C).requires_grad_(), self.labels)
 
-    def call(self, loss: Callable[..., Any], progress: float = 0.1):
+    def call(self, loss: Callable[..., Any], progress: float = 0.1, **heads: Tensor):
         arguments = (self.features, self.labels, self.weight, self.uniform, self.rebalance, progress)
-        return loss(*arguments, z=self.z, h=self.h)
+        return loss(*arguments, z=self.z, h=self.h, **heads)
 
 
 def _class_means(rows: Tensor, labels: Tensor) -> Tensor:
@@ -54,7 +54,8 @@ def _class_means(rows: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "module", ["allnc", "build", "gbbn", "hycon", "longtail", "p2p", "prototype_contrast", "regression"]
+    "module",
+    ["allnc", "build", "contrastive", "gbbn", "hycon", "longtail", "p2p", "prototype_contrast", "regression", "vmf"],
 )
 def test_docstring_examples(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"allnc.losses.{module}"))
@@ -233,7 +234,8 @@ def test_every_configured_loss_has_one_signature(name: str) -> None:
     sizes: dict[str, Any] = {"feature_dim": WIDTH, "projection_dim": DIM, "classifier_scale": 16.0}
     loss = build_loss(config, class_counts=COUNTS, **sizes).double()
     batch = _Batch()
-    output = batch.call(loss)
+    heads = {"prototypes": torch.eye(C, DIM).double()} if LOSSES[name].head(config) == "prototypes" else {}
+    output = batch.call(loss, 0.1, **heads)
     output.total.backward()
     assert output.total.shape == () and {"cls", "uniform"} <= set(output.parts)
     assert batch.uniform[0].grad is not None

@@ -77,6 +77,16 @@ def test_etf_classifier_is_a_simplex_that_does_not_train(features: int, classes:
     torch.testing.assert_close(logits, 10 * want, atol=1e-5, rtol=0)
 
 
+def test_prototypes_are_the_class_vectors_through_a_projection_of_their_own() -> None:
+    model = build(head="prototypes")
+    output = model(torch.randn(3, 1, 12, 12))
+    assert output.prototypes.shape == (5, 6) and output.z.shape == (3, 6)
+    torch.testing.assert_close(output.prototypes.norm(dim=1), torch.ones(5))
+    output.prototypes[:, 0].sum().backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"classifier", "prototypes"}
+
+
 def test_etf_classifier_is_in_the_model_and_needs_its_width() -> None:
     model = build(ModelConfig(name="resnet8", width=1, classifier="etf", classifier_scale=8.0))  # 4 features
     assert model(torch.randn(2, 1, 12, 12)).logits_rebalance.abs().max() <= 8.0

@@ -63,6 +63,8 @@ SETTINGS = {
     "two samplers, two heads": changed(data={"rebalance_sampler": "reversed"}, model={"heads": "separate"}),
     "cosine, whose predictor has BatchNorm": changed(loss={"hycon": "cosine"}),
     "baseline": changed(loss={"name": "logit_adjusted"}),
+    "prototypes": changed(loss={"name": "bcl"}),
+    "class distributions": changed(loss={"name": "proco"}),
     "one image at a time": changed(train={"micro_batch": 1}),
     "one view": changed(data={"views": 1}),
 }
