@@ -29,6 +29,7 @@ SETTINGS: dict[str, Config] = {
         model={"heads": "separate", "classifier": "normalised"},
         data={"rebalance_sampler": "reversed"},
     ),
+    "learned prototypes": changed(DECOUPLED, loss={"name": "bcl", "backend": "eager"}),
     "moving average, from class means, in parts": changed(
         DECOUPLED,
         model={"classifier": "normalised", "classifier_init": "class_means"},
