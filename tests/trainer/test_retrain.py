@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ SETTINGS: dict[str, Config] = {
         model={"heads": "separate", "classifier": "normalised"},
         data={"rebalance_sampler": "reversed"},
     ),
+    "learned prototypes": changed(DECOUPLED, loss={"name": "bcl", "backend": "eager"}),
     "moving average, from class means, in parts": changed(
         DECOUPLED,
         model={"classifier": "normalised", "classifier_init": "class_means"},
@@ -123,7 +125,7 @@ def test_a_step_of_the_second_stage_by_hand() -> None:
     run.model.train()
     batch = next(run.loader.epoch(2))
     with torch.no_grad():
-        features = run.model.encoder.eval()(batch.images.contiguous(memory_format=run.memory))
+        features = copy.deepcopy(run.model.encoder).eval()(batch.images.contiguous(memory_format=run.memory))
     weight, bias = (p.detach().clone().requires_grad_() for p in run.model.classifier.parameters())
     loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, batch.labels)
     loss.backward()
