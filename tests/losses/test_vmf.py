@@ -21,13 +21,13 @@ def log_g(order: float, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dim", [2, 3, 16, 64, 65, 128])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 def test_against_scipy(dim: int, temperature: float) -> None:
-    """float64 to 1e-8; kappa stays where the Bessel function is not 0 in float64."""
+    """float64 to 3e-9; kappa stays where the Bessel function is not 0 in float64."""
     kappa = torch.tensor([0.05, 1.0, 7.0, 40.0, 300.0, 3e4], dtype=torch.float64)
     cosine = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None].expand(-1, len(kappa))
     moved = (kappa**2 + 2 * kappa * cosine / temperature + 1 / temperature**2).sqrt()
     want = log_g(dim / 2 - 1, moved.numpy()) - log_g(dim / 2 - 1, kappa.numpy())
     got = log_expected_exponential(cosine, kappa, temperature=temperature, dim=dim)
-    assert float((got - torch.from_numpy(want)).abs().max()) < 1e-8
+    assert float((got - torch.from_numpy(want)).abs().max()) < 3e-9
 
 
 @pytest.mark.parametrize("dim", [3, 128])
