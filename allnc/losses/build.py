@@ -83,6 +83,7 @@ class Classification(nn.Module):
         *,
         z: Tensor | None = None,
         h: Tensor | None = None,
+        prototypes: Tensor | None = None,
         num_views: int = 2,
     ) -> LossOutput:
         """Return the loss of the uniform branch, with parts "cls" and "uniform"."""

@@ -92,6 +92,8 @@ class LongTailModel(nn.Module):
                 uniform = self.uniform_classifier(features)
         if self.posthoc is not None and not self.training:
             logits = self.posthoc(features, logits, self.classifier.weight)
+        if self.features_rest:  # no loss reads the other heads any more
+            return ModelOutput(features, uniform, logits, None, None, None)
         z = self.projection(features) if self.projection is not None else None
         h = self.predictor(features) if self.predictor is not None else None
         prototypes = self.prototypes(self.classifier.weight) if self.prototypes is not None else None
@@ -107,7 +109,7 @@ class LongTailModel(nn.Module):
         return self
 
     def rest_features(self) -> None:
-        """Let all but the classifier that predicts be in evaluation mode from here on; the uniform one is idle."""
+        """Let all but the classifier that predicts be in evaluation mode from here on, and the other heads be idle."""
         self.features_rest = True
         self.train(self.training)
 

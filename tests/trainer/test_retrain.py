@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ SETTINGS: dict[str, Config] = {
         model={"heads": "separate", "classifier": "normalised"},
         data={"rebalance_sampler": "reversed"},
     ),
+    "learned prototypes": changed(DECOUPLED, loss={"name": "bcl", "backend": "eager"}),
     "moving average, from class means, in parts": changed(
         DECOUPLED,
         model={"classifier": "normalised", "classifier_init": "class_means"},
@@ -123,7 +125,7 @@ def test_a_step_of_the_second_stage_by_hand() -> None:
     run.model.train()
     batch = next(run.loader.epoch(2))
     with torch.no_grad():
-        features = run.model.encoder.eval()(batch.images.contiguous(memory_format=run.memory))
+        features = copy.deepcopy(run.model.encoder).eval()(batch.images.contiguous(memory_format=run.memory))
     weight, bias = (p.detach().clone().requires_grad_() for p in run.model.classifier.parameters())
     loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, batch.labels)
     loss.backward()
@@ -131,6 +133,19 @@ def test_a_step_of_the_second_stage_by_hand() -> None:
     parts = train_step(run, batch, progress=1.0)
     assert float(parts["loss"]) == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(run.model.classifier_weight, weight - 0.5 * weight.grad)
+
+
+@pytest.mark.parametrize("name", ["bcl", "proco"])
+def test_a_second_stage_after_a_contrast(name: str) -> None:
+    """Its cross-entropy is called with the heads that the first stage's loss reads, and leaves them alone."""
+    run = Run(changed(DECOUPLED, loss={"name": name}))
+    start_retraining(run)
+    run.model.train()
+    projection = run.model.projection
+    assert projection is not None
+    before = [p.detach().clone() for p in projection.parameters()]
+    train_step(run, next(run.loader.epoch(2)), progress=0.9)
+    assert all(torch.equal(p, old) for p, old in zip(projection.parameters(), before, strict=True))
 
 
 def test_a_finished_run_goes_on_only_in_its_second_stage(tmp_path: Path) -> None:
