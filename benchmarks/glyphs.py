@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arrays, picture = compose(options.set, options.fonts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
     if options.sheet:
         picture.save(options.sheet)
     print(str(arrays["source"]).partition("\ntrain faces")[0])
