@@ -31,7 +31,7 @@ def main() -> None:
     straight = plan([*WORDS, "--out", str(root / "straight")])
     assert straight.config is not None
     images = load(straight.config.data)  # once: the forks shall extract, not import
-    run.load = lambda _: images
+    run.load = lambda _, tested=False: images
     extract.git_commit = lambda: None
     run.Run(straight.config)  # imports what each fork would import again
     assert forked(lambda: extract.extract(straight, quiet())) == 0
