@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from allnc._command import answer
+
+if TYPE_CHECKING:
+    from allnc.sweep.plan import Job, Sweep
+    from allnc.sweep.record import Result
+    from allnc.sweep.table import Row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m allnc.sweep", description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="methods, data sets and seeds")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of runs.jsonl, tables and runs/")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default one a core")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time; default one a core"
+    )
     parser.add_argument(
         "--dry_run", action="store_true", help="list the commands of the runs that are missing and stop"
     )
@@ -25,11 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from allnc.sweep.execute import Clock, execute
-    from allnc.sweep.plan import Job, read_sweep
-    from allnc.sweep.record import Result, read
-    from allnc.sweep.table import SCORE, Row, as_csv, markdown, rows_of
-    from allnc.trainer.folder import check_place, write_whole
+    from allnc.sweep.plan import read_sweep
+    from allnc.sweep.record import read
+    from allnc.trainer.folder import RunFolder, check_place
 
     if options.jobs < 1:
         raise ValueError(f"--jobs must be >= 1; got {options.jobs}")
@@ -40,9 +48,16 @@ def _sweep(options: argparse.Namespace) -> None:
     missing = [job for job, result in found.items() if result is None]
     if options.dry_run:
         for job in missing:
-            print(f"python -m allnc.train {' '.join(job.words)}")
+            print(f"python -m allnc.train {shlex.join(job.words)}")
         return
-    options.out.mkdir(parents=True, exist_ok=True)
+    with RunFolder(options.out, check=lambda place, _: check_place(place)):
+        _train(options, sweep, found, missing)
+
+
+def _train(options: argparse.Namespace, sweep: Sweep, found: dict[Job, Result | None], missing: list[Job]) -> None:
+    from allnc.sweep.execute import Clock, execute
+    from allnc.sweep.table import SCORE, as_csv, markdown, rows_of
+    from allnc.trainer.folder import write_whole
 
     def write_tables() -> list[Row]:
         results = [result for result in found.values() if result is not None]
@@ -58,9 +73,9 @@ def _sweep(options: argparse.Namespace) -> None:
         found[job] = result
         score = "failed" if result is None else f"{result.summary[SCORE]:.2f} ({result.summary['seconds']:.0f} s)"
         print(f"{clock.tick()} {job.name}: {score}", flush=True)
-        write_tables()
+        with contextlib.suppress(ValueError):  # runs that cannot be compared: said once all are trained
+            write_tables()
 
-    write_tables()
     print(f"{len(sweep.jobs)} runs, {len(missing)} to train, {options.jobs} at a time", flush=True)
     clock = Clock(len(missing))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from allnc.config import Config
 from allnc.sweep.plan import Job, read_options
 from allnc.sweep.record import Result, append, result_of
 from allnc.trainer.folder import SUMMARY, is_run
 from allnc.trainer.manifest import read_manifest
+from allnc.trainer.options import OF_A_MACHINE, dotted
 
 
 def execute(
@@ -90,7 +93,7 @@ def _words(job: Job, place: Path) -> list[str]:
     with contextlib.suppress(ValueError):  # a damaged checkpoint is as good as none
         manifest = read_manifest(place)
         if manifest is not None and _same(manifest.config, job):
-            return ["--resume", "--out", str(place)]
+            return ["--resume", *_places(manifest.config, job), "--out", str(place)]
     return [*job.words, "--overwrite", "--out", str(place)]
 
 
@@ -103,12 +106,23 @@ def _summary(place: Path, job: Job) -> dict[str, Any] | None:
         return None
     if manifest is None or not _same(manifest.config, job):
         return None
+    if any(change["option"] not in OF_A_MACHINE for change in manifest.changes):  # somebody has changed it on the way
+        return None
     return summary if manifest.epoch == summary["epochs"] == job.config.train.epochs else None
 
 
-def _same(config: Any, job: Job) -> bool:
+def _same(config: Config, job: Job) -> bool:
     """Whether a run folder has the options of a job; data.root and other places of a machine may differ."""
+    if job.config.data.mean is None:  # a run notes those of its pretrained weights
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, mean=None, std=None))
     return config.seed == job.seed and read_options(config) == read_options(job.config)
+
+
+def _places(config: Config, job: Job) -> list[str]:
+    """Return the options by which a job's files lie elsewhere than those of its run folder."""
+    before, now = dotted(config), dotted(job.config)
+    changed = [name for name in OF_A_MACHINE if name != "out" and before[name] != now[name]]
+    return [f"--{name}={now[name] if isinstance(now[name], str) else json.dumps(now[name])}" for name in changed]
 
 
 class Clock:

@@ -131,13 +131,20 @@ def _data_sets(path: Path, values: Any) -> dict[str, dict[str, Any]]:
         ratios = entry.pop("ratios", None)
         options = {"config": recipes, **_options(f"{path}: data.{name}", entry)}
         if ratios is None:
+            _once(path, name, sets)
             sets[name] = options
             continue
         for ratio in ratios if isinstance(ratios, list) else [ratios]:
             if not isinstance(ratio, (int, float)) or isinstance(ratio, bool):
                 raise ValueError(f"{path}: data.{name}.ratios must be a list of numbers; got {ratios!r}")
+            _once(path, f"{name}_{ratio:g}", sets)
             sets[f"{name}_{ratio:g}"] = options | {"data.imbalance_ratio": ratio}
     return sets
+
+
+def _once(path: Path, name: str, sets: Mapping[str, Any]) -> None:
+    if name in sets:
+        raise ValueError(f"{path}: every data set must have a name of its own; {name} is there twice")
 
 
 def _yaml(path: Path) -> Any:

@@ -41,26 +41,27 @@ def result_of(job: Job, summary: dict[str, Any]) -> Result:
 
 def append(folder: Path, result: Result) -> None:
     """Add a finished run; the line is on the disk when this returns."""
-    with (folder / RUNS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result._asdict()) + "\n")
+    with (folder / RUNS).open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        half = size > 0 and file.read(1) != b"\n"  # of a writer that was killed: a line of its own, left out in reading
+        file.write(b"\n" * half + json.dumps(result._asdict()).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(folder: Path) -> list[Result]:
-    """Return all finished runs, and drop a last line that an interruption has cut in half.
+    """Return all finished runs, without lines that an interruption has cut in half.
 
     Raises:
-        ValueError: a line is not a run's.
+        ValueError: a whole line is not a run's.
     """
     path = folder / RUNS
     data = path.read_bytes() if path.is_file() else b""
-    whole, _, half = data.rpartition(b"\n")
-    if half:
-        with path.open("r+b") as file:
-            file.truncate(len(data) - len(half))
     results = []
-    for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.endswith(b"}"):
+            continue
         try:
             results.append(Result(**json.loads(line)))
         except (ValueError, TypeError) as error:

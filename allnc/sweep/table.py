@@ -31,6 +31,7 @@ class Row(NamedTuple):
     std: float | None  # of the accuracy over seeds
     difference: float | None  # to the baseline, over the seeds that both have
     half_width: float | None  # of its 95 % interval
+    pairs: int  # seeds of the difference
 
 
 def rows_of(results: Sequence[Result], baseline: str, data: Sequence[str], methods: Sequence[str]) -> list[Row]:
@@ -66,7 +67,7 @@ def markdown(rows: Sequence[Row], baseline: str, measured_on: str) -> str:
     )
     for data in dict.fromkeys(row.data for row in rows):
         heads = ["method", "n", "accuracy", f"difference to {baseline}", *HEADS[1:]]
-        title = "Mean over all data sets, seeds that every one has" if data == OVERALL else data
+        title = "Mean over all data sets, over the seeds that a method has on every one" if data == OVERALL else data
         text += f"\n**{title}**\n\n| {' | '.join(heads)} |\n|---|{'---:|' * (len(heads) - 1)}\n"
         for row in (row for row in rows if row.data == data):
             cells = [row.method, str(row.seeds), _with_spread(row), _difference(row)]
@@ -79,9 +80,9 @@ def as_csv(rows: Sequence[Row]) -> str:
     """Return the rows as CSV; what is not known is empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["data", "method", "seeds", *MEASURES, "std", "difference", "half_width_95"])
+    writer.writerow(["data", "method", "seeds", *MEASURES, "std", "difference", "half_width_95", "pairs"])
     for row in rows:
-        numbers = [*(row.mean[name] for name in MEASURES), row.std, row.difference, row.half_width]
+        numbers = [*(row.mean[name] for name in MEASURES), row.std, row.difference, row.half_width, row.pairs]
         cells = ["" if value is None else f"{value:.6g}" for value in numbers]
         writer.writerow([row.data, row.method, row.seeds, *cells])
     return file.getvalue()
@@ -106,6 +107,7 @@ def _rows(data: str, by_method: dict[str, dict[int, dict[str, Any]]], baseline: 
                 stdev(scores) if len(scores) > 1 else None,
                 fmean(pairs) if paired else None,
                 _half_width(pairs) if paired else None,
+                len(pairs) if paired else 0,
             )
         )
     return rows
@@ -140,9 +142,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _half_width(differences: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of a mean; None for one value, which has no spread."""
+    """Half the width of the 95 % interval of a mean; None for one or two values, whose spread says nothing."""
     number = len(differences)
-    if number < 2:
+    if number < 3:
         return None
     from scipy.stats import t  # where it is used: it takes a second
 
@@ -157,7 +159,8 @@ def _with_spread(row: Row) -> str:
 def _difference(row: Row) -> str:
     if row.difference is None:
         return "-"
-    return f"{row.difference:+.2f}" + ("" if row.half_width is None else f" ± {row.half_width:.2f}")
+    spread = "" if row.half_width is None else f" ± {row.half_width:.2f}"
+    return f"{row.difference:+.2f}{spread}" + (f" (n = {row.pairs})" if row.pairs != row.seeds else "")
 
 
 def _number(name: str, value: float | None) -> str:
