@@ -45,6 +45,7 @@ PACKAGES = [
     "allnc.ops",
     "allnc.ops.hycon",
     "allnc.ops.p2p",
+    "allnc.sweep",
     "allnc.trainer",
 ]
 
