@@ -298,6 +298,7 @@ class ModelConfig:
 
 
 CONTRASTIVE = ("supcon", "bcl", "proco")  # the baselines that contrast projections beside a classification loss
+_COMPARING = ("allnc", *CONTRASTIVE, "ntce", "nonl")  # the losses that look at the class of several images at once
 REWEIGHTED = ("ce", "focal", "ldam", "mse")  # the losses that deferred re-weighting serves
 
 _NOT_NEGATIVE = (
@@ -339,7 +340,7 @@ class LossConfig:
         label_smoothing: share of the target that is spread over all classes, in [0, 1), for cross-entropy and logit
             adjustment, alone or in the re-balancing branch.
         focal_gamma: exponent of the focal loss, wherever it is used, >= 0.
-        drw: share of training, in [0, 1], after which classes weigh by the inverse of their effective number of images
+        drw: share of training, in [0, 1), after which classes weigh by the inverse of their effective number of images
             (deferred re-weighting), for ce, focal, ldam and mse; None: never.
         gamma: exponent of the schedule: eta = 1 - min(1, progress / horizon) ** gamma, > 0.
         horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 0: from the
@@ -399,7 +400,7 @@ class LossConfig:
         check_interval("loss.horizon", self.horizon, 0, 1)
         check_interval("loss.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
         if self.drw is not None:
-            check_interval("loss.drw", self.drw, 0, 1)
+            check_interval("loss.drw", self.drw, 0, 1, open_high=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -549,6 +550,27 @@ class Config:
             raise ValueError(
                 f"model.classifier must be {' or '.join(needs)} with loss.name {self.loss.name}; got "
                 f"{self.model.classifier}"
+            )
+        if self.model.classifier == "etf" and (self.model.name == "linear" or self.model.tune == "head"):
+            raise ValueError("model.classifier etf needs an encoder that trains, as it does not; got a frozen one")
+        if self.train.mixup > 0 and self.loss.name in _COMPARING:
+            raise ValueError(
+                f"train.mixup needs a loss of logits and labels alone; got loss.name {self.loss.name}, which compares "
+                "images of the same class, and a mixed image has none: set train.mixup 0, or another loss"
+            )
+        adjusted = (
+            self.train.retrain_epochs > 0
+            or ((
+                self.loss.name in ("logit_adjusted", "bcl", "proco")
+                or (self.loss.name == "allnc" and self.loss.rebalance == "logit_adjusted")
+            )
+            and self.loss.tau > 0)
+        )
+        if self.model.posthoc == "logit_adjusted" and adjusted:
+            raise ValueError(
+                "model.posthoc logit_adjusted needs a classifier that was trained without any balancing; got "
+                f"loss.name {self.loss.name} and train.retrain_epochs {self.train.retrain_epochs}, which would balance "
+                "it twice"
             )
         if self.train.retrain_epochs and self.model.classifier == "etf":
             raise ValueError("train.retrain_epochs needs a model.classifier that trains, linear or normalised; got etf")

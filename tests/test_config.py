@@ -84,7 +84,7 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
         (["--loss.gamma", "0"], "loss.gamma must be > 0; got 0"),
         (["--loss.tau", "-1"], "loss.tau must be >= 0; got -1"),
         (["--loss.label_smoothing", "1"], "loss.label_smoothing must be in [0, 1); got 1"),
-        (["--loss.name", "ldam", "--loss.drw", "1.5"], "loss.drw must be in [0, 1]; got 1.5"),
+        (["--loss.name", "ldam", "--loss.drw", "1.5"], "loss.drw must be in [0, 1); got 1.5"),
         (["--loss.drw", "0.8"], "--loss.drw would be ignored: loss.name is allnc, which re-balances by its schedule"),
         (["--loss.name", "logit_adjusted", "--loss.drw", "0.8"], "--loss.drw would be ignored: loss.name is logit_"),
         (["--loss.name", "focal", "--loss.tau", "2"], "--loss.tau would be ignored: loss.name is focal"),
@@ -266,3 +266,34 @@ def test_types_are_checked_whoever_builds(section: type, values: dict[str, Any],
 def test_from_dict_wants_mappings(values: Any) -> None:
     with pytest.raises(ValueError, match=r"must hold (options|sections), as `name: value`; got"):
         from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loss": {"name": "ntce"}, "train": {"mixup": 0.2}}, "train.mixup needs a loss of logits and labels alone"),
+        ({"loss": {"name": "bcl"}, "model": {"posthoc": "logit_adjusted"}}, "which would balance it twice"),
+        ({"loss": {"name": "allnc"}, "model": {"posthoc": "logit_adjusted"}}, "which would balance it twice"),
+        (
+            {"loss": {"name": "ce"}, "model": {"posthoc": "logit_adjusted"}, "train": {"retrain_epochs": 2}},
+            "train.retrain_epochs 2, which would balance it twice",
+        ),
+        ({"loss": {"name": "ce", "drw": 1.0}}, "loss.drw must be"),
+        (
+            {"loss": {"name": "ce"}, "model": {"name": "timm:resnet18", "pretrained": True, "tune": "head"}},
+            "needs an encoder that trains",
+        ),
+    ],
+)
+def test_options_that_would_be_wrong_together_are_refused(sections: dict[str, dict], message: str) -> None:
+    model = {"classifier": "normalised", **sections.get("model", {})}
+    if "encoder" in message:
+        model["classifier"] = "etf"
+    with pytest.raises(ValueError) as error:
+        from_dict({**sections, "model": model})
+    assert message in str(error.value)
+
+
+def test_post_hoc_adjustment_suits_what_nothing_has_balanced() -> None:
+    assert from_dict({"loss": {"name": "ce"}, "model": {"posthoc": "logit_adjusted"}}).model.posthoc_tau == 1.0
+    assert from_dict({"loss": {"name": "allnc", "tau": 0.0}, "model": {"posthoc": "logit_adjusted"}}).loss.tau == 0

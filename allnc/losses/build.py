@@ -28,7 +28,7 @@ class Classification(nn.Module):
 
     Args:
         loss: module called with (logits, labels).
-        drw: share of training, in [0, 1], after which `loss` is also given class weights by the inverse of the
+        drw: share of training, in [0, 1), after which `loss` is also given class weights by the inverse of the
             effective number of images (β = 0.9999); None: never. The source begins at 0.8.
         class_counts: [C] training images of each class; needed with `drw` only.
         group: ranks over whose rows `loss` takes its mean; gradients are then such that the *average* over ranks, as
@@ -63,7 +63,7 @@ class Classification(nn.Module):
         super().__init__()
         self.loss, self.drw, self.group = loss, drw, group
         if drw is not None:
-            check_interval("drw", drw, 0, 1)
+            check_interval("drw", drw, 0, 1, open_high=True)
             if class_counts is None:
                 raise ValueError("class_counts must be given with drw; got None")
             self.register_buffer("class_weight", effective_number_weights(class_counts))  # [C]

@@ -65,7 +65,11 @@ def _train(options: argparse.Namespace, sweep: Sweep, found: dict[Job, Result | 
             return []
         rows = rows_of(results, sweep.baseline, sweep.data, sweep.methods)
         measured_on = " or ".join(sorted({result.summary["measured_on"] for result in results}))
-        write_whole(options.out / "table.md", markdown(rows, sweep.baseline, measured_on).encode())
+        text = f"{len(results)} of {len(sweep.jobs)} runs are done. {markdown(rows, sweep.baseline, measured_on)}"
+        made = {f"{r.summary['commit']} with torch {r.summary['torch']}, {r.summary['precision']}" for r in results}
+        if len(made) > 1:
+            text += f"\nThe runs are not of one version: {'; '.join(sorted(made))}.\n"
+        write_whole(options.out / "table.md", text.encode())
         write_whole(options.out / "table.csv", as_csv(rows).encode())
         return rows
 

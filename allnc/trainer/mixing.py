@@ -1,7 +1,7 @@
 """The batches of an epoch, mixed where `train.mixup` wants it, the same on any number of processes.
 
 A mixed image has no class: contrast and class means would compare with a class what is half another's. So only losses
-of logits and labels alone take mixtures, and others are refused.
+of logits and labels alone take mixtures; Config refuses the others.
 """
 
 from __future__ import annotations
@@ -12,20 +12,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from allnc.data import Batch, Mixture, mixtures, remix_labels
-from allnc.losses.build import Classification
 
 if TYPE_CHECKING:
     from allnc.trainer.run import Run
-
-
-def check_loss_takes_mixtures(run: Run) -> None:
-    """Raise ValueError where images are to be mixed for a loss that reads more of them than logits."""
-    name = run.config.loss.name
-    if run.config.train.mixup > 0 and not isinstance(run.loss, Classification):
-        raise ValueError(
-            f"train.mixup needs a loss of logits and labels alone; got loss.name {name}, which compares features with "
-            "those of the same class, and a mixed image has none: set train.mixup 0, or another loss"
-        )
 
 
 def batches(run: Run) -> Iterator[Batch]:

@@ -16,7 +16,6 @@ from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_te
 from allnc.trainer import checkpoint
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
-from allnc.trainer.mixing import check_loss_takes_mixtures
 from allnc.trainer.optim import build_optimizer, configure
 from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.processes import Processes
@@ -102,7 +101,6 @@ class Run:
             classifier_scale=None if config.model.classifier == "linear" else config.model.classifier_scale,
             group=self.processes.group,
         ).to(self.device)
-        check_loss_takes_mixtures(self)
         self.average = _moving_average(self.model, config.train.ema_decay)
         self.optimizer = build_optimizer(self.model, config.train)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -198,8 +196,9 @@ class Run:
         return min(-(-most // of_a_branch), least)  # at most: a part has an image of each branch
 
     def _features(self) -> str | None:
-        """What a resumed run must find again where it trains on stored features: of images, their files may move."""
-        return self.train_set.fingerprint() if isinstance(self.train_set, FeatureSet) else None
+        """What a resumed run must find again where its set is in memory or stored: of images, their files may move."""
+        known = isinstance(self.train_set, FeatureSet) or self.train_set.images is not None
+        return self.train_set.fingerprint() if known else None
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of the epochs done."""
@@ -253,8 +252,9 @@ class Run:
                 f"a resumed run must have the training images it began with; class {wrong} has "
                 f"{int(self.counts[wrong])}, and had {int(state['class_counts'][wrong])}"
             )
-        if state.get("features") != self._features():
-            raise ValueError("a resumed run must have the features it began with; data.root holds others")
+        if state.get("features") not in (None, self._features()):  # None: of files, or of a version that did not look
+            what = "features" if isinstance(self.train_set, FeatureSet) else "images"
+            raise ValueError(f"a resumed run must have the {what} it began with; data.root holds others")
         self.load_model(weights, manifest.epoch)
         self.model.load_state_dict(self._whole_state(state.get("model", weights), weights))
         if manifest.epoch > self.config.train.feature_epochs:

@@ -226,7 +226,7 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
         (lambda: LDAM(COUNTS, scale=0), "scale must be > 0; got 0"),
         (lambda: CrossEntropy(3, label_smoothing=1.0), r"label_smoothing must be in \[0, 1\); got 1"),
         (lambda: LogitAdjusted(COUNTS, label_smoothing=-0.1), r"label_smoothing must be in \[0, 1\); got -0.1"),
-        (lambda: Classification(CrossEntropy(3), drw=1.1, class_counts=COUNTS), r"drw must be in \[0, 1\]; got 1.1"),
+        (lambda: Classification(CrossEntropy(3), drw=1.1, class_counts=COUNTS), r"drw must be in \[0, 1\); got 1.1"),
         (lambda: Classification(CrossEntropy(3), drw=0.5), "class_counts must be given with drw; got None"),
         (lambda: MeanSquaredError(3, classifier_scale=0.0), "classifier_scale must be > 0; got 0"),
         (lambda: DotRegression(3, classifier_scale=-1.0), "classifier_scale must be > 0; got -1"),

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -238,3 +239,19 @@ def test_a_gpu_trains_and_resumes(hycon: str, tmp_path: Path, monkeypatch: pytes
     summary = loop.train(config, tmp_path, quiet(), mode="resume")
     assert summary["device"] == "cuda" and summary["accuracy"] > 20
     assert [r["epoch"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_resumes_on_the_images_it_began_with(tmp_path: Path) -> None:
+    """An array file that was made again with as many images of each class."""
+    noise = np.random.RandomState(0).randint(0, 255, (40, 8, 8)).astype(np.uint8)
+    arrays = {"labels": np.arange(40) % 2, "test_images": noise[:4], "test_labels": np.array([0, 1, 0, 1])}
+    np.savez(tmp_path / "own.npz", images=noise, **arrays)
+    data = DataConfig(name="arrays", root=str(tmp_path / "own.npz"))
+    config = dataclasses.replace(changed(TINY, train={"epochs": 1, "batch_size": 8}), data=data)
+    loop.train(config, tmp_path / "run", quiet())
+    more = changed(config, train={"epochs": 2})
+    np.savez(tmp_path / "own.npz", images=noise[::-1], **arrays)
+    with pytest.raises(ValueError, match=r"must have the images it began with; data\.root holds others"):
+        loop.train(more, tmp_path / "run", quiet(), mode="resume")
+    np.savez(tmp_path / "own.npz", images=noise, **arrays)
+    assert loop.train(more, tmp_path / "run", quiet(), mode="resume")["epochs"] == 2
