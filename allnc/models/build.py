@@ -139,9 +139,15 @@ class LongTailModel(nn.Module):
         return self.classifier.weight
 
     @property
-    def predicting_weight(self) -> Tensor:
+    def class_vectors(self) -> Tensor:
+        """What the classifier that predicts compares features with, [C, F]: its weight, or the unit rows of it."""
+        normalised = isinstance(self.classifier, NormalisedClassifier)
+        return self.classifier.class_vectors if normalised else self.classifier.weight
+
+    @property
+    def predicting_vectors(self) -> Tensor:
         """Class vectors that predict in evaluation mode, [C, F]: the classifier's, after `model.posthoc`."""
-        return self.classifier.weight if self.posthoc is None else self.posthoc.class_vectors(self.classifier.weight)
+        return self.class_vectors if self.posthoc is None else self.posthoc.class_vectors(self.class_vectors)
 
     @property
     def classifier_bias(self) -> Tensor | None:

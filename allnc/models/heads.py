@@ -26,8 +26,13 @@ class NormalisedClassifier(nn.Module):
         template = nn.Linear(features, classes, bias=False)
         self.weight, self.scale = template.weight, scale
 
+    @property
+    def class_vectors(self) -> Tensor:
+        """The rows of the weight at unit length, [C, F]: what features are compared with."""
+        return F.normalize(self.weight, dim=1)
+
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))  # [N, C]
+        return self.scale * F.linear(F.normalize(features, dim=1), self.class_vectors)  # [N, C]
 
 
 class Projection(nn.Module):

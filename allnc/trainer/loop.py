@@ -234,7 +234,7 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
     write_json(files / SUMMARY, summary)
     console.print(final_table(summary))
     (files / PLOTS).mkdir(exist_ok=True)
-    weight, data = run.measured.classifier_weight.detach(), config.data
+    weight, data = run.measured.predicting_vectors.detach(), config.data
     plot_angles(means, weight, files / ANGLES, class_counts=run.counts, many=data.many, few=data.few)
     plot_curves(records, files / CURVES)
     console.print(

@@ -149,7 +149,7 @@ def neural_collapse(
         for output, _ in outputs(model, own, config, device):
             accumulator.count_disagreement(output.features.cpu(), predictions_of(output.logits_rebalance).cpu())
         accumulator.nearest = sum(processes.gather(accumulator.nearest), torch.zeros_like(accumulator.nearest))
-    return accumulator.compute(model.predicting_weight.detach().cpu()), accumulator.means
+    return accumulator.compute(model.predicting_vectors.detach().cpu()), accumulator.means
 
 
 def _own(images: ImageSet, processes: Processes) -> ImageSet:

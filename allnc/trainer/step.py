@@ -72,7 +72,7 @@ def _loss_at(labels: Tensor, run: Run, output: ModelOutput, batch: Batch, progre
     return run.loss(
         output.features,
         labels,
-        run.model.classifier_weight,
+        run.model.class_vectors,
         (batch.branch(output.logits_uniform, rebalance=False), batch.branch(labels, rebalance=False)),
         (batch.branch(output.logits_rebalance, rebalance=True), batch.branch(labels, rebalance=True)),
         progress,

@@ -38,7 +38,7 @@ def test_logit_adjustment_by_hand() -> None:
     shift = torch.tensor([0.5 * math.log(share) for share in (0.6, 0.3, 0.1)])
     torch.testing.assert_close(model.heads(FEATURES).logits_rebalance, trained)
     torch.testing.assert_close(model.eval().heads(FEATURES).logits_rebalance, trained - shift)
-    assert model.predicting_weight is model.classifier_weight
+    assert model.predicting_vectors is model.classifier_weight
 
 
 def test_a_normalised_classifier_is_adjusted_too() -> None:
@@ -56,7 +56,7 @@ def test_tau_normalisation_by_hand(tau: float, lengths: tuple[float, float]) -> 
     want = torch.tensor([[25.0, 8.0, 0.0], [-1.0, -2.0, 0.0]]) / torch.tensor([*lengths, 1.0])
     torch.testing.assert_close(model.eval().heads(FEATURES).logits_rebalance, want)
     vectors = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]]) / torch.tensor([[lengths[0]], [lengths[1]], [1.0]])
-    torch.testing.assert_close(model.predicting_weight, vectors)
+    torch.testing.assert_close(model.predicting_vectors, vectors)
 
 
 @pytest.mark.parametrize("kind", ["logit_adjusted", "tau_normalised"])

@@ -157,7 +157,7 @@ def test_two_branches_read_their_own_batches(monkeypatch: pytest.MonkeyPatch) ->
     counts = [torch.bincount(seen[branch][1], minlength=10) for branch in ("uniform", "rebalance")]
     assert counts[0][0] > counts[0][-1] and counts[1][0] < counts[1][-1]
     assert len(seen["uniform"][0]) == len(seen["rebalance"][0]) == 128
-    assert seen["weight"] is run.model.classifier_weight
+    assert seen["weight"] is run.model.classifier_weight  # linear
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
