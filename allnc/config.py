@@ -558,13 +558,12 @@ class Config:
                 f"train.mixup needs a loss of logits and labels alone; got loss.name {self.loss.name}, which compares "
                 "images of the same class, and a mixed image has none: set train.mixup 0, or another loss"
             )
-        adjusted = (
-            self.train.retrain_epochs > 0
-            or ((
+        adjusted = self.train.retrain_epochs > 0 or (
+            (
                 self.loss.name in ("logit_adjusted", "bcl", "proco")
                 or (self.loss.name == "allnc" and self.loss.rebalance == "logit_adjusted")
             )
-            and self.loss.tau > 0)
+            and self.loss.tau > 0
         )
         if self.model.posthoc == "logit_adjusted" and adjusted:
             raise ValueError(
