@@ -91,7 +91,7 @@ def _collapse(options: argparse.Namespace, run: Run) -> None:
     report = measure_layers(run, "all" if layers == "all" else layers.split(","))
     console = Console()
     for table in tables(report):
-        console.print(table)
+        console.print(table, "")
     write_json(options.run / COLLAPSE, report)
     console.print(f"all of it in {options.run / COLLAPSE}", soft_wrap=True, highlight=False)
 

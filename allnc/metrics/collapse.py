@@ -62,9 +62,9 @@ def collapse(
         nc3, nc3_product, nc3_cosine: ‖W/‖W‖ - M/‖M‖‖, ‖WMᵀ/‖WMᵀ‖ - E‖, mean of 1 - cos(w_c, m_c).
         nc4: share in [0, 1].
         Only if F < K - 1, where no simplex ETF exists: cosine_max_*, the largest cosine of a pair (at least 0 where
-        K > F + 1, which 2F orthogonal axes reach); cosine_rms_* against its least value
-        tight_frame_floor = sqrt((K-F)/(F(K-1))), that of a tight frame of unit vectors; energy_*, the mean inverse distance of
-        the unit vectors (hyperspherical energy).
+        K > F + 1, which the 2F directions of orthogonal axes reach); cosine_rms_* against its least value
+        tight_frame_floor = sqrt((K-F)/(F(K-1))), that of a tight frame of unit vectors; energy_*, the mean inverse
+        distance of the unit vectors (hyperspherical energy).
 
     Raises:
         TypeError, ValueError: wrong types, shapes or labels, fewer than two classes present, a convention with

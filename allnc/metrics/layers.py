@@ -103,7 +103,7 @@ def collapse_of(
         if sized is None:
             raise ValueError("num_classes must be given: neither class_counts nor a classifier says how many there are")
         num_classes = len(sized)
-    if nc4 and iter(loader) is loader:
+    if nc4 and isinstance(loader, Iterator):
         raise ValueError(
             "loader must be iterated twice for NC4; got an iterator, which ends: give a list, or nc4=False"
         )

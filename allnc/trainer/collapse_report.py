@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -87,48 +87,40 @@ def tables(report: dict[str, Any]) -> list[Table]:
     by_layer = _table(f"collapse of {report['images']} training images by layer, epoch {report['epochs']}", _OF_LAYERS)
     for name, layer in layers.items():
         _add(by_layer, name, {"features": layer["features"], **layer["measures"]}, _OF_LAYERS)
-    limits = f"many > {report['many_above']}, few < {report['few_below']} training images"
-    by_group = _table(f"classes of {shown} by shot ({limits})", _of(groups["many"], _OF_GROUPS))
-    pairs = _table(
-        f"pairs of classes of {shown} by shot; ideal angle {ideal_angle(int(measures['classes'])):.1f} degrees",
-        _of(groups["many-many"], _OF_PAIRS),
-    )
+    limits = f"many > {report['many_above']}, few < {report['few_below']} images"
+    by_group = _table(f"by shot, {shown}: {limits}", _of(groups["many"], _OF_GROUPS))
+    ideal = ideal_angle(int(measures["classes"]))
+    pairs = _table(f"pairs of classes; ideal angle {ideal:.1f} degrees", _of(groups["many-many"], _OF_PAIRS))
     for name, values in groups.items():
         columns = _OF_PAIRS if "-" in name else _OF_GROUPS
         _add(pairs if "-" in name else by_group, name, values, _of(values, columns))
     return [by_layer, *([_classifier_table(measures, shown)] if read else []), by_group, pairs]
 
 
-class _Column(NamedTuple):
-    heading: str
-    measure: str
-    digits: int = 3  # that count
-
-
-_OF_LAYERS = (
-    _Column("F", "features", 6),
-    _Column("NC1", "nc1"),
-    _Column("trace", "trace_ratio"),
-    _Column("CDNV", "cdnv"),
-    _Column("VCI", "vci"),
-    _Column("NC2", "nc2_means"),
-    _Column("NC4", "nc4"),
-    _Column("rank W", "effective_rank_within"),
-    _Column("rank B", "effective_rank_between"),
-)
-_OF_GROUPS = (
-    _Column("classes", "classes", 6),
-    _Column("mean norm", "norm_means"),
-    _Column("weight norm", "norm_weights"),
-    _Column("1 - cos(w, m)", "nc3_cosine"),
-)
-_OF_PAIRS = (
-    _Column("pairs", "pairs", 9),
-    _Column("trace", "trace_ratio"),
-    _Column("CDNV", "cdnv"),
-    _Column("angle of means", "angle_means", 4),
-    _Column("of weights", "angle_weights", 4),
-)
+_OF_LAYERS = {
+    "features": "F",
+    "nc1": "NC1",
+    "trace_ratio": "trace",
+    "cdnv": "CDNV",
+    "vci": "VCI",
+    "nc2_means": "NC2",
+    "nc4": "NC4",
+    "effective_rank_within": "rankW",
+    "effective_rank_between": "rankB",
+}
+_OF_GROUPS = {
+    "classes": "classes",
+    "norm_means": "mean norm",
+    "norm_weights": "weight norm",
+    "nc3_cosine": "1 - cos(w, m)",
+}
+_OF_PAIRS = {
+    "pairs": "pairs",
+    "trace_ratio": "trace",
+    "cdnv": "CDNV",
+    "angle_means": "angle of means",
+    "angle_weights": "of weights",
+}
 _OF_CLASSIFIER = {
     "nc2_weights": "NC2 class vectors to simplex",
     "nc3": "NC3 class vectors to means",
@@ -144,7 +136,7 @@ def _classifier_table(measures: dict[str, Any], layer: str) -> Table:
     ideal["effective_rank_weights"] = measures["classes"] - 1
     if "mir" in measures:
         ideal["mir"] = ideal_mir(int(measures["classes"]))
-    columns = (_Column("value", "value", 4), _Column("ideal", "ideal", 4))
+    columns = {"value": "value", "ideal": "ideal"}
     table = _table(f"classifier, which reads {layer}", columns)
     for name, meaning in _OF_CLASSIFIER.items():
         if name in measures:
@@ -152,19 +144,28 @@ def _classifier_table(measures: dict[str, Any], layer: str) -> Table:
     return table
 
 
-def _of(values: dict[str, Any], columns: Sequence[_Column]) -> list[_Column]:
+def _of(values: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
     """Return the columns for which there are values: without a classifier none of the weight."""
-    return [column for column in columns if column.measure in values]
+    return {name: heading for name, heading in columns.items() if name in values}
 
 
-def _table(title: str, columns: Sequence[_Column]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def _table(title: str, columns: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column.heading, justify="right")
+    for heading in columns.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
-def _add(table: Table, name: str, values: dict[str, Any], columns: Sequence[_Column]) -> None:
-    cells = (values.get(column.measure) for column in columns)
-    table.add_row(name, *("-" if x is None else f"{x:.{c.digits}g}" for x, c in zip(cells, columns, strict=True)))
+def _add(table: Table, name: str, values: dict[str, Any], columns: dict[str, str]) -> None:
+    table.add_row(name, *(_number(values.get(column)) for column in columns))
+
+
+def _number(value: float | None) -> str:
+    """Return five characters or little more, so that a table of layers fits a terminal."""
+    if value is None:
+        return "-"
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    size = abs(value)
+    return f"{value:.0e}" if size < 0.00995 or size >= 1e4 else f"{value:.3f}" if size < 10 else f"{value:.1f}"
