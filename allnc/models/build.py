@@ -184,7 +184,13 @@ def build_model(
         encoder, feature_dim = feature_encoder(config.name, in_channels, config.mlp_hidden), in_channels
     else:
         depth = int(config.name.removeprefix("resnet"))
-        encoder = CifarResNet(depth, width=config.width, in_channels=in_channels, shortcut=config.shortcut)
+        encoder = CifarResNet(
+            depth,
+            width=config.width,
+            in_channels=in_channels,
+            shortcut=config.shortcut,
+            feature_dim=config.feature_dim,
+        )
         feature_dim = encoder.num_features
     if config.norm == "group":
         encoder = group_normalised(encoder)
