@@ -36,6 +36,7 @@ CHOICES = ("auto", "cpu", "cuda", "0")
 # Listed by hand: a search for packages does not find `allnc.kernels`, which lies at the top level.
 PACKAGES = [
     "allnc",
+    "allnc.config",
     "allnc.data",
     "allnc.kernels",
     "allnc.kernels.hycon",

@@ -157,7 +157,26 @@ def test_two_branches_read_their_own_batches(monkeypatch: pytest.MonkeyPatch) ->
     counts = [torch.bincount(seen[branch][1], minlength=10) for branch in ("uniform", "rebalance")]
     assert counts[0][0] > counts[0][-1] and counts[1][0] < counts[1][-1]
     assert len(seen["uniform"][0]) == len(seen["rebalance"][0]) == 128
-    assert seen["weight"] is run.model.classifier_weight  # linear
+    assert seen["weight"] is run.model.classifier_weight
+
+
+def test_the_loss_sees_the_class_vectors_that_predict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a normalised classifier at unit length: their lengths are in no logit. The gradient goes to the weight."""
+    run = loop.Run(changed(TINY, model={"classifier": "normalised"}))
+    batch = next(iter(run.loader.epoch(0)))
+    seen: list[torch.Tensor] = []
+    forward = run.loss.forward
+
+    def spy(features: Any, labels: Any, weight: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        seen.append(weight)
+        weight.retain_grad()
+        return forward(features, labels, weight, *rest, **named)
+
+    monkeypatch.setattr(run.loss, "forward", spy)
+    step.forward(run, batch, progress=0.5).total.backward()
+    torch.testing.assert_close(seen[0].norm(dim=1), torch.ones(10))
+    assert seen[0].grad is not None and float(seen[0].grad.abs().max()) > 0  # of P2P
+    torch.testing.assert_close(run.model.predicting_vectors, seen[0])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
