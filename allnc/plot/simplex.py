@@ -27,7 +27,8 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # Cosines in two dimensions leave a feature few ways around a wrong class vector: a small scale and small steps help.
 _NETWORK = {"name": "resnet8", "width": 8, "projection_dim": 16, "classifier_scale": 4.0}
-_TRAINING = {"batch_size": 32, "lr": 0.05, "grad_clip": 1.0, "device": "cpu", "precision": "fp32", "threads": 1}
+_BATCH_SIZE = 32  # at most: there may be fewer images
+_TRAINING = {"lr": 0.05, "grad_clip": 1.0, "device": "cpu", "precision": "fp32", "threads": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +102,7 @@ def _trained(name: str, images: tuple[ImageSet, ImageSet], options: argparse.Nam
             "data": {"name": "digits", "imbalance": "none"},
             "model": {**_NETWORK, "feature_dim": options.features, **method["model"]},
             "loss": method["loss"],
-            "train": {**_TRAINING, "epochs": options.epochs},
+            "train": {**_TRAINING, "epochs": options.epochs, "batch_size": min(_BATCH_SIZE, len(images[0]))},
             "seed": options.seed,
         }
     )
