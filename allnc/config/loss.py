@@ -43,8 +43,9 @@ class LossConfig:
         ema_momentum: share of the old class mean kept at each step, in [0, 1).
         mean_gradient: gradient through the class means: exact, or straight_through (that of the batch mean).
         p2p_means: weight of P2P between the class means, >= 0.
-        p2p_weights: weight of P2P between the classifier's vectors, >= 0.
-        p2p_duality: weight of P2P between means and classifier vectors, >= 0.
+        p2p_weights: weight of P2P between the classifier's vectors, >= 0; None: 1 where there is a simplex for them
+            (C <= F + 1), else 0.
+        p2p_duality: weight of P2P between means and classifier vectors, >= 0; None as for p2p_weights.
         p2p_target: etf (simplex), softmax (separation, for more classes than features), or auto.
         p2p_temperature: temperature of P2P's softmax target, > 0.
         rebalance: loss of the re-balancing branch.
@@ -84,8 +85,8 @@ class LossConfig:
     ema_momentum: float = 0.9
     mean_gradient: Literal["exact", "straight_through"] = "straight_through"
     p2p_means: float = 1.0
-    p2p_weights: float = 1.0
-    p2p_duality: float = 1.0
+    p2p_weights: float | None = None
+    p2p_duality: float | None = None
     p2p_target: Literal["auto", "etf", "softmax"] = "auto"
     p2p_temperature: float = 0.1
     rebalance: Literal["ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
@@ -102,10 +103,22 @@ class LossConfig:
         """The form of HyCon that is computed: none where its weight is 0."""
         return self.hycon if self.alpha * self.hycon_weight > 0 else "none"
 
+    def p2p(self, num_classes: int, feature_dim: int) -> tuple[float, float, float]:
+        """The weights of P2P on means, classifier and duality for C classes and F features.
+
+        More classes than a simplex has vertices cannot all be equally far from each other: which are near is left to
+        the images, as far as the classifier goes.
+        """
+        default = 1.0 if num_classes <= feature_dim + 1 else 0.0
+        given = (self.p2p_means, self.p2p_weights, self.p2p_duality)
+        means, weights, duality = (default if weight is None else weight for weight in given)
+        return means, weights, duality
+
     def __post_init__(self) -> None:
         check_fields("loss", self)
         for name in _NOT_NEGATIVE:
-            check_interval(f"loss.{name}", getattr(self, name), 0, math.inf)
+            if getattr(self, name) is not None:
+                check_interval(f"loss.{name}", getattr(self, name), 0, math.inf)
         for name in ("temperature", "p2p_temperature", "gamma"):
             check_interval(f"loss.{name}", getattr(self, name), 0, math.inf, open_low=True)
         check_interval("loss.ema_momentum", self.ema_momentum, 0, 1, open_high=True)

@@ -347,6 +347,16 @@ def test_an_op_is_given_the_chosen_backend_where_it_has_it(
     assert backends == [given]
 
 
+@pytest.mark.parametrize(
+    "num_classes, pairings", [(WIDTH + 1, ["means", "weights", "duality"]), (WIDTH + 2, ["means"])]
+)
+def test_the_classifier_is_left_alone_where_no_simplex_is(num_classes: int, pairings: list[str]) -> None:
+    counts = [4] * num_classes
+    assert AllNC(counts, WIDTH, DIM).pairings == pairings
+    asked = AllNC(counts, WIDTH, DIM, LossConfig(p2p_weights=0.5, p2p_duality=0.25))
+    assert (asked.p2p_weights, asked.p2p_duality) == (0.5, 0.25) and len(asked.pairings) == 3
+
+
 @pytest.mark.parametrize("form", ["softmax", "cosine", "none"])
 def test_terms_of_weight_zero_are_not_computed(monkeypatch: pytest.MonkeyPatch, form: Any) -> None:
     """Without P2P no class means of feature space are kept, unless the cosine form needs them, and no op is called."""
