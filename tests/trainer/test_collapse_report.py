@@ -1,0 +1,76 @@
+"""`allnc.evaluate RUN --collapse`: tables, collapse.json, the same numbers as the run's own, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allnc import evaluate
+from allnc.trainer import loop
+from tests.trainer.test_training import TINY, changed, quiet
+
+EPOCH = {"epochs": 1, "eval_every": 1}
+
+
+def report(folder: Path, *words: str) -> dict[str, Any]:
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "collapse.json"}
+    assert evaluate.main([str(folder), "--collapse", *words]) == 0
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "collapse.json"}
+    assert after == before, "nothing else is written"
+    return json.loads((folder / "collapse.json").read_text())
+
+
+@pytest.mark.parametrize("classifier", ["linear", "normalised"])
+def test_numbers_are_the_run_s_own(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = changed(TINY, train=EPOCH, data={"validation": 0.3}, model={"classifier": classifier})
+    summary = loop.train(config, tmp_path / "run", quiet())
+    found = report(tmp_path / "run")
+    assert list(found["layers"]) == ["encoder"] and found["epochs"] == 1
+    assert found["class_counts"] == summary["class_counts"] and found["images"] == sum(summary["class_counts"])
+    for name, value in found["layers"]["encoder"]["measures"].items():
+        if name in summary:  # the rest are spectral
+            assert math.isclose(value, summary[name], rel_tol=1e-6, abs_tol=1e-9), name
+    assert {"nc4", "nc3", "vci", "mir", "effective_rank_weights"} <= found["layers"]["encoder"]["measures"].keys()
+    shots = found["layers"]["encoder"]["by_shot"]
+    assert sum(shots[name]["classes"] for name in ("many", "medium", "few")) == 10
+    out = capsys.readouterr().out
+    for text in ("classifier, which reads encoder", "few-few", "ideal angle 96.4", "collapse.json"):
+        assert text in out
+    assert f"{found['layers']['encoder']['measures']['nc1']:.3f}" in out
+
+
+def test_layers_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    loop.train(changed(TINY, train=EPOCH), folder, quiet())
+    found = report(folder, "--layers", "encoder.stages.1,encoder.conv")["layers"]
+    assert list(found) == ["encoder.conv", "encoder.stages.1"] and "nc3" not in found["encoder.conv"]["measures"]
+    assert "classifier" not in capsys.readouterr().out
+    every = report(folder, "--layers", "all")["layers"]
+    assert {"encoder.conv", "encoder.stages.1", "encoder", "classifier"} <= every.keys()
+    assert found["encoder.conv"] == every["encoder.conv"]
+    for line in capsys.readouterr().out.splitlines()[:-1]:  # which names the folder
+        assert len(line.rstrip()) <= 80 and "…" not in line
+    loop.train(changed(TINY, train=EPOCH), folder, quiet(), mode="overwrite")
+    assert not (folder / "collapse.json").exists(), "it was of the model before"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layers", "encoder"], "--layers would be ignored without --collapse"),
+        (["--collapse", "--on", "test"], "--on would be ignored with --collapse"),
+        (["--collapse", "--data.test_crops", "5"], "--data.test_crops would be ignored with --collapse"),
+        (["--collapse", "--layers", "encoder.stage.1"], "got 'encoder.stage.1'. Near it: 'encoder.stages.1'"),
+    ],
+)
+def test_mistakes_are_answered(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop.train(changed(TINY, train={"epochs": 1}), tmp_path / "run", quiet())
+    assert evaluate.main([str(tmp_path / "run"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "collapse.json").exists()
