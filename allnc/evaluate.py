@@ -31,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layers", help="with --collapse: names in the model, with commas between them, or all; default encoder"
     )
+    parser.add_argument(
+        "--ood",
+        type=Path,
+        metavar="FILE",
+        help="with --collapse: a .npz or .safetensors of images of no class, for NC5",
+    )
     parser.add_argument("--train.device", dest="device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
     return answer("allnc.evaluate", lambda: _evaluate(options))
@@ -71,8 +77,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check_collapse(options: argparse.Namespace) -> None:
-    if options.layers is not None and not options.collapse:
-        raise ValueError("--layers would be ignored without --collapse; add it or remove --layers")
+    for name, value in (("layers", options.layers), ("ood", options.ood)):
+        if value is not None and not options.collapse:
+            raise ValueError(f"--{name} would be ignored without --collapse; add it or remove --{name}")
     for name, value in (("on", options.on), ("data.test_crops", options.crops)):
         if options.collapse and value is not None:
             raise ValueError(
@@ -88,7 +95,7 @@ def _collapse(options: argparse.Namespace, run: Run) -> None:
     from allnc.trainer.folder import COLLAPSE, write_json
 
     layers = options.layers or ENCODER
-    report = measure_layers(run, "all" if layers == "all" else layers.split(","))
+    report = measure_layers(run, "all" if layers == "all" else layers.split(","), options.ood)
     console = Console()
     for table in tables(report):
         console.print(table, "")

@@ -58,7 +58,7 @@ def collapse_of(
         loader: yields (images, labels [N] int64 in [0, C)), without augmentation; anything that can be iterated again,
             as a DataLoader or a list, unless nc4 is False.
         layers: names as in `model.named_modules()`; "all": every module below the model that runs once in a forward
-            pass and returns one floating tensor of a row per image. A tensor [N, F] is measured as it is.
+            pass and returns one floating tensor of a row per image.
         num_classes: C; None takes it from class_counts or from the weight.
         class_counts: [C] samples of each class that the loader yields; needed for many classes, see
             `CollapseAccumulator`.
@@ -66,8 +66,8 @@ def collapse_of(
             `positions`, is that input get the measures of the weight and NC3, others none; None: no layer.
         weight: [C, F] class vectors; None takes the classifier's `weight`.
         logits: takes the logits [N, C] from the model's output; None where it is they.
-        positions: outputs [N, c, h, w] (and [N, c, ...]) are averaged over positions, [N, T, d] over tokens ("mean"),
-            or taken whole ("flatten").
+        positions: outputs [N, F] are measured as they are; [N, c, h, w] (and [N, c, ...]) are averaged over positions
+            and [N, T, d] over tokens ("mean"), or taken whole ("flatten").
         nc4: a second pass counts how often the nearest class mean at a layer is not what the network predicts.
         ood: batches of images of no class, or (images, anything); each layer then has nc5 and nc5_vectors.
         center, within: as in `collapse`.
@@ -79,7 +79,8 @@ def collapse_of(
         ValueError: a name that is no layer's, a layer that runs never or more than once or whose output cannot be
             measured, a loader that cannot be iterated twice, or what `CollapseAccumulator` refuses.
 
-    Source: layers: Papyan, JMLR 2020; Galanti et al., ICLR 2022; He & Su, PNAS 2023; the averages are ours.
+    Source: NC1 by layer: He & Su, A Law of Data Separation in Deep Learning, PNAS 2023; NC1 to NC4 by layer: Rangamani
+        et al., Feature Learning in Deep Classifiers through Intermediate Neural Collapse, ICML 2023.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
+from allnc.config import DataConfig
+from allnc.data import ImageSet
+from allnc.data.arrays import read_arrays
 from allnc.metrics import by_shot, collapse_of, ideal_angle, ideal_mir
 from allnc.trainer.measure import plain_images
 from allnc.trainer.run import Run
@@ -18,35 +23,37 @@ ENCODER, CLASSIFIER = "encoder", "classifier"  # names in LongTailModel
 
 
 class _PlainImages:
-    """Training images of a run without augmentation, with their labels, again and again."""
+    """Images as a run's model takes them, without augmentation, with their labels, again and again."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, images: ImageSet) -> None:
+        self.run, self.images = run, images
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        run = self.run
-        return plain_images(run.measured, run.train_set, run.config.data, run.device)
+        return plain_images(self.run.measured, self.images, self.run.config.data, self.run.device)
 
 
-def measure_layers(run: Run, layers: Sequence[str] | Literal["all"]) -> dict[str, Any]:
+def measure_layers(run: Run, layers: Sequence[str] | Literal["all"], ood: Path | None = None) -> dict[str, Any]:
     """Return the collapse of layers of a run's model on its training images, as collapse.json holds it.
 
     Args:
         run: with the weights loaded.
         layers: names in the model, as `collapse_of` takes them.
+        ood: file of images of no class for NC5, as `data.name arrays` reads it, whose test images are taken.
 
     Raises:
-        ValueError: a layer that is not there or cannot be measured.
+        ValueError: a layer that is not there or cannot be measured, or images of another size.
     """
     model, data = run.measured, run.config.data
+    outside = None if ood is None else _PlainImages(run, _outside(run, ood))
     found = collapse_of(
         model,
-        _PlainImages(run),
+        _PlainImages(run, run.train_set),
         layers=layers,
         class_counts=run.counts,
         classifier=CLASSIFIER,
         weight=model.predicting_vectors,
         logits=lambda output: output.logits_rebalance,
+        ood=outside,
     )
     return {
         "epochs": run.epoch,
@@ -58,6 +65,7 @@ def measure_layers(run: Run, layers: Sequence[str] | Literal["all"]) -> dict[str
         "center": "class",
         "within": "classes",
         "positions": "mean",
+        "ood": None if ood is None else str(ood),
         "layers": {
             name: {
                 "features": layer.moments.means.shape[1],
@@ -74,6 +82,19 @@ def measure_layers(run: Run, layers: Sequence[str] | Literal["all"]) -> dict[str
     }
 
 
+def _outside(run: Run, file: Path) -> ImageSet:
+    """The test images of a file, with the pixel statistics of the run, which its model has learnt."""
+    try:
+        _, images = read_arrays(DataConfig(name="arrays", root=str(file), augmentation="none"))
+    except ValueError as error:
+        raise ValueError(f"--ood must be a file of images as data.name arrays has them: {error}") from error
+    wanted = run.train_set.shape(run.config.data)
+    if images.shape(run.config.data) != wanted:
+        got, want = (" x ".join(map(str, shape)) for shape in (images.shape(run.config.data), wanted))
+        raise ValueError(f"--ood must have images of the size of the run's, {want}; got {got}")
+    return dataclasses.replace(images, mean=run.train_set.mean, std=run.train_set.std)
+
+
 def tables(report: dict[str, Any]) -> list[Table]:
     """Return a report's layers, the classifier where one was measured, and the shot groups of the layer before it.
 
@@ -84,9 +105,11 @@ def tables(report: dict[str, Any]) -> list[Table]:
     read = [name for name, layer in layers.items() if "nc3" in layer["measures"]]
     shown = read[-1] if read else list(layers)[-1]
     measures, groups = layers[shown]["measures"], layers[shown]["by_shot"]
-    by_layer = _table(f"collapse of {report['images']} training images by layer, epoch {report['epochs']}", _OF_LAYERS)
+    title = f"collapse of {report['images']} training images by layer, epoch {report['epochs']}"
+    of_layers = _of({"features": None, **measures}, _OF_LAYERS)
+    by_layer = _table(title, of_layers)
     for name, layer in layers.items():
-        _add(by_layer, name, {"features": layer["features"], **layer["measures"]}, _OF_LAYERS)
+        _add(by_layer, name, {"features": layer["features"], **layer["measures"]}, of_layers)
     limits = f"many > {report['many_above']}, few < {report['few_below']} images"
     by_group = _table(f"by shot, {shown}: {limits}", _of(groups["many"], _OF_GROUPS))
     ideal = ideal_angle(int(measures["classes"]))
@@ -105,6 +128,7 @@ _OF_LAYERS = {
     "vci": "VCI",
     "nc2_means": "NC2",
     "nc4": "NC4",
+    "nc5": "NC5",
     "effective_rank_within": "rankW",
     "effective_rank_between": "rankB",
 }
@@ -145,7 +169,7 @@ def _classifier_table(measures: dict[str, Any], layer: str) -> Table:
 
 
 def _of(values: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
-    """Return the columns for which there are values: without a classifier none of the weight."""
+    """Return the columns for which there are values: none of the weight without a classifier, no NC5 without images."""
     return {name: heading for name, heading in columns.items() if name in values}
 
 

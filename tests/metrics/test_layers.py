@@ -85,6 +85,15 @@ def test_flattened_positions_and_tokens() -> None:
     assert collapse_of(model, data, layers=["0"], num_classes=4)["0"].measures["nc1"] == pytest.approx(tokens["nc1"])
 
 
+def test_rows_that_the_next_layer_overwrites() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
+    data = [(torch.randn(40, 3), torch.arange(40) % 4)]
+    moments = collapse_of(model, data, layers=["0"], num_classes=4)["0"].moments
+    with torch.no_grad():
+        wanted = torch.stack([model[0](data[0][0])[data[0][1] == c].mean(0) for c in range(4)])
+    assert torch.allclose(moments.means.float(), wanted, atol=1e-6)
+
+
 def test_all_layers_that_can_be_measured() -> None:
     found = collapse_of(Small(), batches(), layers="all", classifier="fc")
     assert list(found) == ["conv", "bn", "relu", "pool", "drop", "fc"]  # not twice, not never

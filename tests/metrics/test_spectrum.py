@@ -39,6 +39,10 @@ def test_by_hand() -> None:
     assert math.isclose(measures["effective_rank_within"], 2)
     assert math.isclose(measures["effective_rank_between"], 1)
     assert math.isclose(measures["effective_rank_weights"], 3 / 2 ** (2 / 3))  # shares 2/3 and 1/3
+    # Four classes at (2, 0), (0, 1), (-2, 0), (0, -1): Σ_B = diag(2, 1/2), shares 4/5 and 1/5.
+    cross = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-2.0, 0.0], [0.0, -1.0]])
+    wide = collapse(cross, torch.arange(4), cross, spectral=True)
+    assert math.isclose(wide["effective_rank_between"], 5 / 4**0.8)
     assert "mir" not in measures  # two centred means are opposite: their Gram matrix has no entropy
 
 
@@ -106,8 +110,8 @@ def test_orthoplex_and_tight_frames() -> None:
 
 
 def test_nc5_by_hand() -> None:
-    """Means (1, 0, 0) and (1, 1, 0); out of distribution (3, 0, 4) and (-3, 0, 4), whose mean is orthogonal to both."""
-    means = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])  # class 2 is absent
+    """Means (1, 0, 0) and (-1, 1, 0); out of distribution (3, 0, 4) and (-3, 0, 4), whose mean is orthogonal to both."""
+    means = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])  # class 2 is absent
     outside = torch.tensor([[3.0, 0.0, 4.0], [-3.0, 0.0, 4.0]])
     assert nc5(means, outside) == {"nc5": 0.0, "nc5_vectors": pytest.approx((0.6 + 0.6 / math.sqrt(2)) / 2)}
     assert nc5(means, outside[:1])["nc5"] == pytest.approx((0.6 + 0.6 / math.sqrt(2)) / 2)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from allnc import evaluate
@@ -58,19 +59,36 @@ def test_layers_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (folder / "collapse.json").exists(), "it was of the model before"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--layers", "encoder"], "--layers would be ignored without --collapse"),
-        (["--collapse", "--on", "test"], "--on would be ignored with --collapse"),
-        (["--collapse", "--data.test_crops", "5"], "--data.test_crops would be ignored with --collapse"),
-        (["--collapse", "--layers", "encoder.stage.1"], "got 'encoder.stage.1'. Near it: 'encoder.stages.1'"),
-    ],
-)
-def test_mistakes_are_answered(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_of_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = tmp_path / "run", tmp_path / "other.npz"
+    loop.train(changed(TINY, train=EPOCH), folder, quiet())
+    pixels = np.random.RandomState(0).randint(0, 256, (12, 8, 8), dtype=np.uint8)
+    labels = np.arange(12) % 3
+    np.savez(file, images=pixels, labels=labels, test_images=pixels, test_labels=labels)
+    found = report(folder, "--ood", str(file))
+    assert 0 < found["layers"]["encoder"]["measures"]["nc5"] <= 1 and found["ood"] == str(file)
+    assert "NC5" in capsys.readouterr().out
+    np.savez(file, images=pixels[:, 1:], labels=labels, test_images=pixels[:, 1:], test_labels=labels)
+    for wrong, message in (
+        (file, "size of the run's, 1 x 8 x 8; got 1 x 7 x 8"),
+        (tmp_path / "no", "which is no file"),
+    ):
+        assert evaluate.main([str(folder), "--collapse", "--ood", str(wrong)]) == 2
+        assert message in capsys.readouterr().err
+
+
+MISTAKES = [
+    (["--layers", "encoder"], "--layers would be ignored without --collapse"),
+    (["--ood", "x.npz"], "--ood would be ignored without --collapse"),
+    (["--collapse", "--on", "test"], "--on would be ignored with --collapse"),
+    (["--collapse", "--data.test_crops", "5"], "--data.test_crops would be ignored with --collapse"),
+    (["--collapse", "--layers", "encoder.stage.1"], "got 'encoder.stage.1'. Near it: 'encoder.stages.1'"),
+]
+
+
+def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop.train(changed(TINY, train={"epochs": 1}), tmp_path / "run", quiet())
-    assert evaluate.main([str(tmp_path / "run"), *words]) == 2
-    assert message in capsys.readouterr().err
+    for words, message in MISTAKES:
+        assert evaluate.main([str(tmp_path / "run"), *words]) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "collapse.json").exists()
