@@ -46,7 +46,7 @@ class LossConfig:
         p2p_weights: weight of P2P between the classifier's vectors, >= 0; None: 1 where there is a simplex for them
             (C <= F + 1), else 0.
         p2p_duality: weight of P2P between means and classifier vectors, >= 0; None as for p2p_weights.
-        p2p_target: etf (simplex), softmax (separation, for more classes than features), or auto.
+        p2p_target: softmax (separation), etf (squared distance to a simplex), or auto: etf where there is a simplex.
         p2p_temperature: temperature of P2P's softmax target, > 0.
         rebalance: loss of the re-balancing branch.
         tau: strength of the logit adjustment, wherever it is used, >= 0.
@@ -87,7 +87,7 @@ class LossConfig:
     p2p_means: float = 1.0
     p2p_weights: float | None = None
     p2p_duality: float | None = None
-    p2p_target: Literal["auto", "etf", "softmax"] = "auto"
+    p2p_target: Literal["auto", "etf", "softmax"] = "softmax"
     p2p_temperature: float = 0.1
     rebalance: Literal["ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
     tau: float = 1.0
