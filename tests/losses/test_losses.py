@@ -131,8 +131,9 @@ def test_allnc_is_its_formula(form: str, progress: float) -> None:
     eta = 1 - min(1.0, progress / 0.3) ** 2
     seen = torch.tensor([True, True, True, True, False])
     means = _class_means(batch.features, batch.labels)
-    ww = p2p_reference(batch.weight, seen=seen)
-    on_means = 0.5 * p2p_reference(means, seen=seen) + 1.1 * p2p_reference(means, batch.weight, seen=seen)
+    p2p: dict[str, Any] = {"seen": seen, "target": "softmax", "temperature": 0.1}
+    ww = p2p_reference(batch.weight, **p2p)
+    on_means = 0.5 * p2p_reference(means, **p2p) + 1.1 * p2p_reference(means, batch.weight, **p2p)
     if form == "softmax":
         z_means = _class_means(batch.z, batch.labels)
         on_means = on_means + 1.3 * hycon_reference(batch.z, batch.labels, z_means, seen=seen)
@@ -255,7 +256,7 @@ def test_build_passes_every_setting() -> None:
         p2p_means=0.7,
         p2p_weights=0.8,
         p2p_duality=0.9,
-        p2p_target="softmax",
+        p2p_target="etf",
         p2p_temperature=1.1,
         rebalance="focal",
         focal_gamma=3.5,
