@@ -22,6 +22,7 @@ FROM_RECORDS = {
 FROM_WEIGHTS = {
     "angles": "angles between classes as heat maps on one colour scale",
     "sizes": "lengths and angles of means and class vectors against the size of the class",
+    "layers": "NC1, NC2 and NC4 at the layers, after the last epoch",
     "simplex": "features, means and class vectors of runs with 2 or 3 features",
 }
 KINDS = {**FROM_RECORDS, **FROM_WEIGHTS}
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", metavar="NAME", nargs="+", help="names of the runs; default those of the folders")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("plots"), help="default plots")
     parser.add_argument("--format", nargs="+", choices=("png", "svg"), default=["png"], help="default png")
+    parser.add_argument(
+        "--layers", help="of the kind layers: names in the model, with commas between them, or all; default its blocks"
+    )
     parser.add_argument("--data.root", dest="root", help="folder of the images, where it is not the runs' own")
     parser.add_argument("--train.device", dest="device", choices=("auto", "cpu", "cuda"), help="default the runs' own")
     options = parser.parse_args(arguments)
@@ -59,6 +63,8 @@ def _plot(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"{option} would be ignored: {', '.join(kinds)} are drawn from the records of the runs; remove it"
             )
+    if options.layers and "layers" not in kinds:
+        raise ValueError(f"--layers would be ignored: it is read by --kind layers; got {', '.join(kinds)}")
     check_place(options.out)
     check_runs(options.runs)
     labels = labels_of(options.runs, options.labels)
@@ -76,7 +82,7 @@ def _plot(options: argparse.Namespace) -> None:
         ]
 
     for kind in kinds:
-        draw = _drawing(kind, records, runs)
+        draw = _drawing(kind, records, runs, options.layers)
         options.out.mkdir(parents=True, exist_ok=True)
         for ending in dict.fromkeys(options.format):
             path = options.out / f"{kind}.{ending}"
@@ -85,7 +91,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _drawing(
-    kind: str, records: dict[str, list[dict]], runs: Callable[[], list[MeasuredRun]]
+    kind: str, records: dict[str, list[dict]], runs: Callable[[], list[MeasuredRun]], layers: str | None
 ) -> Callable[[Path], None]:
     """Return what writes a picture to a path, with everything that it shows measured already."""
     from allnc.metrics import plots
@@ -96,6 +102,10 @@ def _drawing(
     if kind == "simplex":
         scenes = [run.scene() for run in runs()]
         return lambda path: plots.plot_scenes(scenes, path)
+    if kind == "layers":
+        names = "all" if layers == "all" else layers.split(",") if layers else None
+        found = {run.vectors.label: run.layers(names) for run in runs()}
+        return lambda path: plots.plot_layers(found, path)
     vectors = [run.vectors for run in runs()]
     draw = plots.plot_angles if kind == "angles" else plots.plot_class_sizes
     return lambda path: draw(vectors, path)

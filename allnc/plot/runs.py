@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allnc.metrics.plots import ClassVectors, Scene
 from allnc.trainer.checkpoint import load_weights
+from allnc.trainer.collapse_report import ENCODER, measure_layers
 from allnc.trainer.folder import METRICS, is_run
 from allnc.trainer.measure import outputs
 from allnc.trainer.run import Run
@@ -40,6 +41,34 @@ class MeasuredRun(NamedTuple):
                 "--model.feature_dim 2, or see python -m allnc.plot.simplex"
             )
         return scene_of(self.run, title=label, note=f"accuracy {self.run.measure_accuracy()['accuracy']:.1f} %")
+
+    def layers(self, names: Sequence[str] | Literal["all"] | None) -> dict[str, dict[str, float | None]]:
+        """Return the measures of layers by name; None takes the blocks of the encoder, and the encoder.
+
+        Raises:
+            ValueError: a layer that is not there or cannot be measured.
+        """
+        try:
+            found = measure_layers(self.run, names or blocks_of(self.run.measured.encoder))["layers"]
+        except ValueError as error:
+            raise ValueError(f"{self.vectors.label}: {error}; name layers by --layers") from error
+        return {_short(name): layer["measures"] for name, layer in found.items()}
+
+
+def blocks_of(encoder: nn.Module) -> list[str]:
+    """Name the parts of an encoder that run one after the other, and the encoder itself: its children that multiply by
+    a matrix, or theirs where they stand in a row."""
+    names = []
+    for name, child in encoder.named_children():
+        in_a_row = isinstance(child, nn.Sequential) and len(child) > 0
+        parts = {f"{name}.{part}": block for part, block in child.named_children()} if in_a_row else {name: child}
+        names += [f"{ENCODER}.{part}" for part, block in parts.items() if any(p.ndim > 1 for p in block.parameters())]
+    return [*names, ENCODER]
+
+
+def _short(layer: str) -> str:
+    """The name of a layer in a picture."""
+    return "features" if layer == ENCODER else layer.removeprefix(f"{ENCODER}.")
 
 
 def check_runs(folders: Sequence[Path]) -> None:

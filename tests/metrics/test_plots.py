@@ -23,7 +23,9 @@ from allnc.metrics.plots import (
     plot_angles,
     plot_class_sizes,
     plot_curves,
+    plot_layers,
     plot_scenes,
+    save,
 )
 from allnc.metrics.plots.simplex import nearest_simplex
 from tests.ops.test_p2p import simplex
@@ -295,3 +297,35 @@ def test_svg_is_the_same_each_time(tmp_path: Path) -> None:
         plot_angles([run], tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_a_palette_keeps_the_colours_of_a_heat_map(tmp_path: Path, figures: list[Figure]) -> None:
+    plot_angles([vectors(name, [9] * 12) for name in "ab"], tmp_path / "angles.png")
+    figure = figures[0]
+    save(figure, tmp_path / "angles.png")  # again: the panels' places settle at the second drawing
+    figure.savefig(tmp_path / "whole.png")
+    with Image.open(tmp_path / "whole.png") as whole:
+        wanted = np.asarray(whole.convert("RGB")).astype(int)
+    with Image.open(tmp_path / "angles.png") as written:
+        assert written.mode == "P"
+        error = np.abs(np.asarray(written.convert("RGB")).astype(int) - wanted).max(2)
+    assert error.mean() < 1 and np.percentile(error, 99) < 16  # of 255; an octree's mean is 3
+
+
+def test_layers_are_drawn_in_their_order(tmp_path: Path, figures: list[Figure]) -> None:
+    layers = {
+        "conv": {"cdnv": 2.0, "nc4": 0.5},
+        "stage": {"cdnv": None, "nc4": 0.25},
+        "features": {"cdnv": 0.5, "nc4": 0.0},
+    }
+    plot_layers({"a": layers, "b": layers}, tmp_path / "layers.png")
+    by_title = {axis.get_title().split(" ")[1]: axis for axis in figures[0].axes if axis.lines}
+    assert set(by_title) == {"CDNV", "not"}
+    first = by_title["not"].lines[0]
+    assert np.asarray(first.get_ydata()).tolist() == [50, 25, 0]
+    assert [label.get_text() for label in by_title["not"].get_xticklabels()] == ["conv", "stage", "features"]
+    assert np.asarray(by_title["CDNV"].lines[0].get_xdata()).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="same layers; got conv, stage, features in a, conv in b: draw them apart"):
+        plot_layers({"a": layers, "b": {"conv": layers["conv"]}}, tmp_path / "layers.png")
+    with pytest.raises(ValueError, match="at least one run with a layer; got none"):
+        plot_layers({}, tmp_path / "layers.png")

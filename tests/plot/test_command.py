@@ -60,6 +60,16 @@ def test_a_run_of_two_features_is_drawn_in_its_plane(runs: Path, tmp_path: Path)
     }
 
 
+def test_layers_are_those_asked_for(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict[str, dict[str, dict[str, float]]]] = []
+    monkeypatch.setattr("allnc.metrics.plots.plot_layers", lambda found, path: drawn.append(found))
+    words = [str(runs / "flat"), "--kind", "layers", "--out", str(tmp_path)]
+    assert main(words) == 0 and main([*words, "--layers", "encoder.bn,encoder"]) == 0
+    names = [list(found["flat"]) for found in drawn]
+    assert names == [["conv", "stages.0", "stages.1", "stages.2", "reduction", "features"], ["bn", "features"]]
+    assert drawn[0]["flat"]["features"] == drawn[0]["flat"]["reduction"] == drawn[1]["flat"]["features"]
+
+
 def test_records_alone_need_no_weights(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "a", tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors", "state.pt", "check*"))
     words = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--kind"]
@@ -80,6 +90,8 @@ def test_records_alone_need_no_weights(runs: Path, tmp_path: Path) -> None:
         (["a", "--kind", "curves", "--data.root", "x"], "--data.root would be ignored: curves are drawn from"),
         (["a", "--kind", "curves", "--train.device", "cpu"], "--train.device would be ignored"),
         (["flat", "--kind", "angles", "--data.root", "gone.npz"], "flat: data.root must be a .npz"),
+        (["a", "--kind", "curves", "--layers", "all"], "--layers would be ignored: it is read by --kind layers; got"),
+        (["a", "--kind", "layers", "--layers", "encoder.stage"], "a: layers must be of model.named_modules(); got 'encoder.stage'"),
         (["a", "--out", "three.npz"], "--out must be a folder; got the file"),
     ],
 )

@@ -5,7 +5,7 @@ share (a colour scale, an axis) is one for all of them. Figures are drawn withou
 global state is touched.
 """
 
-from allnc.metrics.plots.curves import COSINES, DUALITY, GEOMETRY, compare_curves, plot_curves
+from allnc.metrics.plots.curves import COSINES, DUALITY, GEOMETRY, compare_curves, plot_curves, plot_layers
 from allnc.metrics.plots.heatmaps import plot_angles
 from allnc.metrics.plots.simplex import Scene, animate_scenes, plot_scenes
 from allnc.metrics.plots.sizes import plot_class_sizes
@@ -25,6 +25,7 @@ __all__ = [
     "plot_angles",
     "plot_class_sizes",
     "plot_curves",
+    "plot_layers",
     "plot_scenes",
     "save",
 ]

@@ -72,6 +72,9 @@ GEOMETRY = {
     "nc3": Panel("NC3: classifier to means (ideal 0)", "Frobenius norm"),
     "nc4": Panel("NC4: not the nearest class mean (ideal 0)", "% of training images", factor=100),
 }
+_OF_LAYERS = {key: GEOMETRY[key] for key in ("trace_ratio", "cdnv", "nc1", "nc2_means")}
+_OF_LAYERS["cosine_std_means"] = COSINES["cosine_std_means"]
+_OF_LAYERS["nc4"] = GEOMETRY["nc4"]
 
 
 def plot_curves(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
@@ -131,10 +134,56 @@ def compare_curves(
             _draw(axis, panel, records, key, label=label, **appearance(number))
         _finish(axis, panel)
         handles |= {str(line.get_label()): line for line in axis.lines}
-    names = [label for label in runs if label in handles]
-    columns = min(len(names), 2 if len(drawn) < 3 else 4)
-    figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=columns, fontsize=10)
+    _legend(figure, handles, list(runs), columns=2 if len(drawn) < 3 else 4)
     save(figure, path)
+
+
+def plot_layers(runs: Mapping[str, Mapping[str, Mapping[str, float | None]]], path: str | os.PathLike[str]) -> None:
+    """Draw NC1, NC2 and NC4 over the layers of networks, a panel for each measure and a colour for each run.
+
+    Args:
+        runs: by the name of the run, measures of its layers by name, in the order in which the layers run, as
+            `allnc.metrics.collapse_of` returns them; None and numbers that are not finite leave a gap.
+        path: .png or .svg file to write.
+
+    Raises:
+        ValueError: no run, or runs with different layers.
+
+    Source: Papyan (JMLR 2020) and He & Su (PNAS 2023), who follow the collapse through the layers.
+    """
+    names = [list(layers) for layers in runs.values()]
+    if not names or not names[0]:
+        raise ValueError("runs must hold at least one run with a layer; got none")
+    for label, own in zip(runs, names, strict=True):
+        if own != names[0]:
+            raise ValueError(
+                f"runs in one picture must have the same layers; got {', '.join(names[0])} in {next(iter(runs))}, "
+                f"{', '.join(own)} in {label}: draw them apart"
+            )
+    by_place = {
+        label: [{"epoch": place, **measures} for place, measures in enumerate(layers.values())]
+        for label, layers in runs.items()
+    }
+    drawn = {key: p for key, p in _OF_LAYERS.items() if any(_series(points, key)[0] for points in by_place.values())}
+    figure, axes = _grid(len(drawn))
+    handles: dict[str, Any] = {}
+    for axis, (key, panel) in zip(axes, drawn.items(), strict=True):
+        for number, (label, points) in enumerate(by_place.items()):
+            _draw(axis, panel, points, key, label=label, **appearance(number))
+        _finish(axis, panel)
+        axis.set_xlabel("")
+        turned = {} if len(names[0]) <= 4 else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axis.set_xticks(range(len(names[0])), names[0], fontsize=8.5, **turned)
+        handles |= {str(line.get_label()): line for line in axis.lines}
+    _legend(figure, handles, list(runs), columns=4)
+    save(figure, path)
+
+
+def _legend(figure: Figure, handles: Mapping[str, Any], labels: Sequence[str], *, columns: int) -> None:
+    """The runs beneath all panels, in their order."""
+    names = [label for label in labels if label in handles]
+    columns = min(len(names), columns)
+    figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=columns, fontsize=10)
 
 
 def _grid(number: int) -> tuple[Figure, list[Axes]]:
