@@ -141,8 +141,9 @@ class LongTailModel(nn.Module):
     @property
     def class_vectors(self) -> Tensor:
         """What the classifier that predicts compares features with, [C, F]: its weight, or the unit rows of it."""
-        normalised = isinstance(self.classifier, NormalisedClassifier)
-        return self.classifier.class_vectors if normalised else self.classifier.weight
+        if isinstance(self.classifier, NormalisedClassifier):
+            return self.classifier.class_vectors
+        return self.classifier.weight
 
     @property
     def predicting_vectors(self) -> Tensor:

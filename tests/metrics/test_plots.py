@@ -263,7 +263,9 @@ def test_scenes_show_means_weights_and_the_simplex(dim: int, tmp_path: Path, fig
         means = torch.stack([shown.features[shown.labels == c].mean(0) for c in range(3)])
         means = means - means.mean(0)
         means = means / means.square().sum(1).mean().sqrt()
-        drawn = np.array([[*map(float, np.ravel(line.get_data()))] for line in points[::2]])
+        drawn = np.array(
+            [np.concatenate([np.ravel(line.get_xdata()), np.ravel(line.get_ydata())]) for line in points[::2]]
+        )
         assert drawn == pytest.approx(means.numpy(), abs=1e-5)
 
 
