@@ -42,10 +42,12 @@ PACKAGES = [
     "allnc.kernels.hycon",
     "allnc.losses",
     "allnc.metrics",
+    "allnc.metrics.plots",
     "allnc.models",
     "allnc.ops",
     "allnc.ops.hycon",
     "allnc.ops.p2p",
+    "allnc.plot",
     "allnc.sweep",
     "allnc.trainer",
 ]

@@ -20,6 +20,8 @@ class ModelConfig:
         name: resnetD, the CIFAR ResNet of depth D = 6n + 2 (8, 20, 32, 44, 56 ...), or timm:NAME; for data.name
             features, linear (the features go to the heads as they are) or mlp (a residual layer pair before them).
         width: channels of the first of the three stages of a CIFAR ResNet, >= 1 (features have 4 x width).
+        feature_dim: CIFAR ResNet only: number F of features, >= 1, by a linear layer after the last stage, such as 2
+            for a picture, or 128 so that an etf classifier has room for 100 classes; None: no such layer.
         shortcut: CIFAR ResNet only: A pads with zero channels (as He et al.), B projects with a 1 x 1
             convolution.
         mlp_hidden: mlp only: width between its two layers, >= 1; None takes that of the features.
@@ -54,6 +56,7 @@ class ModelConfig:
 
     name: str = "resnet20"
     width: int = 16
+    feature_dim: int | None = None
     shortcut: Literal["A", "B"] = "A"
     mlp_hidden: int | None = None
     pretrained: bool = False
@@ -73,6 +76,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields("model", self)
         check_interval("model.width", self.width, 1, math.inf)
+        if self.feature_dim is not None:
+            check_interval("model.feature_dim", self.feature_dim, 1, math.inf)
         check_interval("model.classifier_scale", self.classifier_scale, 0, math.inf, open_low=True)
         if self.projection_hidden is not None:
             check_interval("model.projection_hidden", self.projection_hidden, 1, math.inf)
