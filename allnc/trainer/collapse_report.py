@@ -152,19 +152,26 @@ _OF_CLASSIFIER = {
     "effective_rank_weights": "effective rank of W",
     "mir": "MIR with the means",
     "hdr": "HDR with the means",
+    "cosine_rms_means": "RMS cosine of means",  # this and the following where there is no room for a simplex
+    "cosine_rms_weights": "RMS cosine of class vectors",
+    "cosine_max_means": "largest cosine of means",
+    "cosine_max_weights": "largest cosine of class vectors",
 }
 
 
 def _classifier_table(measures: dict[str, Any], layer: str) -> Table:
-    ideal = dict.fromkeys(_OF_CLASSIFIER, 0.0)
-    ideal["effective_rank_weights"] = measures["classes"] - 1
-    if "mir" in measures:
-        ideal["mir"] = ideal_mir(int(measures["classes"]))
+    num_classes = int(measures["classes"])
+    ideal: dict[str, float | None] = {"nc3": 0, "nc3_cosine": 0, "hdr": 0}
+    if "tight_frame_floor" in measures:
+        ideal |= dict.fromkeys(("cosine_rms_means", "cosine_rms_weights"), measures["tight_frame_floor"])
+    else:
+        ideal |= {"nc2_weights": 0, "effective_rank_weights": num_classes - 1}
+        ideal["mir"] = ideal_mir(num_classes) if "mir" in measures else None
     columns = {"value": "value", "ideal": "ideal"}
     table = _table(f"classifier, which reads {layer}", columns)
     for name, meaning in _OF_CLASSIFIER.items():
         if name in measures:
-            _add(table, meaning, {"value": measures[name], "ideal": ideal[name]}, columns)
+            _add(table, meaning, {"value": measures[name], "ideal": ideal.get(name)}, columns)
     return table
 
 
@@ -186,7 +193,7 @@ def _add(table: Table, name: str, values: dict[str, Any], columns: dict[str, str
 
 
 def _number(value: float | None) -> str:
-    """Return five characters or little more, so that a table of layers fits a terminal."""
+    """Return five characters or little more, so that a table of layers fits a terminal; "-" where there is none."""
     if value is None:
         return "-"
     if value == int(value) and abs(value) < 1e6:

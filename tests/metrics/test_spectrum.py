@@ -110,7 +110,7 @@ def test_orthoplex_and_tight_frames() -> None:
 
 
 def test_nc5_by_hand() -> None:
-    """Means (1, 0, 0) and (-1, 1, 0); out of distribution (3, 0, 4) and (-3, 0, 4), whose mean is orthogonal to both."""
+    """Means (1, 0, 0) and (-1, 1, 0); of no class are (3, 0, 4) and (-3, 0, 4), whose mean is orthogonal to both."""
     means = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])  # class 2 is absent
     outside = torch.tensor([[3.0, 0.0, 4.0], [-3.0, 0.0, 4.0]])
     assert nc5(means, outside) == {"nc5": 0.0, "nc5_vectors": pytest.approx((0.6 + 0.6 / math.sqrt(2)) / 2)}

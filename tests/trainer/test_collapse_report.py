@@ -59,6 +59,16 @@ def test_layers_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (folder / "collapse.json").exists(), "it was of the model before"
 
 
+def test_more_classes_than_a_simplex_has_room_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop.train(changed(TINY, train=EPOCH, model={"width": 1}), tmp_path / "run", quiet())
+    measures = report(tmp_path / "run")["layers"]["encoder"]["measures"]
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if "RMS cosine of class vectors" in line)
+    floor = math.sqrt((10 - 4) / (4 * 9))
+    assert line.split()[-2:] == [f"{measures['cosine_rms_weights']:.3f}", f"{floor:.3f}"]
+    assert next(line for line in out.splitlines() if "NC2 class vectors" in line).split()[-1] == "-"
+
+
 def test_images_of_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, file = tmp_path / "run", tmp_path / "other.npz"
     loop.train(changed(TINY, train=EPOCH), folder, quiet())
