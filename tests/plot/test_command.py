@@ -91,7 +91,7 @@ def test_records_alone_need_no_weights(runs: Path, tmp_path: Path) -> None:
         (["a", "--kind", "curves", "--train.device", "cpu"], "--train.device would be ignored"),
         (["flat", "--kind", "angles", "--data.root", "gone.npz"], "flat: data.root must be a .npz"),
         (["a", "--kind", "curves", "--layers", "all"], "--layers would be ignored: it is read by --kind layers; got"),
-        (["a", "--kind", "layers", "--layers", "encoder.stage"], "a: layers must be of model.named_modules(); got 'encoder.stage'"),
+        (["a", "--kind", "layers", "--layers", "encoder.stage"], "a: layers must be of model.named_modules(); got"),
         (["a", "--out", "three.npz"], "--out must be a folder; got the file"),
     ],
 )
