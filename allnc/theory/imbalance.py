@@ -18,7 +18,7 @@ from torch.func import grad
 
 from allnc._checks import check_integer
 from allnc.theory.closed_form import collapse_threshold, seli, zero_modes
-from allnc.theory.landscape import ZERO, least_curvature, merged, spectrum
+from allnc.theory.landscape import ZERO, spectrum
 from allnc.theory.model import Problem
 from allnc.theory.solve import Geometry, certificate, geometry, minimise, minimise_function
 
@@ -305,39 +305,3 @@ def best_simplex(problem: Problem, *, seed: int = 0) -> BestSimplex:
     margin = float((own - (logits.sum(1) - own) / (K - 1)).mean())
     gradient = float(grad(plain.value)(x).norm())
     return BestSimplex(float(found.value[at]), gradient, float(found.gradient_norm[at]), margin)
-
-
-def splitting_weight(problem: Problem, *, steps: int = 24, most: float = 10.0) -> float | None:
-    """Least common weight of P2P's three terms at which a collapsed minority is no local minimum any more.
-
-    Found by bisection on the sign of the smallest curvature at the point that treats the smallest classes as one.
-
-    Args:
-        problem: with rows="classes"; its P2P weights are not read.
-        steps: of the bisection.
-        most: weight at which to give up.
-
-    Returns:
-        The weight; 0 if the minority splits without P2P, None if it does not split at `most`.
-    """
-    groups = _merge_smallest(problem)
-
-    def splits(weight: float) -> bool:
-        tried = replace(problem, p2p=(weight,) * 3)
-        return least_curvature(tried, merged(tried, groups))[0] < -1e-7
-
-    if splits(0.0):
-        return 0.0
-    if not splits(most):
-        return None
-    low, high = 1e-8, most
-    for _ in range(steps):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if splits(middle) else (middle, high)
-    return high
-
-
-def _merge_smallest(problem: Problem) -> list[int]:
-    least = min(problem.counts)
-    others = [k for k, count in enumerate(problem.counts) if count > least]
-    return [others.index(k) if k in others else len(others) for k in range(problem.num_classes)]

@@ -16,7 +16,7 @@ from torch.func import grad, grad_and_value, vmap
 from allnc.theory.closed_form import focal_convex_from
 from allnc.theory.model import CONVEX, Coefficients, Problem, class_means
 
-_MEMORY = 20  # pairs of steps and gradient differences of L-BFGS
+_MEMORY = 12  # pairs of steps and gradient differences of L-BFGS
 _TRIALS = 40  # halvings of a step
 _DECREASE = 1e-4  # share of the decrease predicted by the slope that a step must bring
 _ROUNDING = 16 * torch.finfo(torch.float64).eps  # of the value: near a minimum steps cannot be told by it
@@ -196,9 +196,9 @@ class Certificate(NamedTuple):
 def certificate(problem: Problem, x: Tensor) -> Certificate:
     """The certificate of global optimality at a critical point x of a convex loss.
 
-    A critical point with ‖∂L/∂Z‖ <= sqrt(λ_W λ_H) is a global minimum: then -∂L/∂Z over the root is a subgradient of the
-    nuclear norm at Z, and f >= L(Z, b) + sqrt(λ_W λ_H) ‖Z‖_* + ½ λ_b ‖b‖² with equality there. Of one row a class the
-    gradient's column k is ∂L/∂z_k / sqrt(n_k), which has the same norm.
+    A critical point with ‖∂L/∂Z‖ <= sqrt(λ_W λ_H) is a global minimum: then -∂L/∂Z over the root is a subgradient of
+    the nuclear norm at Z, and f >= L(Z, b) + sqrt(λ_W λ_H) ‖Z‖_* + ½ λ_b ‖b‖² with equality there. Of one row a class
+    the gradient's column k is ∂L/∂z_k / sqrt(n_k), which has the same norm.
 
     FL is convex where every sample's own probability is at least p* (`focal_convex_from`), a convex set of logits;
     there the certificate proves the least value within this set.
