@@ -46,6 +46,7 @@ PACKAGES = [
     "allnc.ops.hycon",
     "allnc.ops.p2p",
     "allnc.sweep",
+    "allnc.theory",
     "allnc.trainer",
 ]
 

@@ -79,8 +79,8 @@ def run_landscape(options: argparse.Namespace) -> None:
     kc = [low - width / 2, low + width / 10, middle, high - width / 10, high + width / 2]
     focal = focal_bistability(options.focal_classes, _GAMMA, kc, seed=options.seed)
     console.print(
-        f"Focal loss, γ = {_GAMMA:g}: convex in the logits where p >= p* = {focal_convex_from(_GAMMA):.6f}. For "
-        f"K = {options.focal_classes} origin and simplex are predicted to be local minima for K c in ({low:.6f}, {high:.6f})."
+        f"Focal loss, γ = {_GAMMA:g}: convex in the logits where p >= p* = {focal_convex_from(_GAMMA):.6f}. At "
+        f"K = {options.focal_classes} both origin and simplex are minima for K c in ({low:.6f}, {high:.6f})."
     )
     print_table(
         console,
