@@ -11,6 +11,7 @@ from torch.func import grad
 
 from allnc.losses.longtail import CrossEntropy, LogitAdjusted
 from allnc.losses.regression import MeanSquaredError
+from allnc.ops.p2p import Target, p2p_reference
 from allnc.theory.closed_form import (
     collapse_threshold,
     focal_convex_from,
@@ -225,6 +226,22 @@ def test_no_simplex_is_critical_under_imbalance() -> None:
         assert found.along < 1e-9
         assert found.gradient_norm > 1e-2
         assert best_simplex(replace(scaled, loss="ce", counts=(55,) * 4)).gradient_norm < 1e-8
+
+
+@pytest.mark.parametrize("target", ["etf", "softmax"])
+def test_p2p_has_no_gradient_at_a_simplex(target: Target) -> None:
+    """Whatever the centres and lengths; what `best_simplex` rests on."""
+    generator = torch.Generator().manual_seed(0)
+    E = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator)).Q[:4]
+    E = E - E.mean(0)
+    x, y = 2 * E + torch.randn(6, dtype=torch.float64, generator=generator), 0.5 * E
+    for gradient in (
+        grad(lambda v: p2p_reference(v, target=target))(x),
+        grad(lambda v: p2p_reference(v, y, target=target))(x),
+        grad(lambda v: p2p_reference(x, v, target=target))(y),
+    ):
+        assert gradient.norm() < 1e-12
+    assert grad(lambda v: p2p_reference(v, target=target))(x * torch.arange(6)).norm() > 1e-3
 
 
 def test_p2p_brings_the_minimiser_nearer_to_the_simplex() -> None:
