@@ -36,15 +36,18 @@ CHOICES = ("auto", "cpu", "cuda", "0")
 # Listed by hand: a search for packages does not find `allnc.kernels`, which lies at the top level.
 PACKAGES = [
     "allnc",
+    "allnc.config",
     "allnc.data",
     "allnc.kernels",
     "allnc.kernels.hycon",
     "allnc.losses",
     "allnc.metrics",
+    "allnc.metrics.plots",
     "allnc.models",
     "allnc.ops",
     "allnc.ops.hycon",
     "allnc.ops.p2p",
+    "allnc.plot",
     "allnc.sweep",
     "allnc.theory",
     "allnc.trainer",

@@ -97,7 +97,8 @@ class AllNC(nn.Module):
             horizon=config.horizon,
             group=group,
         )
-        scales = (config.p2p_means * config.alpha, config.p2p_weights, config.p2p_duality * config.alpha)
+        self.p2p_means, self.p2p_weights, self.p2p_duality = config.p2p(num_classes, feature_dim)
+        scales = (self.p2p_means * config.alpha, self.p2p_weights, self.p2p_duality * config.alpha)
         self.pairings = [pairing for pairing, scale in zip(PAIRINGS, scales, strict=True) if scale > 0]
 
         def class_means(dim: int) -> ClassMeans:
@@ -184,8 +185,8 @@ class AllNC(nn.Module):
         hycon, p2p = self._geometry(features, labels, weight, z, h, num_views, ranks)
 
         eta = self.gbbn.eta(progress)
-        on_means = config.hycon_weight * hycon + config.p2p_means * p2p[0] + config.p2p_duality * p2p[2]
-        total = output.total + (1 - eta) * config.p2p_weights * p2p[1] + config.alpha * on_means
+        on_means = config.hycon_weight * hycon + self.p2p_means * p2p[0] + self.p2p_duality * p2p[2]
+        total = output.total + (1 - eta) * self.p2p_weights * p2p[1] + config.alpha * on_means
         if ranks is not None:
             total = scale_gradient(total, ranks.size)  # gradients are averaged where shares have to be added
         p2p = p2p.detach()
@@ -261,4 +262,5 @@ class AllNC(nn.Module):
 
     def extra_repr(self) -> str:
         config = self.config
-        return f"hycon={config.contrast!r}, hycon_weight={config.hycon_weight}, alpha={config.alpha}"
+        p2p = f"p2p=({self.p2p_means:g}, {self.p2p_weights:g}, {self.p2p_duality:g})"  # means, classifier, duality
+        return f"hycon={config.contrast!r}, hycon_weight={config.hycon_weight}, {p2p}, alpha={config.alpha}"

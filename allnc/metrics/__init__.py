@@ -4,12 +4,24 @@ from allnc.metrics.accumulate import CollapseAccumulator
 from allnc.metrics.accuracy import shot_accuracy, shot_groups
 from allnc.metrics.angles import angle_blocks, ideal_angle, pairwise_angles
 from allnc.metrics.collapse import collapse
+from allnc.metrics.layers import LayerCollapse, collapse_of
+from allnc.metrics.measures import Moments
+from allnc.metrics.ood import nc5
+from allnc.metrics.shots import by_shot
+from allnc.metrics.spectrum import effective_rank, ideal_mir
 
 __all__ = [
     "CollapseAccumulator",
+    "LayerCollapse",
+    "Moments",
     "angle_blocks",
+    "by_shot",
     "collapse",
+    "collapse_of",
+    "effective_rank",
     "ideal_angle",
+    "ideal_mir",
+    "nc5",
     "pairwise_angles",
     "shot_accuracy",
     "shot_groups",

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from allnc.metrics.measures import Center, Within, check_measurable, collapse_from_moments
+from allnc.metrics.measures import Center, Moments, Within, check_measurable, collapse_from_moments
+from allnc.metrics.spectrum import spectral_measures
 from allnc.ops._common import check_choice, check_floating, check_labels, check_shape
 
 _MATRIX_ENTRIES = 1 << 25  # 256 MB in float64: the largest scatter kept for each class separately
@@ -107,11 +108,13 @@ class CollapseAccumulator:
             kept.append((features.detach().to(self.counts.device), predictions))
         features, labels = self._checked(features, labels)
         self.kept += kept
-        counts = torch.zeros_like(self.counts).index_add_(0, labels, torch.ones_like(features[:, 0]))
-        means = torch.zeros_like(self.means).index_add_(0, labels, features) / counts.clamp(min=1)[:, None]
-        centred = features - means[labels]  # [N, F]
-        traces = torch.zeros_like(self.traces).index_add_(0, labels, centred.square().sum(1))
-        self._merge(counts, means, traces, self._scatter(centred, labels, torch.ones_like(centred[:, 0])))
+        classes, row_class = labels.unique(return_inverse=True)  # [U], [N]: of many classes a batch has few
+        counts = torch.bincount(row_class, minlength=len(classes)).to(features)
+        means = features.new_zeros(len(classes), self.dim).index_add_(0, row_class, features) / counts[:, None]
+        centred = features - means[row_class]  # [N, F]
+        traces = torch.zeros_like(counts).index_add_(0, row_class, centred.square().sum(1))
+        self._add_scatter(centred, labels, torch.ones_like(centred[:, 0]))
+        self._merge(classes, counts, means, traces)
 
     def merge(self, other: CollapseAccumulator) -> None:
         """Fold in what another accumulator of the same settings has seen.
@@ -143,7 +146,9 @@ class CollapseAccumulator:
                 raise ValueError(f"state[{name!r}] must be finite; got NaN or infinity")
         moved = {name: tensor.to(self.counts) for name, tensor in state.items()}
         self.nearest += moved["nearest"]
-        self._merge(moved["counts"], moved["means"], moved["traces"], moved["scatter"])
+        self.scatter += moved["scatter"]
+        seen = torch.nonzero(moved["counts"] > 0).squeeze(1)
+        self._merge(seen, *(moved[name][seen] for name in ("counts", "means", "traces")))
 
     def count_disagreement(self, features: Tensor, predictions: Tensor) -> None:
         """Second pass for NC4: count the samples whose predicted class is not that of the nearest class mean.
@@ -160,13 +165,27 @@ class CollapseAccumulator:
         features, predictions = self._checked(features, predictions, name="predictions")
         self.nearest += self._disagreement(features, predictions)
 
-    def compute(self, weight: Tensor, bias: Tensor | None = None, *, center: Center = "class") -> dict[str, float]:
+    @property
+    def moments(self) -> Moments:
+        """Counts, means and traces of everything folded in so far, e.g. for `by_shot`; not copies."""
+        return Moments(self.counts, self.means, self.traces)
+
+    def compute(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        center: Center = "class",
+        spectral: bool = False,
+    ) -> dict[str, float]:
         """The measures of everything folded in so far; "nc4" only with logits or after the second pass.
 
         Args:
-            weight: [C, F] floating, classifier weight.
+            weight: [C, F] floating, classifier weight; None for features that no classifier reads, and then the
+                measures of the weight and NC3 are left out.
             bias: [C] or None; no measure but NC4 reads it, so it is only checked here.
             center: global mean, "class" (mean of the class means) or "samples".
+            spectral: also those of `allnc.metrics.spectrum`.
 
         Returns:
             As `collapse`.
@@ -185,15 +204,10 @@ class CollapseAccumulator:
                 f"class_counts must be what the pass has seen; got {self.expected[wrong]:g} announced and "
                 f"{self.counts[wrong]:g} seen of class {wrong}"
             )
-        measures = collapse_from_moments(
-            self.counts,
-            self.means,
-            self.traces,
-            self._within_covariance(),
-            weight,
-            center=center,
-            within=self.within,
-        )
+        covariance = self.within_covariance()
+        measures = collapse_from_moments(*self.moments, covariance, weight, center=center, within=self.within)
+        if spectral:
+            measures |= spectral_measures(self.counts, self.means, covariance, weight, center=center)
         nearest = self.nearest.clone()
         for features, predictions in self.kept:
             nearest += self._disagreement(features.to(self.counts), predictions)
@@ -210,8 +224,8 @@ class CollapseAccumulator:
         disagreeing = (predictions != nearest).sum()
         return torch.stack((disagreeing, torch.full_like(disagreeing, len(features)))).to(self.nearest)
 
-    def _within_covariance(self) -> Tensor:
-        """Σ_W  [F, F]"""
+    def within_covariance(self) -> Tensor:
+        """Σ_W [F, F] of everything folded in so far, by the convention of `within`."""
         present = self.counts > 0
         if self.within == "pooled":
             return self.scatter[0] / self.counts.sum().clamp(min=1)
@@ -220,26 +234,26 @@ class CollapseAccumulator:
             return self.scatter[0] / num_present
         return torch.einsum("c,cfg->fg", 1 / self.counts.clamp(min=1), self.scatter) / num_present
 
-    def _scatter(self, centred: Tensor, classes: Tensor, row_weight: Tensor) -> Tensor:
-        """Σ_i row_weight_i x_i x_iᵀ per class or weighted over classes, as `self.scatter` is kept."""
+    def _add_scatter(self, centred: Tensor, classes: Tensor, row_weight: Tensor) -> None:
+        """Add Σ_i row_weight_i x_i x_iᵀ, per class or weighted over classes as `self.scatter` is kept."""
         if self.class_weight is not None:
-            return ((centred * (row_weight * self.class_weight[classes])[:, None]).T @ centred)[None]
-        scatter = torch.zeros_like(self.scatter)
+            self.scatter[0] += (centred * (row_weight * self.class_weight[classes])[:, None]).T @ centred
+            return
         for c in classes.unique().tolist():
             rows = centred[classes == c]
-            scatter[c] = (rows * row_weight[classes == c, None]).T @ rows
-        return scatter
+            self.scatter[c] += (rows * row_weight[classes == c, None]).T @ rows
 
-    def _merge(self, counts: Tensor, means: Tensor, traces: Tensor, scatter: Tensor) -> None:
-        total = self.counts + counts  # [C]
-        share = counts / total.clamp(min=1)  # [C]
-        shift = (means - self.means) * (counts > 0)[:, None]  # [C, F]
-        between = self.counts * share  # [C], n_a n_b / (n_a + n_b)
-        moved = torch.nonzero(between > 0).squeeze(1)
-        self.scatter += scatter + self._scatter(shift[moved], moved, between[moved])
-        self.traces += traces + between * shift.square().sum(1)
-        self.means += shift * share[:, None]
-        self.counts = total
+    def _merge(self, classes: Tensor, counts: Tensor, means: Tensor, traces: Tensor) -> None:
+        """Fold in counts > 0, means and traces of some classes [U], whose own scatter is added already."""
+        before = self.counts[classes]
+        share = counts / (before + counts)  # [U]
+        shift = means - self.means[classes]  # [U, F]
+        between = before * share  # [U], n_a n_b / (n_a + n_b)
+        moved = between > 0
+        self._add_scatter(shift[moved], classes[moved], between[moved])
+        self.traces[classes] += traces + between * shift.square().sum(1)
+        self.means[classes] += shift * share[:, None]
+        self.counts[classes] = before + counts
 
     def _checked(self, features: Tensor, labels: Tensor, name: str = "labels") -> tuple[Tensor, Tensor]:
         check_floating("features", features)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from allnc.metrics.accumulate import CollapseAccumulator, predictions_of
+from allnc.metrics.conventions import CONVENTIONS, Convention, by_convention
 from allnc.metrics.measures import Center, Within, check_measurable
-from allnc.ops._common import check_floating, check_labels, check_shape
+from allnc.ops._common import check_choice, check_floating, check_labels, check_shape
 
 _CHUNK_ENTRIES = 1 << 24  # 128 MB in float64: the part of the features or of the logits converted at a time
 
@@ -27,6 +28,8 @@ def collapse(
     *,
     center: Center = "class",
     within: Within = "classes",
+    spectral: bool = False,
+    convention: Convention = "allnc",
 ) -> dict[str, float]:
     """All measures of neural collapse of a data set's features and a classifier.
 
@@ -41,6 +44,11 @@ def collapse(
         logits: [N, C] the network's own, bias included; default: features weightᵀ + bias.
         center: global mean, "class" (mean of the class means) or "samples".
         within: within-class covariance, averaged over "classes" or "pooled" over samples.
+        spectral: also effective ranks, VCI, MIR and HDR, see `allnc.metrics.spectrum`.
+        convention: "allnc", or the program whose numbers to reproduce instead: "papyan", "zhu", "nc_loss",
+            "rhubarbwu" (`allnc.metrics.conventions`). They bring their own center and within, and no more than they
+            report: nc1, and of nc2_means, nc2_weights, equinorm_*, equiangular_*, trace_ratio, cdnv, nc3, nc3_product,
+            nc4 what they have; bias, ‖W μ_G + b‖; nc4_agreement, 1 - nc4 of logits without bias.
 
     Returns:
         Python floats by name; lower is nearer to collapse unless said otherwise:
@@ -53,17 +61,25 @@ def collapse(
         equiangular_means, equiangular_weights: mean of abs(cos + 1/(K-1)).
         nc3, nc3_product, nc3_cosine: ‖W/‖W‖ - M/‖M‖‖, ‖WMᵀ/‖WMᵀ‖ - E‖, mean of 1 - cos(w_c, m_c).
         nc4: share in [0, 1].
-        Only if F < K - 1, where no simplex ETF exists: cosine_max_* and cosine_rms_* against
-        tight_frame_floor = sqrt((K-F)/(F(K-1))), and energy_*, the mean inverse distance of the unit
-        vectors.
+        Only if F < K - 1, where no simplex ETF exists: cosine_max_*, the largest cosine of a pair (at least 0 where
+        K > F + 1, which the 2F directions of orthogonal axes reach); cosine_rms_* against its least value
+        tight_frame_floor = sqrt((K-F)/(F(K-1))), that of a tight frame of unit vectors; energy_*, the mean inverse
+        distance of the unit vectors (hyperspherical energy).
 
     Raises:
-        TypeError, ValueError: wrong types, shapes or labels, fewer than two classes present, or NaN, infinity or a
-            number beyond 1e60 anywhere (logits may be infinite): there is no such measure of a run that has diverged.
+        TypeError, ValueError: wrong types, shapes or labels, fewer than two classes present, a convention with
+            arguments that it would ignore, or NaN, infinity or a number beyond 1e60 anywhere (logits may be infinite):
+            there is no such measure of a run that has diverged.
 
     Source: Papyan, Han & Donoho, PNAS 2020 (NC1-NC4); Zhu et al., NeurIPS 2021 (normalised Gram); Galanti
-        et al., ICLR 2022 (CDNV); Jiang et al., ICML 2024 (F < C - 1).
+        et al., ICLR 2022 (CDNV); Jiang et al., ICML 2024 (F < C - 1); Liu et al., NeurIPS 2018 (energy).
     """
+    check_choice("convention", convention, CONVENTIONS)
+    own = convention == "allnc"
+    if not own and (center != "class" or within != "classes" or spectral):
+        raise ValueError(f"center, within and spectral would be ignored with convention {convention!r}; remove them")
+    if convention == "rhubarbwu" and logits is not None:
+        raise ValueError("logits would be ignored with convention 'rhubarbwu', whose NC4 is of W f; remove them")
     check_floating("features", features)
     check_shape("features", features, ("N", "F"))
     check_labels(labels, features.shape[0])
@@ -85,18 +101,21 @@ def collapse(
         num_classes,
         features.shape[1],
         class_counts=torch.bincount(labels, minlength=num_classes),
-        within=within,
+        within=within if own else "pooled",
         device=features.device,
     )
     step = max(1, _CHUNK_ENTRIES // max(weight.shape))
     chunks = [slice(start, start + step) for start in range(0, num_rows, step)]
     for rows in chunks:
         accumulator.update(features[rows], labels[rows])
+    read_bias = None if convention == "rhubarbwu" else bias
     for rows in chunks:
-        own = _logits(features[rows], weight, bias) if logits is None else logits[rows]
-        predictions = predictions_of(own)
-        accumulator.count_disagreement(features[rows], predictions)
-    return accumulator.compute(weight, bias, center=center)
+        of_rows = _logits(features[rows], weight, read_bias) if logits is None else logits[rows]
+        accumulator.count_disagreement(features[rows], predictions_of(of_rows))
+    if own:
+        return accumulator.compute(weight, bias, center=center, spectral=spectral)
+    disagreement = float(accumulator.nearest[0] / accumulator.nearest[1])
+    return by_convention(convention, accumulator.moments, accumulator.within_covariance(), weight, bias, disagreement)
 
 
 def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -141,8 +141,9 @@ class LongTailModel(nn.Module):
     @property
     def class_vectors(self) -> Tensor:
         """What the classifier that predicts compares features with, [C, F]: its weight, or the unit rows of it."""
-        normalised = isinstance(self.classifier, NormalisedClassifier)
-        return self.classifier.class_vectors if normalised else self.classifier.weight
+        if isinstance(self.classifier, NormalisedClassifier):
+            return self.classifier.class_vectors
+        return self.classifier.weight
 
     @property
     def predicting_vectors(self) -> Tensor:
@@ -184,7 +185,13 @@ def build_model(
         encoder, feature_dim = feature_encoder(config.name, in_channels, config.mlp_hidden), in_channels
     else:
         depth = int(config.name.removeprefix("resnet"))
-        encoder = CifarResNet(depth, width=config.width, in_channels=in_channels, shortcut=config.shortcut)
+        encoder = CifarResNet(
+            depth,
+            width=config.width,
+            in_channels=in_channels,
+            shortcut=config.shortcut,
+            feature_dim=config.feature_dim,
+        )
         feature_dim = encoder.num_features
     if config.norm == "group":
         encoder = group_normalised(encoder)

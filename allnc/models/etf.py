@@ -34,7 +34,7 @@ class ETFClassifier(nn.Module):
         if features < classes - 1:
             raise ValueError(
                 f"model.classifier etf needs at least C - 1 = {classes - 1} features for {classes} classes; got "
-                f"{features}: take a wider network (model.width), or another classifier"
+                f"{features}: take a wider network (model.width or model.feature_dim), or another classifier"
             )
         rotation, _ = torch.linalg.qr(torch.randn(features, classes - 1, dtype=torch.float64))  # [F, C - 1]
         self.register_buffer("weight", (_simplex(classes) @ rotation.T).float())  # [C, F]

@@ -52,17 +52,26 @@ class CifarResNet(nn.Module):
         width: channels of the first stage; the others have twice and four times as many.
         in_channels: channels of the images.
         shortcut: A (zero padding, the paper's choice on CIFAR) or B (projection) where the shape changes.
+        feature_dim: F of a linear layer after the average, >= 1; None: no such layer.
 
     Raises:
         ValueError: a depth that is not 6n + 2.
     """
 
-    def __init__(self, depth: int, *, width: int = 16, in_channels: int = 3, shortcut: Literal["A", "B"] = "A") -> None:
+    def __init__(
+        self,
+        depth: int,
+        *,
+        width: int = 16,
+        in_channels: int = 3,
+        shortcut: Literal["A", "B"] = "A",
+        feature_dim: int | None = None,
+    ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth must be 6n + 2 (8, 20, 32, 44, 56 ...); got {depth}")
         blocks = (depth - 2) // 6
-        self.num_features = 4 * width
+        self.num_features = feature_dim or 4 * width
         self.conv = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         stages, channels = [], width
@@ -72,11 +81,12 @@ class CifarResNet(nn.Module):
                 stages.append(BasicBlock(channels, width << stage, stride, shortcut))
                 channels = width << stage
         self.stages = nn.Sequential(*stages)
+        self.reduction = nn.Linear(4 * width, feature_dim) if feature_dim else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features of images [N, in_channels, H, W] as [N, 4 width]."""
+        """Return the features of images [N, in_channels, H, W] as [N, F], F = feature_dim or 4 width."""
         x = self.stages(F.relu(self.bn(self.conv(images)), inplace=True))
-        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        return self.reduction(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))

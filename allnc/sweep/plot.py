@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from allnc.metrics.plots import appearance, new_figure, save
 from allnc.sweep.table import OVERALL, SCORE, Row
 
-_DPI = 130
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito's
-_MARKERS = "os^vDPX*<>"
 _GEOMETRY = {
     "nc2_means": "NC2 of the class means",
     "nc2_weights": "NC2 of the classifier",
@@ -32,19 +27,17 @@ def plot_geometry(rows: Sequence[Row], path: Path) -> None:
     methods = list(dict.fromkeys(row.method for row in drawn))
     if not data:
         return
-    figure = Figure(figsize=(11, 2.9 * len(data) + 0.28 * (len(methods) // 4 + 1)), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 2.9 * len(data) + 0.28 * (len(methods) // 4 + 1))
     panels = figure.subplots(len(data), len(_GEOMETRY), squeeze=False, sharey="row")
     for name, line in zip(data, panels, strict=True):
         for (measure, title), axes in zip(_GEOMETRY.items(), line, strict=True):
             for row in (row for row in drawn if row.data == name):
-                number = methods.index(row.method)
                 axes.errorbar(
                     row.mean[measure],
                     row.mean[SCORE],
                     yerr=row.std,
-                    fmt=_MARKERS[number // len(_COLOURS) % len(_MARKERS)],
-                    color=_COLOURS[number % len(_COLOURS)],
+                    linestyle="",
+                    **appearance(methods.index(row.method)),
                     markersize=6,
                     elinewidth=0.8,
                     label=row.method,
@@ -58,4 +51,4 @@ def plot_geometry(rows: Sequence[Row], path: Path) -> None:
         label: handle for line in panels for handle, label in zip(*line[0].get_legend_handles_labels(), strict=True)
     }
     figure.legend([entries[name] for name in methods], methods, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path)
+    save(figure, path)

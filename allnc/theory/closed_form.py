@@ -18,7 +18,7 @@ Legend: K classes, n samples of a class, N in all, d columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -189,7 +189,7 @@ def focal_family(num_classes: int, gamma: float, c: float) -> list[float]:
     roots = []
     for start, stop in ((low, top), (max(low, top), 1 - 1e-15)):
         if start < stop and excess(start) * excess(stop) < 0:
-            roots.append(float(brentq(excess, start, stop, xtol=1e-16, rtol=1e-15)))
+            roots.append(_root(excess, start, stop))
     return [math.log(p * (num_classes - 1) / (1 - p)) for p in roots]
 
 
@@ -209,7 +209,7 @@ def focal_convex_from(gamma: float) -> float:
     def curvature(p: float) -> float:
         return (1 - p) * (2 * gamma + 1 + gamma * math.log(p)) - gamma**2 * p * math.log(p)
 
-    return float(brentq(curvature, 1e-300, 0.5, xtol=1e-16))
+    return _root(curvature, 1e-300, 0.5)
 
 
 def focal_window(num_classes: int, gamma: float) -> tuple[float, float] | None:
@@ -241,6 +241,10 @@ def seli(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     roots = torch.tensor(counts, dtype=torch.float64).sqrt()  # the columns of a class, as one of their norm
     V, S, Uh = torch.linalg.svd((torch.eye(K, dtype=torch.float64) - 1 / K) * roots)
     return V * S @ V.T, (Uh.T * S @ Uh) / torch.outer(roots, roots)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    return float(brentq(function, low, high, xtol=1e-16))  # pyright: ignore[reportArgumentType]
 
 
 def _check_collapses(problem: Problem) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ def least_curvature(problem: Problem, x: Tensor) -> tuple[float, Tensor]:
     # The tolerance is relative to the eigenvalue, which may be zero: shifted by one, it is absolute.
     operator = LinearOperator((size, size), matvec=shifted, dtype=np.float64)  # pyright: ignore[reportCallIssue]
     start = np.random.default_rng(0).standard_normal(size)  # eigsh's own would differ from call to call
-    values, vectors = eigsh(operator, k=1, which="SA", v0=start, ncv=min(size, 40), tol=1e-12)
+    options: dict[str, Any] = {"v0": start, "ncv": min(size, 40), "tol": 1e-12}
+    values, vectors = eigsh(operator, k=1, which="SA", **options)
     return float(values[0]) + 1, torch.from_numpy(vectors[:, 0].copy())
 
 

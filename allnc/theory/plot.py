@@ -55,7 +55,7 @@ def plot_landscape(
     left.set_xticks(range(len(kinds)), kinds)
     left.set_ylabel("eigenvalues of the Hessian")
     left.set_title("Curvature at the critical points (large: smallest; bar: predicted)", fontsize=11)
-    left.legend(fontsize=9, loc="upper right", title="loss", title_fontsize=9)
+    left.legend(fontsize=9, loc="lower left", title="loss", title_fontsize=9)
 
     bounds = focal_window(num_classes, gamma)
     assert bounds is not None

@@ -59,18 +59,15 @@ def minimise(
         raise ValueError(f"starts must have shape [B, {sum(first.sizes)}]; got {list(starts.shape)}")
     if isinstance(problem, Problem):
         coefficients = problem.coefficients()
-        batched = vmap(grad_and_value(problem.value), in_dims=(0, None))
+        shared = vmap(grad_and_value(problem.value), in_dims=(0, None))
+        return _lbfgs(lambda x, _index: shared(x, coefficients), starts, tolerance, max_iterations)
+    if len(problem) != len(starts) or any(p.sizes != first.sizes for p in problem):
+        raise ValueError(f"problem must hold one of equal size for each start; got {len(problem)}")
+    stacked = Coefficients(*(torch.stack(c) for c in zip(*(p.coefficients() for p in problem), strict=True)))
+    each = vmap(grad_and_value(first.value))
 
-        def evaluate(x: Tensor, _index: Tensor) -> tuple[Tensor, Tensor]:
-            return batched(x, coefficients)
-    else:
-        if len(problem) != len(starts) or any(p.sizes != first.sizes for p in problem):
-            raise ValueError(f"problem must hold one of equal size for each start; got {len(problem)}")
-        stacked = Coefficients(*(torch.stack(c) for c in zip(*(p.coefficients() for p in problem), strict=True)))
-        each = vmap(grad_and_value(first.value))
-
-        def evaluate(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            return each(x, Coefficients(*(c[index] for c in stacked)))
+    def evaluate(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        return each(x, Coefficients(*(c[index] for c in stacked)))
 
     return _lbfgs(evaluate, starts, tolerance, max_iterations)
 

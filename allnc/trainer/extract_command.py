@@ -29,7 +29,8 @@ PROGRAM = Program(
 )
 # Every other option of a configuration is of the training that is to come.
 _READ = (
-    *("seed", "model.name", "model.width", "model.shortcut", "model.norm", "model.pretrained", "model.weights"),
+    *("seed", "model.name", "model.width", "model.feature_dim", "model.shortcut", "model.norm"),
+    *("model.pretrained", "model.weights"),
     *(f"train.{name}" for name in ("device", "threads", "channels_last", "matmul_precision")),
     *(f"data.{name}" for name in ("name", "root", "train_list", "test_list", "download", "workers")),
     *(f"data.{name}" for name in ("imbalance", "imbalance_ratio", "max_per_class", "subset_seed")),

@@ -4,7 +4,7 @@
     metrics.jsonl       a record an epoch                   last.safetensors    the model, for everyone
     events.out.tfevents.*  the same for TensorBoard         state.pt            what only `--resume` needs
     summary.json        the last epoch's numbers            plots/              angles.png, curves.png
-    .lock               held by the process that writes
+    .lock               held by the process that writes     collapse.json       of `allnc.evaluate --collapse`
 
 Neither torch nor numpy is imported: the command line answers mistakes before they are.
 """
@@ -29,8 +29,16 @@ from allnc.config import SECTIONS
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, STATE = "checkpoint.json", "last.safetensors", "state.pt"
 PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
-EVENTS, LOCK = "events.out.tfevents.*", ".lock"
-_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE)  # written beside their place, then moved there
+EVENTS, LOCK, COLLAPSE = "events.out.tfevents.*", ".lock", "collapse.json"
+_WHOLE = (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    CHECKPOINT,
+    WEIGHTS,
+    STATE,
+    COLLAPSE,
+)  # written beside their place, then moved there
 
 Mode = Literal["new", "resume", "overwrite"]
 

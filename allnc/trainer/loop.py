@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from allnc.config import Config
-from allnc.metrics.plots import plot_angles, plot_curves
+from allnc.metrics.plots import ClassVectors, plot_angles, plot_curves
 from allnc.trainer import checkpoint
 from allnc.trainer.folder import ANGLES, CONFIG, CURVES, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
 from allnc.trainer.manifest import read_manifest
@@ -235,7 +235,8 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
     console.print(final_table(summary))
     (files / PLOTS).mkdir(exist_ok=True)
     weight, data = run.measured.predicting_vectors.detach(), config.data
-    plot_angles(means, weight, files / ANGLES, class_counts=run.counts, many=data.many, few=data.few)
+    vectors = ClassVectors(means, weight, class_counts=run.counts, many=data.many, few=data.few)
+    plot_angles([vectors], files / ANGLES)
     plot_curves(records, files / CURVES)
     console.print(
         f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s in training; all of it in {files}",

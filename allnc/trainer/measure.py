@@ -28,8 +28,16 @@ def outputs(
     model: LongTailModel, images: ImageSet, config: DataConfig, device: torch.device
 ) -> Iterator[tuple[ModelOutput, Tensor]]:
     """Yield the model's outputs and the labels for every image, without augmentation, in evaluation mode."""
-    for (pixels,), labels in _plain_views(model, images, config, device, crops=1):
+    for pixels, labels in plain_images(model, images, config, device):
         yield model(pixels), labels
+
+
+def plain_images(
+    model: LongTailModel, images: ImageSet, config: DataConfig, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every image as the model takes it, without augmentation, with labels; the model is in evaluation mode."""
+    for (pixels,), labels in _plain_views(model, images, config, device, crops=1):
+        yield pixels, labels
 
 
 def _plain_views(

@@ -79,9 +79,9 @@ def ignored_options(config: Config) -> dict[str, str]:
     if loss.horizon == 0 and loss.name == "allnc":
         drop("loss", "gamma", "loss.horizon is 0: the re-balancing branch alone from the start")
     if model.name.startswith("timm:"):
-        drop("model", "width shortcut", f"model.name is {model.name}")
+        drop("model", "width feature_dim shortcut", f"model.name is {model.name}")
     if model.name in FEATURE_MODELS:
-        drop("model", "width shortcut", f"model.name {model.name} has the width of the features")
+        drop("model", "width feature_dim shortcut", f"model.name {model.name} has the width of the features")
     if model.name == "linear":
         drop("train", "micro_batch", "model.name linear has no encoder that a batch could pass in parts")
     if model.name != "mlp":

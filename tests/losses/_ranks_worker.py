@@ -39,7 +39,7 @@ def cases() -> dict[str, LossConfig]:
     digits = recipes["digits_lt"]
     others = {
         "exact gradient, eager": replace(digits, mean_gradient="exact", backend="eager"),
-        "separation": replace(digits, p2p_target="softmax"),
+        "simplex": replace(digits, p2p_target="etf"),
         "no pairings": replace(digits, p2p_means=0.0, p2p_weights=0.0, p2p_duality=0.0),
         "means alone": replace(digits, p2p_weights=0.0, p2p_duality=0.0),
         "cosine": replace(digits, hycon="cosine"),

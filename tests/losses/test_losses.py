@@ -131,8 +131,9 @@ def test_allnc_is_its_formula(form: str, progress: float) -> None:
     eta = 1 - min(1.0, progress / 0.3) ** 2
     seen = torch.tensor([True, True, True, True, False])
     means = _class_means(batch.features, batch.labels)
-    ww = p2p_reference(batch.weight, seen=seen)
-    on_means = 0.5 * p2p_reference(means, seen=seen) + 1.1 * p2p_reference(means, batch.weight, seen=seen)
+    p2p: dict[str, Any] = {"seen": seen, "target": "softmax", "temperature": 0.1}
+    ww = p2p_reference(batch.weight, **p2p)
+    on_means = 0.5 * p2p_reference(means, **p2p) + 1.1 * p2p_reference(means, batch.weight, **p2p)
     if form == "softmax":
         z_means = _class_means(batch.z, batch.labels)
         on_means = on_means + 1.3 * hycon_reference(batch.z, batch.labels, z_means, seen=seen)
@@ -255,7 +256,7 @@ def test_build_passes_every_setting() -> None:
         p2p_means=0.7,
         p2p_weights=0.8,
         p2p_duality=0.9,
-        p2p_target="softmax",
+        p2p_target="etf",
         p2p_temperature=1.1,
         rebalance="focal",
         focal_gamma=3.5,
@@ -345,6 +346,16 @@ def test_an_op_is_given_the_chosen_backend_where_it_has_it(
     monkeypatch.setattr("allnc.losses.p2p.p2p_pairings", lambda *_, backend, **__: backends.append(backend) or values)
     P2P(3, 4, backend=chosen).terms(torch.ones(3, 4), torch.ones(3, dtype=torch.bool), torch.ones(3, 4))
     assert backends == [given]
+
+
+@pytest.mark.parametrize(
+    "num_classes, pairings", [(WIDTH + 1, ["means", "weights", "duality"]), (WIDTH + 2, ["means"])]
+)
+def test_the_classifier_is_left_alone_where_no_simplex_is(num_classes: int, pairings: list[str]) -> None:
+    counts = [4] * num_classes
+    assert AllNC(counts, WIDTH, DIM).pairings == pairings
+    asked = AllNC(counts, WIDTH, DIM, LossConfig(p2p_weights=0.5, p2p_duality=0.25))
+    assert (asked.p2p_weights, asked.p2p_duality) == (0.5, 0.25) and len(asked.pairings) == 3
 
 
 @pytest.mark.parametrize("form", ["softmax", "cosine", "none"])

@@ -36,3 +36,11 @@ def test_shortcut_a_takes_every_second_pixel_between_zero_channels() -> None:
 def test_depths_that_do_not_exist(depth: int) -> None:
     with pytest.raises(ValueError, match=f"depth must be 6n \\+ 2 .*; got {depth}"):
         CifarResNet(depth)
+
+
+@pytest.mark.parametrize("dim", [2, 100])
+def test_a_linear_layer_gives_any_number_of_features(dim: int) -> None:
+    model = CifarResNet(8, width=4, in_channels=1, feature_dim=dim)
+    features = model(torch.randn(6, 1, 8, 8))
+    assert features.shape == (6, dim) == (6, model.num_features)
+    assert (features < 0).any()
