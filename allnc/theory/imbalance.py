@@ -132,7 +132,8 @@ def seli_limit(counts: Sequence[int], roots: Sequence[float], *, seed: int = 0) 
     x, before, results = problem.random_starts(1, seed=seed), None, []
     for root in roots:
         scaled = with_root(problem, root)
-        x = minimise(scaled, x, tolerance=1e-6 * root).x  # from the minimiser of the penalty before
+        # From the minimiser of the penalty before; near rounding, steps cannot bring the gradient further down.
+        x = minimise(scaled, x, tolerance=1e-5 * root, max_iterations=300).x
         W, H, _ = scaled.point(x[0])
         Z = H @ W.T
         growth = None
