@@ -49,6 +49,7 @@ PACKAGES = [
     "allnc.ops.p2p",
     "allnc.plot",
     "allnc.sweep",
+    "allnc.theory",
     "allnc.trainer",
 ]
 
