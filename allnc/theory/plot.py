@@ -146,7 +146,8 @@ def plot_minority(
         axis.set_ylabel("largest |cosine + 1/(K-1)|")
         axis.set_title(f"{classifier} classifier: distance to the simplex", fontsize=11)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(path)
 
 
