@@ -94,7 +94,7 @@ def _collapse(options: argparse.Namespace, run: Run) -> None:
     from allnc.trainer.collapse_report import ENCODER, measure_layers, tables
     from allnc.trainer.folder import COLLAPSE, write_json
 
-    layers = options.layers or ENCODER
+    layers = ENCODER if options.layers is None else options.layers
     report = measure_layers(run, "all" if layers == "all" else layers.split(","), options.ood)
     console = Console()
     for table in tables(report):

@@ -151,7 +151,6 @@ def halves(run: Run, batch: Batch, progress: float) -> dict[str, float | None]:
     with run.autocast():
         output = run.network(run.loader.pixels(batch.images))
     loss: Any = run.loss
-    weight = run.model.classifier_weight
 
     def classification() -> None:
         x = leaves_of(output)
@@ -159,7 +158,8 @@ def halves(run: Run, batch: Batch, progress: float) -> dict[str, float | None]:
 
     def geometry() -> None:
         x = leaves_of(output)
-        hycon, p2p = loss._geometry(x.features, batch.labels, weight, x.z, x.h, run.config.data.views, None)
+        weight, views = run.model.class_vectors, run.config.data.views
+        hycon, p2p = loss._geometry(x.features, batch.labels, weight, x.z, x.h, views, None)
         (hycon + p2p.sum()).backward()
 
     def whole() -> None:
@@ -168,7 +168,7 @@ def halves(run: Run, batch: Batch, progress: float) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, body in (("classification", classification), ("geometry", geometry), ("loss", whole)):
         found[f"{name} MiB"], found[f"{name} s"] = timed(lambda body=body: peak_memory(body, run.device))
-    weight.grad = None
+    run.model.zero_grad(set_to_none=True)
     return found
 
 

@@ -34,7 +34,8 @@ class AllNC(nn.Module):
     """All-around neural collapse: activations, class means and classifier vectors in one loss.
 
     The class means of feature space serve P2P and cosine HyCon; softmax HyCon has its own in projection
-    space. HyCon and P2P are one call of `allnc.all_around`; terms of weight 0 are not computed.
+    space. HyCon and P2P are one call of `allnc.all_around`; terms of weight 0 are not computed. With more classes than
+    F + 1 there is no simplex, and unless the configuration says otherwise P2P is of the class means alone.
 
     Args:
         class_counts: [C] training images of each class, >= 0.

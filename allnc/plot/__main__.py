@@ -63,7 +63,7 @@ def _plot(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"{option} would be ignored: {', '.join(kinds)} are drawn from the records of the runs; remove it"
             )
-    if options.layers and "layers" not in kinds:
+    if options.layers is not None and "layers" not in kinds:
         raise ValueError(f"--layers would be ignored: it is read by --kind layers; got {', '.join(kinds)}")
     check_place(options.out)
     check_runs(options.runs)
@@ -103,7 +103,7 @@ def _drawing(
         scenes = [run.scene() for run in runs()]
         return lambda path: plots.plot_scenes(scenes, path)
     if kind == "layers":
-        names = "all" if layers == "all" else layers.split(",") if layers else None
+        names = "all" if layers == "all" else layers.split(",") if layers is not None else None
         found = {run.vectors.label: run.layers(names) for run in runs()}
         return lambda path: plots.plot_layers(found, path)
     vectors = [run.vectors for run in runs()]

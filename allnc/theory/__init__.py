@@ -1,6 +1,6 @@
-"""The theory of neural collapse, computed: unconstrained features, their minimisers, saddles, and class imbalance."""
+"""The theory of neural collapse, computed: unconstrained features, their minimisers, saddles, and class imbalance.
 
-from allnc.theory.model import Problem
-from allnc.theory.solve import certificate, geometry, minimise
-
-__all__ = ["Problem", "certificate", "geometry", "minimise"]
+`model` has the objective, `solve` finds and certifies minimisers, `closed_form` says what is known of them, `landscape`
+looks at saddles, `imbalance` at classes of different sizes. Nothing is imported here: `python -m allnc.theory --help`
+answers before torch is there.
+"""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -24,11 +26,23 @@ from allnc.theory.model import Problem
 from allnc.theory.report import number, print_table, small, write_results
 
 _GAMMA = 3.0  # of the focal loss, as in the source
+_MOST_VARIABLES = 5000  # of a Hessian as a matrix: 200 MB in float64, and a minute for its eigenvalues
 _SCALE = 5.0  # of the normalised classifier: with 16, four classes have no loss left that float64 could follow
 
 
 def run_landscape(options: argparse.Namespace) -> None:
     """Minimisers, saddles and Hessians of every loss, and the focal loss's second minimum."""
+    check_integer("--classes", options.classes, minimum=2)
+    check_integer("--samples", options.samples, minimum=2)  # SupCon needs a positive
+    check_integer("--dim", options.dim, minimum=options.classes - 1)
+    check_integer("--starts", options.starts, minimum=1)
+    variables = options.classes * ((1 + options.samples) * options.dim + 1)
+    if variables > _MOST_VARIABLES or options.focal_classes > 100:
+        raise ValueError(
+            f"--classes x ((1 + --samples) x --dim + 1) must be at most {_MOST_VARIABLES}, because the Hessian is a "
+            f"matrix, and --focal_classes at most 100; got {variables} and {options.focal_classes}"
+        )
+    _make(options.out)
     console = Console(width=150)
     window = focal_window(options.focal_classes, _GAMMA)
     if window is None:
@@ -105,11 +119,27 @@ def run_landscape(options: argparse.Namespace) -> None:
         plot_landscape(points, focal, options.focal_classes, _GAMMA, options.out / "landscape.png")
 
 
+def _make(folder: Path | None) -> None:
+    """Make the folder of the results before anything is computed for it."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--out must be a folder that can be written to; got {folder}")
+
+
 def run_minority(options: argparse.Namespace) -> None:
     """Thresholds, the limit of no penalty, groups of classes, P2P, and the phase diagram."""
     check_integer("--cells", options.cells, minimum=2)
-    console = Console(width=150)
+    check_integer("--starts", options.starts, minimum=1)
     counts = tuple(options.counts)
+    for count in counts:
+        check_integer("--counts", count, minimum=1)
+    if not 3 <= len(counts) <= 30 or counts.count(min(counts)) < 2:
+        raise ValueError(
+            f"--counts must be of 3 to 30 classes, two of them the smallest, which may then merge; got {counts}"
+        )
+    _make(options.out)
+    console = Console(width=150)
     K = len(counts)
     base = Problem(loss="ce", counts=counts, dim=K, rows="classes", lambda_w=0.02, lambda_h=0.005)
     relu = replace(base, relu=True, lambda_b=None)

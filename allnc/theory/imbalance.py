@@ -270,7 +270,7 @@ class BestSimplex(NamedTuple):
 def best_simplex(problem: Problem, *, seed: int = 0) -> BestSimplex:
     """Minimise the objective without P2P over all simplices, and look whether it would stay there.
 
-    P2P is a sum of squares with value and gradient zero at a simplex. So a simplex is a critical point of the objective
+    P2P has no gradient at a simplex, in either of its forms. So a simplex is a critical point of the objective
     with P2P, at whichever weights, exactly if it is one of the objective without. The simplices are W = 1 mᵀ + r E,
     H = 1 m'ᵀ + r' E with a simplex ETF E; of unit vectors, m and m' are orthogonal to it.
 

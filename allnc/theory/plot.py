@@ -6,17 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from allnc.metrics.plots import appearance, new_figure, save
+from allnc.metrics.plots.style import BLUE, GREEN, RED
 from allnc.theory.closed_form import focal_convex_from, focal_family, focal_window
 from allnc.theory.imbalance import Regularised
 from allnc.theory.landscape import CriticalPoint, Window
-
-_DPI = 110
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito's
-_MARKERS = "os^vD"
 
 
 def plot_landscape(
@@ -30,22 +26,20 @@ def plot_landscape(
         num_classes, gamma: of the focal loss.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(12.5, 4.4), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12.5, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     kinds = list(dict.fromkeys(point.kind for point in points))
     losses = list(dict.fromkeys(point.loss for point in points))
     for point in points:
         position = kinds.index(point.kind) + 0.16 * (losses.index(point.loss) - (len(losses) - 1) / 2)
-        colour = _COLOURS[losses.index(point.loss)]
+        look = appearance(losses.index(point.loss))
         values = np.array(point.eigenvalues)
-        left.scatter(np.full(len(values), position), values, s=9, color=colour, alpha=0.35, linewidths=0)
+        left.scatter(np.full(len(values), position), values, s=9, color=look["color"], alpha=0.35, linewidths=0)
         left.scatter(
             [position],
             [point.curvature],
             s=46,
-            color=colour,
-            marker=_MARKERS[losses.index(point.loss)],
+            **look,
             label=point.loss if point.kind == kinds[0] else None,
         )
         if point.curvature_predicted is not None:
@@ -68,22 +62,22 @@ def plot_landscape(
         if len(family) == 2:
             branches["barrier"].append((kc, family[0]))
     right.axvspan(*bounds, color="0.92", label="window, predicted")
-    right.plot(*np.transpose(branches["simplex"]), color=_COLOURS[0], label="simplex, predicted")
-    right.plot(*np.transpose(branches["barrier"]), color=_COLOURS[3], linestyle="--", label="barrier, predicted")
+    right.plot(*np.transpose(branches["simplex"]), color=BLUE, label="simplex, predicted")
+    right.plot(*np.transpose(branches["barrier"]), color=RED, linestyle="--", label="barrier, predicted")
     flat = 1 / num_classes
     right.plot([bounds[0], grid[-1]], [flat] * 2, color="black", label="origin, a minimum")
     right.plot([grid[0], bounds[0]], [flat] * 2, color="black", linestyle=":", label="origin, a saddle")
     for window in focal:
         if window.probability is not None:
-            right.plot(window.kc, window.probability, marker="o", color=_COLOURS[0], markersize=7)
+            right.plot(window.kc, window.probability, marker="o", color=BLUE, markersize=7)
         if 0 in window.separated:
             right.plot(window.kc, flat, marker="s", color="black", markersize=6)
-    right.axhline(focal_convex_from(gamma), color=_COLOURS[2], linestyle="-.", linewidth=1, label="p*, convex above")
+    right.axhline(focal_convex_from(gamma), color=GREEN, linestyle="-.", linewidth=1, label="p*, convex above")
     right.set_xlabel(r"$K\,c = K \sqrt{n\,\lambda_W \lambda_H}$")
     right.set_ylabel("probability of the own class")
     right.set_title(f"Focal loss, γ = {gamma:g}, K = {num_classes} (markers: ends of starts)", fontsize=11)
     right.legend(fontsize=8)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def plot_minority(
@@ -102,8 +96,7 @@ def plot_minority(
         rows: of `regularised`; those with three equal weights are drawn.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(13, 7.6), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 7.6)
     axes = figure.subplots(2, 3)
     places = [axes[0, 0], axes[0, 1], axes[1, 0], axes[1, 1]]
     image = None
@@ -112,7 +105,7 @@ def plot_minority(
         image = axis.pcolormesh(_edges(ratios), _edges(roots), cosines.numpy(), cmap="cividis", vmin=-1, vmax=1)
         if line is not None:
             axis.plot(ratios, line, color="white", linewidth=3.2)
-            axis.plot(ratios, line, color="#D55E00", linewidth=1.8, label="predicted threshold")
+            axis.plot(ratios, line, color=RED, linewidth=1.8, label="predicted threshold")
             axis.legend(fontsize=8, loc="lower left")
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -135,8 +128,7 @@ def plot_minority(
             number = ("ce", "logit_adjusted").index(loss)
             axis.plot(
                 *np.transpose(drawn),
-                color=_COLOURS[number * 3],
-                marker="os"[number],
+                **appearance(number),
                 linestyle="-" if part == "means" else "--",
                 label=f"{loss}, {part}",
             )
@@ -148,7 +140,7 @@ def plot_minority(
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _edges(centres: Sequence[float]) -> np.ndarray:

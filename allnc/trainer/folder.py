@@ -30,15 +30,8 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, STATE = "checkpoint.json", "last.safetensors", "state.pt"
 PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
 EVENTS, LOCK, COLLAPSE = "events.out.tfevents.*", ".lock", "collapse.json"
-_WHOLE = (
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    CHECKPOINT,
-    WEIGHTS,
-    STATE,
-    COLLAPSE,
-)  # written beside their place, then moved there
+# Written beside their place, then moved there.
+_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, COLLAPSE)
 
 Mode = Literal["new", "resume", "overwrite"]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,33 @@ def test_pictures_are_written(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("a.png", "b.png"))
 
 
-def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["landscape", "--focal_classes", "10"]) == 2
-    assert "--focal_classes must be >= 18" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("landscape --focal_classes 10", "--focal_classes must be >= 18"),
+        ("landscape --classes 1", "--classes must be >= 2; got 1"),
+        ("landscape --samples 1", "--samples must be >= 2; got 1"),
+        ("landscape --dim 2", "--dim must be >= 3; got 2"),
+        ("landscape --samples 1000", "must be at most 5000"),
+        ("landscape --focal_classes 1000", "--focal_classes at most 100"),
+        ("landscape --starts 0", "--starts must be >= 1; got 0"),
+        ("minority --starts 0", "--starts must be >= 1; got 0"),
+        ("minority --counts 10 9 8", "two of them the smallest"),
+        ("minority --counts 10 0 0", "--counts must be >= 1; got 0"),
+        ("minority --cells 1", "--cells must be >= 2; got 1"),
+        ("minority --out {file}/x", "Not a directory"),
+    ],
+)
+def test_a_mistake_is_one_line_at_once(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(words.format(file=tmp_path / "file").split()) == 2
+    told = capsys.readouterr()
+    assert message in told.err and told.err.count("\n") == 1 and told.out == ""
+
+
+def test_help_needs_no_torch() -> None:
+    program = "import sys; sys.modules['torch'] = None; import allnc.theory.__main__ as m; m.main(['--help'])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0 and "landscape" in result.stdout, result.stderr
