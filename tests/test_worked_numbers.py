@@ -9,7 +9,7 @@ import torch
 
 from allnc.losses import GBBN
 from allnc.metrics import collapse, ideal_angle
-from allnc.metrics.measures import _distance_to_etf
+from allnc.metrics.measures import distance_to_etf
 from allnc.ops.p2p import p2p
 from tests.ops.test_p2p import simplex
 
@@ -31,11 +31,11 @@ def test_ideal_angle_of_ten_classes() -> None:
 def test_normalised_simplex_gram(num_classes: int) -> None:
     """E = (I - J/C)/sqrt(C-1) has Frobenius norm 1 and is the normalised Gram matrix of a simplex ETF."""
     vectors = simplex(num_classes, num_classes)
-    assert _distance_to_etf(vectors, vectors, vectors @ vectors.T) < 1e-13
+    assert distance_to_etf(vectors, vectors, vectors @ vectors.T) < 1e-13
     # The identity's product with E is sqrt((C - 1) / C) of both norms.
     identity = torch.eye(num_classes, dtype=torch.float64)
     wanted = math.sqrt(2 - 2 * math.sqrt((num_classes - 1) / num_classes))
-    assert math.isclose(_distance_to_etf(identity, identity, identity), wanted, rel_tol=1e-12)
+    assert math.isclose(distance_to_etf(identity, identity, identity), wanted, rel_tol=1e-12)
     assert torch.allclose(torch.linalg.vector_norm(vectors, dim=1), torch.ones(num_classes, dtype=torch.float64))
 
 

@@ -66,7 +66,7 @@ def test_runs_on_other_images_are_not_compared() -> None:
 def test_a_plot_has_a_point_for_each_method(tmp_path: Path) -> None:
     rows = rows_of(RESULTS, "base", ["a", "b"], ["base", "new"])
     plot_geometry(rows, tmp_path / "geometry.png")
-    assert Image.open(tmp_path / "geometry.png").size[0] == 1430
+    assert Image.open(tmp_path / "geometry.png").size[0] == 1210
     plot_geometry([row._replace(mean=row.mean | {"nc3": None}) for row in rows], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
