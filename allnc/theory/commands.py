@@ -43,7 +43,7 @@ def run_landscape(options: argparse.Namespace) -> None:
             f"matrix, and --focal_classes at most 100; got {variables} and {options.focal_classes}"
         )
     _make(options.out)
-    console = Console(width=150)
+    console = Console(width=190)
     window = focal_window(options.focal_classes, _GAMMA)
     if window is None:
         needed = int(1 / focal_convex_from(_GAMMA)) + 1
@@ -139,7 +139,7 @@ def run_minority(options: argparse.Namespace) -> None:
             f"--counts must be of 3 to 30 classes, two of them the smallest, which may then merge; got {counts}"
         )
     _make(options.out)
-    console = Console(width=150)
+    console = Console(width=190)
     K = len(counts)
     base = Problem(loss="ce", counts=counts, dim=K, rows="classes", lambda_w=0.02, lambda_h=0.005)
     relu = replace(base, relu=True, lambda_b=None)

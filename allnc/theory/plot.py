@@ -136,7 +136,7 @@ def plot_minority(
         axis.set_yscale("log")
         axis.set_xlabel("weight of each P2P term")
         axis.set_ylabel("largest |cosine + 1/(K-1)|")
-        axis.set_title(f"{classifier} classifier: distance to the simplex", fontsize=11)
+        axis.set_title(f"{classifier}: distance to the simplex", fontsize=11)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
