@@ -91,11 +91,11 @@ def _collapse(options: argparse.Namespace, run: Run) -> None:
     """Print and write collapse by layer and by shot."""
     from rich.console import Console
 
-    from allnc.trainer.collapse_report import ENCODER, measure_layers, tables
+    from allnc.trainer.collapse_report import ENCODER, layers_of, measure_layers, tables
     from allnc.trainer.folder import COLLAPSE, write_json
 
     layers = ENCODER if options.layers is None else options.layers
-    report = measure_layers(run, "all" if layers == "all" else layers.split(","), options.ood)
+    report = measure_layers(run, layers_of(layers), options.ood)
     console = Console()
     for table in tables(report):
         console.print(table, "")

@@ -2,7 +2,7 @@
 
 from allnc.metrics.accumulate import CollapseAccumulator
 from allnc.metrics.accuracy import shot_accuracy, shot_groups
-from allnc.metrics.angles import angle_blocks, ideal_angle, pairwise_angles
+from allnc.metrics.angles import ideal_angle, pairwise_angles
 from allnc.metrics.collapse import collapse
 from allnc.metrics.layers import LayerCollapse, collapse_of
 from allnc.metrics.measures import Moments
@@ -14,7 +14,6 @@ __all__ = [
     "CollapseAccumulator",
     "LayerCollapse",
     "Moments",
-    "angle_blocks",
     "by_shot",
     "collapse",
     "collapse_of",

@@ -6,14 +6,12 @@ Legend: C classes, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from allnc.metrics.accuracy import shot_groups
 from allnc.ops._common import check_floating, check_shape
 
 
@@ -127,34 +125,3 @@ def directions(vectors: Tensor, *, centre: bool, name: str = "vectors") -> Tenso
 def _angles_of(cosines: Tensor) -> Tensor:
     """Degrees, in the memory of the cosines."""
     return cosines.clamp_(-1, 1).arccos_().rad2deg_()
-
-
-def angle_blocks(
-    angles: Tensor, class_counts: Tensor | Sequence[int], *, many: int = 100, few: int = 20
-) -> dict[str, float | None]:
-    """Mean angle between the classes of each pair of shot groups.
-
-    Args:
-        angles: [C, C] degrees, as `pairwise_angles` returns them; NaN entries are left out.
-        class_counts: [C] training images of each class.
-        many: classes with more training images than this are many-shot.
-        few: classes with fewer training images than this are few-shot.
-
-    Returns:
-        {"many-many", "many-medium", ..., "few-few"} in degrees; None for a block without a pair.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    groups = shot_groups(class_counts, many=many, few=few)
-    num_classes = len(groups["many"])
-    check_shape("angles", angles, (num_classes, num_classes))
-    names = list(groups)
-    usable = ~torch.eye(num_classes, dtype=torch.bool) & ~angles.isnan()
-    blocks: dict[str, float | None] = {}
-    for first in range(3):
-        for second in range(first, 3):
-            pairs = groups[names[first]][:, None] & groups[names[second]][None, :] & usable
-            mean = float(angles[pairs].mean()) if bool(pairs.any()) else None
-            blocks[f"{names[first]}-{names[second]}"] = mean
-    return blocks

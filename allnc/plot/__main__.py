@@ -103,7 +103,9 @@ def _drawing(
         scenes = [run.scene() for run in runs()]
         return lambda path: plots.plot_scenes(scenes, path)
     if kind == "layers":
-        names = "all" if layers == "all" else layers.split(",") if layers is not None else None
+        from allnc.trainer.collapse_report import layers_of
+
+        names = None if layers is None else layers_of(layers)
         found = {run.vectors.label: run.layers(names) for run in runs()}
         return lambda path: plots.plot_layers(found, path)
     vectors = [run.vectors for run in runs()]

@@ -138,26 +138,6 @@ def collapse_threshold(problem: Problem, count: int) -> float:
     return math.sqrt((problem.num_classes - 1) / problem.num_classes) * threshold
 
 
-def orthogonal_margins(problem: Problem) -> list[float]:
-    """a_k of each class for CE with features h >= 0, without bias and d >= K, any counts.
-
-    Class means are orthogonal and every class stands alone: its samples have the logits a_k (e_k - 1/K), with
-
-        1 - p_k = N sqrt(λ_W λ_H / n_k) sqrt((K-1)/K),   p_k = e^a_k / (e^a_k + K - 1)
-
-    and a_k = 0, a feature that vanishes, once the right side reaches 1 - 1/K.
-
-    Source: Dang et al., Neural Collapse for Cross-entropy Class-Imbalanced Learning with Unconstrained ReLU Features
-        Model, ICML 2024; the formula in this form: ours.
-    """
-    K, root = problem.num_classes, problem.root_of_penalties
-    margins = []
-    for count in problem.counts:
-        miss = problem.num_samples * root * math.sqrt((K - 1) / (K * count))
-        margins.append(math.log((K - 1) * (1 / miss - 1)) if miss < 1 - 1 / K else 0.0)
-    return margins
-
-
 def zero_modes(problem: Problem, rank: int) -> int:
     """Zero eigenvalues that symmetry explains at a point whose features and classifier span `rank` dimensions.
 

@@ -32,6 +32,18 @@ class _PlainImages:
         return plain_images(self.run.measured, self.images, self.run.config.data, self.run.device)
 
 
+def layers_of(text: str) -> Sequence[str] | Literal["all"]:
+    """Return the layers that an option `--layers` names, with commas between them.
+
+    Raises:
+        ValueError: an empty name.
+    """
+    names = text.split(",")
+    if not all(names):
+        raise ValueError(f"--layers must be names with one comma between two of them, or all; got {text!r}")
+    return "all" if text == "all" else names
+
+
 def measure_layers(run: Run, layers: Sequence[str] | Literal["all"], ood: Path | None = None) -> dict[str, Any]:
     """Return the collapse of layers of a run's model on its training images, as collapse.json holds it.
 

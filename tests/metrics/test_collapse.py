@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allnc.metrics import CollapseAccumulator, angle_blocks, collapse, ideal_angle, measures, pairwise_angles
+from allnc.metrics import CollapseAccumulator, collapse, ideal_angle, measures, pairwise_angles
 from tests.ops.test_p2p import simplex
 
 
@@ -237,15 +237,6 @@ def test_angles() -> None:
     angles = pairwise_angles(vectors, centre=False)
     assert torch.allclose(angles[:3, :3], torch.tensor([[0.0, 90, 180], [90, 0, 90], [180, 90, 0]]).double())
     assert bool(angles[3].isnan().all() and angles[:, 3].isnan().all())
-    blocks = angle_blocks(angles, [200, 150, 5, 0])
-    assert blocks == {
-        "many-many": 90.0,
-        "many-medium": None,
-        "many-few": 135.0,
-        "medium-medium": None,
-        "medium-few": None,
-        "few-few": None,
-    }
     etf = pairwise_angles(4 * simplex(10, 12) + 30, centre=True)
     off = ~torch.eye(10, dtype=torch.bool)
     assert torch.allclose(etf[off], torch.tensor(ideal_angle(10), dtype=torch.float64))

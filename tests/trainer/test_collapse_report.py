@@ -12,6 +12,7 @@ import pytest
 
 from allnc import evaluate
 from allnc.trainer import loop
+from allnc.trainer.collapse_report import layers_of
 from tests.trainer.test_training import TINY, changed, quiet
 
 EPOCH = {"epochs": 1, "eval_every": 1}
@@ -102,3 +103,10 @@ def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert evaluate.main([str(tmp_path / "run"), *words]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "collapse.json").exists()
+
+
+def test_names_of_layers() -> None:
+    assert layers_of("all") == "all" and layers_of("encoder,encoder.conv") == ["encoder", "encoder.conv"]
+    for text in ("", "encoder,,encoder.conv", "encoder,"):
+        with pytest.raises(ValueError, match="--layers must be names with one comma"):
+            layers_of(text)
