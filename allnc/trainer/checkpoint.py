@@ -31,6 +31,7 @@ from allnc.config import Config, ModelConfig
 from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
 from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
+from allnc.trainer.own import with_index
 
 
 class Weights(dict[str, Tensor]):
@@ -127,7 +128,8 @@ def load_weights(folder: Path) -> tuple[Config, int, Weights]:
     manifest = read_manifest(folder)
     while manifest is not None:
         try:
-            return _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
+            config, epoch, weights = _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
+            return with_index(config, folder), epoch, weights
         except ValueError:
             before, manifest = manifest, read_manifest(folder)
             if manifest == before:  # else a run has saved the next one meanwhile

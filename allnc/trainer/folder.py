@@ -5,6 +5,7 @@
     events.out.tfevents.*  the same for TensorBoard         state.pt            what only `--resume` needs
     summary.json        the last epoch's numbers            plots/              angles.png, curves.png
     .lock               held by the process that writes     collapse.json       of `allnc.evaluate --collapse`
+    images.tsv          which image of data.name own is for what
 
 Neither torch nor numpy is imported: the command line answers mistakes before they are.
 """
@@ -29,9 +30,9 @@ from allnc.config import SECTIONS
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, STATE = "checkpoint.json", "last.safetensors", "state.pt"
 PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
-EVENTS, LOCK, COLLAPSE = "events.out.tfevents.*", ".lock", "collapse.json"
+EVENTS, LOCK, COLLAPSE, INDEX = "events.out.tfevents.*", ".lock", "collapse.json", "images.tsv"
 # Written beside their place, then moved there.
-_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, COLLAPSE)
+_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, COLLAPSE, INDEX)
 
 Mode = Literal["new", "resume", "overwrite"]
 
