@@ -18,7 +18,7 @@ from allnc.trainer.optim import peak_rate
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
 
 RECIPES = ["cifar100_lt", "cifar10_lt", "cyrillic_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt"]
-RECIPES += ["imagenet_lt_vit", "inat18", "inat18_vit", "kana_lt", "places_lt", "places_lt_vit"]
+RECIPES += ["imagenet_lt_vit", "inat18", "inat18_vit", "kana_lt", "own_images", "places_lt", "places_lt_vit"]
 
 
 def test_every_recipe_parses() -> None:
@@ -134,7 +134,11 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
         (["--data.workers", "2"], "--data.workers would be ignored"),
         (["--resume"], "--resume needs --out DIR"),
         (["--config", "image_list.yaml"], "--config must be a YAML file or one of"),
-        (["stray"], "unrecognized arguments: stray"),
+        (
+            ["stray"],
+            "the first word must be a folder of images, a list of them or a file of arrays; got 'stray', which is",
+        ),
+        (["--seed", "1", "stray"], "unrecognized arguments: stray"),
     ],
 )
 def test_mistakes_are_answered_on_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,8 +121,8 @@ def look_only(words: Sequence[str]) -> None:
     config, _ = parse(words)
     if settled(config, words, functools.partial(print, flush=True))[1] is None:
         raise ValueError(
-            "--dry_run looks at a folder or a list of images: give it as the first word (--print_config prints what other "
-            "runs would do)"
+            "--dry_run looks at a folder or a list of images: give it as the first word (--print_config prints what "
+            "other runs would do)"
         )
 
 
@@ -184,7 +184,9 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
     )
     if program is TRAIN:
         parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
-        parser.add_argument("--dry_run", action="store_true", help="look at the images of DIR, say what is planned, stop")
+        parser.add_argument(
+            "--dry_run", action="store_true", help="look at the images of DIR, say what is planned, stop"
+        )
     parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
     for option, meaning in program.options.items():

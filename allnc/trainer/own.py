@@ -41,8 +41,8 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     place, rest = os.path.abspath(os.path.expanduser(words[0])), list(words[1:])
     if not os.path.exists(place):
         raise ValueError(
-            f"the first word must be a folder of images, a list of them or a file of arrays; got {words[0]!r}, which is "
-            "missing (a recipe is given by --config, a run to continue by --resume --out)"
+            f"the first word must be a folder of images, a list of them or a file of arrays; got {words[0]!r}, which "
+            "is missing (a recipe is given by --config, a run to continue by --resume --out)"
         )
     recipe = [] if any(word == "--config" or word.startswith("--config=") for word in rest) else ["--config", RECIPE]
     if os.path.isdir(place):
@@ -50,10 +50,16 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     if place.lower().endswith((".npz", ".safetensors")):
         return [*recipe, "--data.name=arrays", f"--data.root={place}", *rest]
     if place.lower().endswith(LIST_ENDINGS):
-        return [*recipe, "--data.name=own", f"--data.root={os.path.dirname(place)}", f"--data.train_list={place}", *rest]
+        return [
+            *recipe,
+            "--data.name=own",
+            f"--data.root={os.path.dirname(place)}",
+            f"--data.train_list={place}",
+            *rest,
+        ]
     raise ValueError(
-        f"the first word must be a folder of images, a list of them ({' '.join(LIST_ENDINGS)}) or a file of arrays (.npz "
-        f".safetensors); got the file {words[0]!r}"
+        f"the first word must be a folder of images, a list of them ({' '.join(LIST_ENDINGS)}) or a file of arrays "
+        f"(.npz .safetensors); got the file {words[0]!r}"
     )
 
 
@@ -140,7 +146,7 @@ def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, 
     epochs = min(most, max(least, round(STEPS / max(1, number // batch))))
     epochs = config.train.epochs if "train.epochs" in given else epochs
     validation = len(index.of(VALIDATION))
-    network = "resnet20" if small else "timm:resnet18"
+    network = "resnet8" if small else "timm:resnet18"
     return {
         "data.image_size": size,
         "data.fit": "whole" if whole else "crop",
@@ -151,6 +157,7 @@ def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, 
         "data.workers": min(data.workers, len(os.sched_getaffinity(0))),
         "data.validation": data.validation or (round(validation / (validation + number), 4) if validation else 0.0),
         "model.name": "timm:resnet50" if model.pretrained else network,
+        "model.width": 16 if len(index.classes) <= 64 else 32,  # features are 4 x as many: room for the classes' angles
         "train.batch_size": batch,
         "train.epochs": epochs,
         "train.lr": (0.02 if model.pretrained else 0.1) * batch / LARGEST_BATCH,
@@ -177,13 +184,15 @@ def _description(config: Config, index: Index) -> list[str]:
     pixels = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
     modes = ", ".join(f"{number:,} {mode}" for mode, number in Counter(row.mode for row in rows).most_common(4))
     lines = [
-        f"{os.path.basename(data.train_list or data.root or '')}: {len(rows):,} images of {len(counts)} classes, {pixels} "
-        f"pixels ({modes}); {most:,} to {least:,} training images a class, ratio {most / least:.3g}"
+        f"{os.path.basename(data.train_list or data.root or '')}: {len(rows):,} images of {len(counts)} classes, "
+        f"{pixels} pixels ({modes}); {most:,} to {least:,} training images a class, ratio {most / least:.3g}"
     ]
     numbers = {split: len(index.of(split)) for split in (TRAIN, VALIDATION, TEST)}
     split = ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
-    how = "as given" if TEST in index.given or VALIDATION in index.given else (
-        f"{data.test_share:.0%} of each class, the same with every data.subset_seed {data.subset_seed}"
+    how = (
+        "as given"
+        if TEST in index.given or VALIDATION in index.given
+        else (f"{data.test_share:.0%} of each class, the same with every data.subset_seed {data.subset_seed}")
     )
     lines.append(f"split: {split} images ({how}), written into {INDEX} of the run folder")
     lines += [f"note: {note}" for note in index.notes]

@@ -1,8 +1,8 @@
 """The table of a set of images of one's own: images.tsv, which a run keeps.
 
-A line for each image: path (from data.root), class, split (train, validation, test, or nothing for what was left out),
-width, height, mode, copy_of (the first file with the same bytes), reason (why it was left out). Whoever has the table has
-the same split for ever, wherever the folder moves.
+A line for each image: path (from data.root), class, split (train, validation, test, or nothing for what was left
+out), width, height, mode, copy_of (the first file with the same bytes), reason (why it was left out). Whoever has the
+table has the same split for ever, wherever the folder moves.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def _check_bad(bad: list[tuple[Entry, str]], number: int, config: DataConfig) ->
         return
     allowed = f"data.max_bad allows {config.max_bad}" if config.max_bad else "none may be"
     raise ValueError(
-        f"{len(bad):,} of {_many(number, 'image')} cannot be read, and {allowed}, such as {_example(bad)}: mend or remove "
-        f"them, or leave them out with --data.max_bad {len(bad)}"
+        f"{len(bad):,} of {_many(number, 'image')} cannot be read, and {allowed}, such as {_example(bad)}: mend or "
+        f"remove them, or leave them out with --data.max_bad {len(bad)}"
     )
 
 
@@ -257,8 +257,8 @@ def _copy_notes(rows: Sequence[Row]) -> list[str]:
         if pairs:
             one, other = pairs[0]
             notes.append(
-                f"{_many(len(pairs), 'image')} {words}, such as {shown(one.path)} and {shown(other.path)}: remove one of "
-                "the two"
+                f"{_many(len(pairs), 'image')} {words}, such as {shown(one.path)} and {shown(other.path)}: remove one "
+                "of the two"
             )
     return notes
 
