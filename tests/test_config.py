@@ -179,7 +179,7 @@ def test_run_folders_are_new_unless_asked(tmp_path: Path, monkeypatch: pytest.Mo
     assert plan(["--seed", "3"])[1] == Path("runs/digits_lt-allnc-seed3")
     Path("runs/digits_lt-ce-seed0").mkdir(parents=True)
     assert plan(["--loss.name", "ce"])[1] == Path("runs/digits_lt-ce-seed0-2")
-    assert plan(["--out", "~/x"])[1:] == (tmp_path / "home" / "x", "new")
+    assert plan(["--out", "~/x"])[1:3] == (tmp_path / "home" / "x", "new")
     run = Path("mine")
     run.mkdir()
     assert plan(["--out", "mine"])[1] == run
@@ -189,9 +189,9 @@ def test_run_folders_are_new_unless_asked(tmp_path: Path, monkeypatch: pytest.Mo
         plan(["--out", "mine"])
     with pytest.raises(ValueError, match="has none yet: --overwrite starts the run again"):
         plan(["--out", "mine", "--resume"])
-    assert plan(["--out", "mine", "--overwrite"])[1:] == (run, "overwrite")
+    assert plan(["--out", "mine", "--overwrite"])[1:3] == (run, "overwrite")
     (run / "checkpoint.json").write_text(json.dumps(Manifest(epoch=3, config=config, files={}).to_json()))
-    assert plan(["--resume", "--out=mine"]) == (dataclasses.replace(config, out="mine"), run, "resume")
+    assert plan(["--resume", "--out=mine"])[:3] == (dataclasses.replace(config, out="mine"), run, "resume")
 
 
 def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:

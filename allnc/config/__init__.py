@@ -92,6 +92,8 @@ class Config:
             )
         if self.train.retrain_epochs and self.model.classifier == "etf":
             raise ValueError("train.retrain_epochs needs a model.classifier that trains, linear or normalised; got etf")
+        if self.model.pretrained and self.data.channels != 3:
+            raise ValueError("data.channels must be 3 with model.pretrained, whose weights are of colour images; got 1")
         if (self.data.name == "features") != (self.model.name in FEATURE_MODELS):
             raise ValueError(
                 f"model.name must be {' or '.join(FEATURE_MODELS)} with data.name features, and only then; got "

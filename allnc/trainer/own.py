@@ -192,7 +192,7 @@ def _description(config: Config, index: Index) -> list[str]:
     how = (
         "as given"
         if TEST in index.given or VALIDATION in index.given
-        else (f"{data.test_share:.0%} of each class, the same with every data.subset_seed {data.subset_seed}")
+        else (f"{data.test_share:.0%} of each class, drawn by data.subset_seed {data.subset_seed}")
     )
     lines.append(f"split: {split} images ({how}), written into {INDEX} of the run folder")
     lines += [f"note: {note}" for note in index.notes]
