@@ -98,12 +98,13 @@ def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config,
     config = _with_whole_paths(config)
     if config.data.name != "own" or config.data.index is not None:
         return config, None
-    given = {*given_options(words)}
+    typed = given_options(words)
+    given = {*typed}
     for name in take(words, "config")[0]:
         values = yaml.safe_load(_recipe_path(name).read_text(encoding="utf-8-sig")) if name != own.RECIPE else {}
         given |= {f"{section}.{option}" for section in SECTIONS for option in values.get(section) or ()}
-    config, index = own.settle(config, given, say)
-    _refuse_ignored(config, given_options(words))
+    config, index = own.settle(config, given, typed, say)
+    _refuse_ignored(config, typed)
     return config, index
 
 

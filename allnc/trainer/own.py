@@ -63,12 +63,13 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     )
 
 
-def settle(config: Config, given: Collection[str], say: Say) -> tuple[Config, Index]:
+def settle(config: Config, given: Collection[str], typed: Collection[str], say: Say) -> tuple[Config, Index]:
     """Look at the images of data.root, choose what was not given, and say so in a few lines.
 
     Args:
         config: with data.name own and without data.index.
         given: dotted options that stay as they are.
+        typed: those of them that stand on the command line, and are refused where they would do nothing.
         say: called with each line.
 
     Returns:
@@ -83,9 +84,9 @@ def settle(config: Config, given: Collection[str], say: Say) -> tuple[Config, In
     data = config.data
     say(f"looking at the images of {data.train_list or data.root}")
     index = scan(data, teller("looked at"))
-    if "data.test_share" in given and {TEST, VALIDATION} & {*index.given}:
+    if "data.test_share" in typed and {TEST, VALIDATION} & {*index.given}:
         raise ValueError("--data.test_share would be ignored: the images have a test set of their own; remove it")
-    if data.validation > 0 and VALIDATION in index.given and TEST in index.given and "data.validation" in given:
+    if data.validation > 0 and VALIDATION in index.given and TEST in index.given and "data.validation" in typed:
         raise ValueError(
             "--data.validation would be ignored: there are validation images already; remove it, or give 0 to measure "
             "on the test images"
@@ -157,7 +158,9 @@ def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, 
         "data.workers": min(data.workers, len(os.sched_getaffinity(0))),
         "data.validation": data.validation or (round(validation / (validation + number), 4) if validation else 0.0),
         "model.name": "timm:resnet50" if model.pretrained else network,
-        "model.width": 16 if len(index.classes) <= 64 else 32,  # features are 4 x as many: room for the classes' angles
+        "model.width": 16
+        if len(index.classes) <= 100
+        else 32,  # features are 4 x as many: room for the classes' angles
         "train.batch_size": batch,
         "train.epochs": epochs,
         "train.lr": (0.02 if model.pretrained else 0.1) * batch / LARGEST_BATCH,

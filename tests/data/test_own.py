@@ -384,7 +384,14 @@ def test_sizes_and_modes_are_what_is_seen(tmp_path: Path) -> None:
     rows = {Path(row.path).name: (row.width, row.height, row.mode) for row in index.rows}
     assert rows["turned.jpg"] == (10, 20, "RGB") and rows["cmyk.JPG"][2] == "CMYK"
     assert rows["greys.png"][2] == "L" and rows["P.png"][2] == "P" and rows["deep.png"][2].startswith("I")
-    assert not index.all_grey and any("1 image of 16 bits" in note for note in index.notes)
+    assert not index.all_grey and index.notes == ()
+
+
+def test_sixteen_bits_of_which_few_are_used_are_said(tmp_path: Path) -> None:
+    tree(tmp_path, {"a": 2, "b": 2})
+    for name in "ab":
+        Image.fromarray(np.full((16, 16), 4095, np.uint16)).save(tmp_path / name / f"{name}.png")
+    assert any("2 images of 16 bits with no value above 4,095 of 65,535" in note for note in looked(tmp_path).notes)
 
 
 @pytest.mark.parametrize("in_memory", [False, True])

@@ -145,6 +145,23 @@ def test_a_recipe_wins_over_what_is_chosen(tmp_path: Path, capsys: pytest.Captur
     assert "resnet14; loss allnc; 3 epochs" in said(words, capsys)
 
 
+def test_what_print_config_shows_is_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree(tmp_path / "photos", {"a": 40, "b": 10}, side=24)
+    assert main([str(tmp_path / "photos"), "--print_config"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["data"]["image_size"] == 24
+    assert main(["--config", str(tmp_path / "mine.yaml"), "--print_config"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "mine.yaml").read_text()
+
+
+def test_every_data_set_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--data.root", "photos", "--data.train_list", "a.txt", "--data.test_list", "~/b.txt"]
+    monkeypatch.setenv("HOME", "/home/me")
+    data = plan(["--config", "imagenet_lt", *words, "--out", "run"]).config.data
+    assert (data.root, data.train_list, data.test_list) == (f"{tmp_path}/photos", f"{tmp_path}/a.txt", "/home/me/b.txt")
+
+
 def test_folders_of_splits_are_measured_as_they_are_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train", "val", "test"):
         tree(tmp_path / "photos" / name, {"a": 8, "b": 8}, side=16 + len(name))

@@ -147,7 +147,7 @@ def scan(config: DataConfig, tell: Tell | None = None) -> Index:
     rows += [Row(entry.path, entry.label, "", 0, 0, "", "", reason) for entry, reason in found.bad]
     if bad:
         notes = [f"{_many(len(bad), 'file')} left out that cannot be read, such as {_example(bad)}", *notes]
-    notes = [*found.notes, *notes, *_copy_notes(rows), *_sixteen_bit_note(rows)]
+    notes = [*found.notes, *notes, *_copy_notes(rows), *_dark_note(seen)]
     if strangers:
         notes.append(
             f"{_many(strangers.total(), 'image')} left out of classes without a training image, such as "
@@ -263,13 +263,15 @@ def _copy_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _sixteen_bit_note(rows: Sequence[Row]) -> list[str]:
-    number = sum(row.mode.startswith("I") for row in rows)
-    return (
-        [f"{_many(number, 'image')} of 16 bits: their upper 8 are seen; scale values that do not reach 65,535"]
-        if number
-        else []
-    )
+def _dark_note(seen: Sequence[Seen]) -> list[str]:
+    """Say when images of 16 bits use few of them, as those of cameras with 12 bits do."""
+    deep = [one.brightest for one in seen if one.mode.startswith("I") and not one.fault]
+    if not deep or max(deep) >= 128:
+        return []
+    return [
+        f"{_many(len(deep), 'image')} of 16 bits with no value above {256 * max(deep) + 255:,} of 65,535: only the upper "
+        "8 bits are seen, nearly black here; scale them to the whole range"
+    ]
 
 
 def _many(number: int, one: str, several: str | None = None) -> str:
