@@ -27,6 +27,7 @@ EPOCHS, EPOCHS_PRETRAINED = (20, 200), (10, 40)  # least and most
 LARGEST_BATCH = 64
 MEMORY = 2 * 2**30  # bytes of images that are held in memory
 PHOTOGRAPH = 160  # pixels: median of the shorter side from which on images are seen at 224, else at 128
+PRETRAINED = 224  # pixels: what most pretrained networks were trained at
 Say = Callable[[str], None]
 
 
@@ -134,10 +135,11 @@ def with_index(config: Config, folder: Path) -> Config:
 def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, Any]:
     """Return what the images ask for, as dotted options; those that were given are taken into account."""
     data, model = config.data, config.model
-    size = data.image_size if "data.image_size" in given else _image_size(index)
+    seen_at = _image_size(index)
+    size = data.image_size if "data.image_size" in given else PRETRAINED if model.pretrained else seen_at
     number = len(index.of(TRAIN))
     channels = 1 if index.all_grey and not model.pretrained else 3
-    small = size <= SMALL
+    small = min(size, seen_at) <= SMALL
     bytes_in_memory = channels * size**2 * sum(1 for row in index.rows if row.split)
     augmentation = data.augmentation if "data.augmentation" in given else "shift_rotate" if small else "resized_crop"
     whole = small or augmentation in ("shift_rotate", "crop_flip_cutout", "autoaugment")
@@ -147,20 +149,19 @@ def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, 
     epochs = min(most, max(least, round(STEPS / max(1, number // batch))))
     epochs = config.train.epochs if "train.epochs" in given else epochs
     validation = len(index.of(VALIDATION))
-    network = "resnet8" if small else "timm:resnet18"
+    network = "resnet8" if size <= SMALL else "timm:resnet18"
+    width = 16 if len(index.classes) <= 100 else 32  # features are 4 x as many: room between the classes
     return {
         "data.image_size": size,
         "data.fit": "whole" if whole else "crop",
         "data.channels": channels,
-        "data.in_memory": small and whole and bytes_in_memory <= MEMORY,
+        "data.in_memory": size <= SMALL and bytes_in_memory <= MEMORY,
         "data.augmentation": augmentation,
         "data.flip": not index.all_grey,
         "data.workers": min(data.workers, len(os.sched_getaffinity(0))),
         "data.validation": data.validation or (round(validation / (validation + number), 4) if validation else 0.0),
         "model.name": "timm:resnet50" if model.pretrained else network,
-        "model.width": 16
-        if len(index.classes) <= 100
-        else 32,  # features are 4 x as many: room for the classes' angles
+        "model.width": width,
         "train.batch_size": batch,
         "train.epochs": epochs,
         "train.lr": (0.02 if model.pretrained else 0.1) * batch / LARGEST_BATCH,
@@ -192,11 +193,8 @@ def _description(config: Config, index: Index) -> list[str]:
     ]
     numbers = {split: len(index.of(split)) for split in (TRAIN, VALIDATION, TEST)}
     split = ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
-    how = (
-        "as given"
-        if TEST in index.given or VALIDATION in index.given
-        else (f"{data.test_share:.0%} of each class, drawn by data.subset_seed {data.subset_seed}")
-    )
+    drawn = f"{data.test_share:.0%} of each class, drawn by data.subset_seed {data.subset_seed}"
+    how = "as given" if {TEST, VALIDATION} & {*index.given} else drawn
     lines.append(f"split: {split} images ({how}), written into {INDEX} of the run folder")
     lines += [f"note: {note}" for note in index.notes]
     mirrored = data.augmentation not in ("none", "shift_rotate") and data.flip

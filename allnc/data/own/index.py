@@ -269,8 +269,8 @@ def _dark_note(seen: Sequence[Seen]) -> list[str]:
     if not deep or max(deep) >= 128:
         return []
     return [
-        f"{_many(len(deep), 'image')} of 16 bits with no value above {256 * max(deep) + 255:,} of 65,535: only the upper "
-        "8 bits are seen, nearly black here; scale them to the whole range"
+        f"{_many(len(deep), 'image')} of 16 bits with no value above {256 * max(deep) + 255:,} of 65,535: only the "
+        "upper 8 bits are seen, nearly black here; scale them to the whole range"
     ]
 
 
