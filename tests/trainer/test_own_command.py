@@ -124,7 +124,8 @@ def test_images_from_disk_are_augmented_as_in_memory(tmp_path: Path, capsys: pyt
         (100, "RGB", ["--data.augmentation", "shift_rotate"], ["from disk, augmented by shift_rotate, not mirrored"]),
         (16, "RGB", ["--data.augmentation", "crop_flip_cutout"], ["crop_flip_cutout, mirrored (--data.flip false if"]),
         (16, "RGB", ["--train.epochs", "7"], ["7 epochs of 2 batches of 16"]),
-        (16, "L", ["--model.name", "timm:resnet18", "--model.pretrained", "true"], ["224 x 224 pixels, colour, from disk, augmented by shift_rotate", "timm:resnet18"]),
+        (16, "L", ["--model.name", "timm:resnet18", "--model.pretrained", "true"],
+         ["224 x 224 pixels, colour, from disk, augmented by shift_rotate", "timm:resnet18"]),
         (16, "L", ["--data.validation", "0.2"], ["split: 32 train, 8 validation, 10 test", "on the validation images"]),
     ],
 )  # fmt: skip
