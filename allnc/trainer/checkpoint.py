@@ -18,7 +18,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,9 +28,13 @@ from torch import Tensor
 
 from allnc._sealed import sum_of
 from allnc.config import Config, ModelConfig
+from allnc.trainer.card import Card
 from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
 from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
+
+if TYPE_CHECKING:
+    from allnc.models import LongTailModel
 
 
 class Weights(dict[str, Tensor]):
@@ -39,15 +43,41 @@ class Weights(dict[str, Tensor]):
     Args:
         tensors: by name.
         frozen: SHA-256 of the frozen tensors that are not among them (`LongTailModel.frozen_sum`); None: all are here.
+        card: what is known of the training images; None in files of older versions.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], frozen: str | None = None) -> None:
+    def __init__(self, tensors: dict[str, Tensor], frozen: str | None = None, card: Card | None = None) -> None:
         super().__init__(tensors)
-        self.frozen = frozen
+        self.frozen, self.card = frozen, card
 
     def model(self, config: ModelConfig) -> ModelConfig:
         """Return the configuration of a model that takes them: pretrained only where they are not all here."""
         return config if self.frozen is not None else dataclasses.replace(config, pretrained=False)
+
+    def fill(self, model: LongTailModel, frozen_sum: str | None = None) -> None:
+        """Put them into a model, beside its own frozen tensors where they leave these out.
+
+        Args:
+            model: built from the run's configuration.
+            frozen_sum: the model's `frozen_sum()`, where it is known already.
+
+        Raises:
+            ValueError: they do not fit the model, or were tuned beside other frozen weights than the model has.
+        """
+        if self.frozen is not None:
+            found = frozen_sum or model.frozen_sum()
+            if found != self.frozen:
+                raise ValueError(
+                    "the pretrained weights must be those that the checkpoint was tuned with, of which it holds no "
+                    f"copy: their SHA-256 is {self.frozen[:16]}..., got {found[:16]}...; name their file by "
+                    "--model.weights"
+                )
+        own, absent = model.state_dict(), [] if self.frozen is None else model.frozen_names()
+        try:
+            model.load_state_dict({name: own[name] for name in absent} | self)
+        except RuntimeError as error:  # torch lists every name and shape
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None
 
 
 def save(
@@ -73,8 +103,9 @@ def save(
     state = io.BytesIO()  # torch's own writer would turn a full disk into a RuntimeError
     torch.save(training, state)
     notes = {"config": json.dumps(to_dict(config)), "epoch": str(epoch)}
-    if isinstance(model, Weights) and model.frozen is not None:
-        notes["frozen"] = model.frozen
+    if isinstance(model, Weights):
+        notes |= {} if model.frozen is None else {"frozen": model.frozen}
+        notes |= {} if model.card is None else {"card": model.card.to_json()}
     files = {WEIGHTS: to_bytes(tensors, notes), STATE: state.getvalue()}
     for name, data in files.items():
         write_temporary(folder / name, data)
@@ -169,6 +200,7 @@ def _model(path: Path, data: bytes) -> tuple[Config, int, Weights]:
         raise ValueError(f"{path} must hold a configuration in its metadata; it does not: another program wrote it")
     try:
         config = from_dict(json.loads(notes["config"]))
-        return config, int(notes["epoch"]), Weights(tensors, notes.get("frozen"))
-    except (ValueError, TypeError) as error:
+        card = Card.from_json(notes["card"]) if "card" in notes else None
+        return config, int(notes["epoch"]), Weights(tensors, notes.get("frozen"), card)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold a configuration in its metadata; it cannot be read: {error}") from error

@@ -14,6 +14,7 @@ from allnc.data import FeatureSet, ImageSet, TrainLoader, load, loader_for
 from allnc.losses.build import LOSSES, build_loss
 from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_tensors
 from allnc.trainer import checkpoint
+from allnc.trainer.card import Card
 from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
 from allnc.trainer.optim import build_optimizer, configure
@@ -214,7 +215,9 @@ class Run:
         }
         if self.average is not None:
             training["model"] = self._saved_state(self.model)
-        model = checkpoint.Weights(self._saved_state(self.measured), self.frozen_sum if self._left_out() else None)
+        frozen = self.frozen_sum if self._left_out() else None
+        card = Card.of(self.train_set, self.config.data)
+        model = checkpoint.Weights(self._saved_state(self.measured), frozen, card)
         checkpoint.save(folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes)
 
     def _left_out(self) -> list[str]:
@@ -274,17 +277,7 @@ class Run:
         Raises:
             ValueError: they do not fit the model, or were tuned beside other frozen weights than the model has.
         """
-        if weights.frozen is not None and weights.frozen != self.frozen_sum:
-            raise ValueError(
-                "the pretrained weights must be those that the checkpoint was tuned with, of which it holds no copy: "
-                f"their SHA-256 is {weights.frozen[:16]}..., got {self.frozen_sum[:16]}...; name their file by "
-                "--model.weights"
-            )
-        try:
-            self.measured.load_state_dict(self._whole_state(weights, weights))
-        except RuntimeError as error:  # torch lists every name and shape
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None
+        weights.fill(self.measured, None if weights.frozen is None else self.frozen_sum)
         self.epoch = epoch
 
     def check_weights(self) -> None:
