@@ -5,6 +5,7 @@
     events.out.tfevents.*  the same for TensorBoard         state.pt            what only `--resume` needs
     summary.json        the last epoch's numbers            plots/              angles.png, curves.png
     .lock               held by the process that writes     collapse.json       of `allnc.evaluate --collapse`
+                                                            model.*             of `allnc.export`
 
 Neither torch nor numpy is imported: the command line answers mistakes before they are.
 """
@@ -30,8 +31,9 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, STATE = "checkpoint.json", "last.safetensors", "state.pt"
 PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
 EVENTS, LOCK, COLLAPSE = "events.out.tfevents.*", ".lock", "collapse.json"
+EXPORTS = ("model.safetensors", "model.json", "model.pt2", "model.onnx")  # of `allnc.export`
 # Written beside their place, then moved there.
-_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, COLLAPSE)
+_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, COLLAPSE, *EXPORTS)
 
 Mode = Literal["new", "resume", "overwrite"]
 
