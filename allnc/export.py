@@ -28,8 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--raw", action="store_true", help="take uint8 images and normalise them inside (torch and onnx)"
     )
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best"),
+        dest="which",
+        help="of the last epoch, or of the best one on validation images; default last, and best with train.patience",
+    )
     parser.add_argument("--data.root", dest="root", help="images of a run of an older version on a file of arrays")
-    parser.add_argument("--model.weights", dest="weights", help="pretrained weights, where they are not the run's")
+    parser.add_argument("--model.weights", dest="pretrained", help="pretrained weights, where they are not the run's")
     options = parser.parse_args(arguments)
     return answer("allnc.export", lambda: _export(options))
 
@@ -50,7 +56,9 @@ def _export(options: argparse.Namespace) -> None:
     from allnc.inference.export import export  # torch from here on
     from allnc.inference.predictor import load
 
-    predictor = load(options.run, root=options.root, weights=options.weights, device="cpu")
+    predictor = load(
+        options.run, which=options.which, device="cpu", root=options.root, pretrained=options.pretrained
+    )
     done = export(predictor, options.format, out, raw=options.raw)
     shape = ", ".join(map(str, predictor.card.shape))
     size = sum(path.stat().st_size for path in done.files) / 1e6

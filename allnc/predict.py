@@ -31,8 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to; default the terminal")
     parser.add_argument("--overwrite", action="store_true", help="let FILE be replaced")
     parser.add_argument("--workers", type=int, help="processes that decode; default one a core, 8 at most")
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best"),
+        dest="which",
+        help="of the last epoch, or of the best one on validation images; default last, and best with train.patience",
+    )
+    parser.add_argument(
+        "--prior",
+        metavar="uniform|train|FILE",
+        help="probabilities under this class prior; FILE: a CSV of class name and weight; default as trained",
+    )
     parser.add_argument("--data.root", dest="root", help="images of a run of an older version on a file of arrays")
-    parser.add_argument("--model.weights", dest="weights", help="pretrained weights, where they are not the run's")
+    parser.add_argument("--model.weights", dest="pretrained", help="pretrained weights, where they are not the run's")
     parser.add_argument("--train.device", dest="device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
     unread = 0
@@ -60,7 +71,14 @@ def _predict(options: argparse.Namespace) -> int:
     from allnc.inference.predict import predict_files  # torch from here on
     from allnc.inference.predictor import load
 
-    predictor = load(options.run, root=options.root, weights=options.weights, device=options.device)
+    predictor = load(
+        options.run,
+        which=options.which,
+        prior=options.prior,
+        device=options.device,
+        root=options.root,
+        pretrained=options.pretrained,
+    )
     if options.top > len(predictor.classes):
         raise ValueError(f"--top must be <= {len(predictor.classes)}, the number of classes; got {options.top}")
     paths = image_paths(options.images)

@@ -56,7 +56,7 @@ def predict_files(
 
 
 def _rows(predictor: Predictor, part: Part, top: int) -> list[Row]:
-    probabilities = predictor.logits_of(part.pixels).softmax(1) if len(part.pixels) else torch.empty(0, top)
+    probabilities = predictor.probabilities(predictor.logits_of(part.pixels)) if len(part.pixels) else torch.empty(0, top)
     shares, classes = (values.tolist() for values in probabilities.topk(top, dim=1))
     places, rows = iter(range(len(shares))), []
     for position, name in enumerate(part.names):

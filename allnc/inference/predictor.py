@@ -5,25 +5,72 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from allnc.config import FEATURE_MODELS, SMALL_SETS, Config, DataConfig
+from allnc.config import Config
+from allnc.inference.guess import guessed_card
 from allnc.inference.network import PredictingNetwork
 from allnc.inference.places import placed
 from allnc.inference.transform import Source, Transform
 from allnc.losses.build import LOSSES
+from allnc.metrics import adjust_prior
 from allnc.models import LongTailModel, build_model
 from allnc.trainer.card import Card
-from allnc.trainer.checkpoint import Weights, load_weights
+from allnc.trainer.checkpoint import Weights, Which, load_weights
+from allnc.trainer.prior import assumed_prior, wanted_prior
 from allnc.trainer.runtime import pick_device
 
 BATCH = 64  # images that pass the network at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A trained model as its checkpoint has it.
+
+    Args:
+        config: of the run; its files are where they lie from here.
+        epoch: epochs done.
+        card: what the run knows of its training images.
+        model: on the device, in evaluation mode and in the memory format of the run.
+        device: of the model.
+        which: last or best: of which epoch the weights are.
+    """
+
+    config: Config
+    epoch: int
+    card: Card
+    model: LongTailModel
+    device: torch.device
+    which: Which
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, "0", "1" ... where they have none."""
+        return self.card.classes or tuple(map(str, range(len(self.card.class_counts))))
+
+    @property
+    def counts(self) -> Tensor:
+        """Training images of each class, [C] int64; 0 where an older version did not note them."""
+        return torch.tensor(self.card.class_counts)
+
+    def prior(self, text: str) -> tuple[Tensor, Tensor]:
+        """Return the class priors [C] that the logits assume, and that `text` names (`wanted_prior`).
+
+        Raises:
+            ValueError: the run has logits that cannot be adjusted, or `text` names no prior.
+        """
+        if int(self.counts.min()) == 0:
+            raise ValueError("--prior needs a run that knows its class sizes; one of an older version does not")
+        wanted = wanted_prior(text, self.counts, self.classes)
+        return assumed_prior(self.config, self.counts, epoch=self.epoch), wanted
 
 
 class Predictor:
@@ -41,20 +88,15 @@ class Predictor:
         device: where the model lies.
     """
 
-    def __init__(
-        self, config: Config, epoch: int, card: Card, model: LongTailModel, device: torch.device, *, crops: int = 1
-    ) -> None:
-        self.config, self.epoch, self.card, self.device = config, epoch, card, device
-        side = config.data.image_size if crops == 5 else None
-        channels_last = config.train.channels_last and len(card.shape) == 3
-        memory = torch.channels_last if channels_last else torch.contiguous_format
-        whole = model.to(device).to(memory_format=memory)  # pyright: ignore[reportCallIssue]
-        self.model = PredictingNetwork(whole, size=side, memory=memory)
-        self.classes = card.classes or tuple(map(str, range(len(card.class_counts))))
-        self._transform = None
-        if len(card.shape) == 3:
-            small = in_memory(config.data)
-            self._transform = Transform(card.shape, card.mean, card.std, in_memory=small, margin=crops == 5)
+    def __init__(self, restored: Restored, prior: str | None = None) -> None:
+        config, card, model = restored.config, restored.card, restored.model
+        self.config, self.card, self.device, self.epoch = config, card, restored.device, restored.epoch
+        self.classes = restored.classes
+        has_pixels, five = len(card.shape) == 3, config.data.test_crops == 5
+        memory = torch.channels_last if config.train.channels_last and has_pixels else torch.contiguous_format
+        self.model = PredictingNetwork(model, size=card.shape[-1] if five else None, memory=memory)
+        self._transform = Transform(card, config.data) if has_pixels else None
+        self._priors = None if prior is None else restored.prior(prior)
 
     @property
     def transform(self) -> Transform:
@@ -84,9 +126,15 @@ class Predictor:
         Raises:
             ValueError: no image, or one that cannot be read.
         """
-        return self.logits(images).softmax(1)
+        return self.probabilities(self.logits(images))
 
     predict = __call__
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities [n, C] of logits [n, C], under the class prior that was asked for, if any."""
+        if self._priors is not None:
+            logits = adjust_prior(logits, *self._priors)
+        return logits.softmax(1)
 
     @torch.inference_mode()
     def logits(self, images: Source | Iterable[Source]) -> Tensor:
@@ -109,20 +157,24 @@ class Predictor:
 def load(
     run: str | os.PathLike[str],
     *,
-    root: str | None = None,
-    weights: str | None = None,
+    which: Which | None = None,
+    prior: str | None = None,
     device: str = "auto",
+    root: str | None = None,
+    pretrained: str | None = None,
     crops: int | None = None,
 ) -> Predictor:
     """Load a trained run, without its images.
 
     Args:
         run: its folder, or one with its last.safetensors alone.
+        which: weights of the last or of the best epoch; None: the best of a run that stops early, else the last.
+        prior: class prior of the probabilities, uniform, train or a CSV file of class name and weight; None: as trained.
+        device: auto (a GPU where there is one), cpu or cuda.
         root: the images' folder or file, where it is not the run's (`data.root`); read of runs of older versions on
             files of arrays alone, whose weights do not know the mean and deviation of the pixels.
-        weights: file of the pretrained weights, where it is not the run's (`model.weights`); read where the run left
-            out the frozen ones alone.
-        device: auto (a GPU where there is one), cpu or cuda.
+        pretrained: file of the pretrained weights, where it is not the run's (`model.weights`); read where the run
+            left out the frozen ones alone.
         crops: 1 or 5 views of an image whose logits are averaged; None takes the run's (`data.test_crops`).
 
     Returns:
@@ -135,24 +187,38 @@ def load(
         >>> run = load("runs/digits_lt-allnc-seed0")  # doctest: +SKIP
         >>> probabilities = run(["a.png", "b.png"])  # [2, C], of the classes run.classes  # doctest: +SKIP
     """
+    restored = restore(run, which=which, device=device, root=root, pretrained=pretrained, crops=crops)
+    return Predictor(restored, prior)
+
+
+def restore(
+    run: str | os.PathLike[str],
+    *,
+    which: Which | None = None,
+    device: str = "auto",
+    root: str | None = None,
+    pretrained: str | None = None,
+    crops: int | None = None,
+) -> Restored:
+    """Return the trained model of a run; arguments and errors as `load`."""
     folder = Path(run).expanduser()
-    config, epoch, state = load_weights(folder)
-    if weights is not None and state.frozen is None:
+    config, epoch, weights = load_weights(folder, which)
+    if pretrained is not None and weights.frozen is None:
         raise ValueError(f"--model.weights would be ignored: {folder} holds every weight; remove it")
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda; got {device!r}")
     config = placed(config, folder)
-    data = dataclasses.replace(
-        config.data, root=root or config.data.root, test_crops=crops or config.data.test_crops
-    )
-    model = dataclasses.replace(state.model(config.model), weights=weights or config.model.weights)
+    data, model = config.data, weights.model(config.model)
     config = dataclasses.replace(
-        config, data=data, model=model, train=dataclasses.replace(config.train, device=device)  # pyright: ignore
+        config,
+        data=dataclasses.replace(data, root=root or data.root, test_crops=crops or data.test_crops),
+        model=dataclasses.replace(model, weights=pretrained or model.weights),
+        train=dataclasses.replace(config.train, device=device),  # pyright: ignore[reportArgumentType]
     )
     place = pick_device(config.train)
-    card = state.card or _guessed_card(config, state, folder)
-    network = rebuild(config, card, state)
-    return Predictor(config, epoch, card, network, place, crops=config.data.test_crops)
+    card = weights.card or guessed_card(config, weights, folder)
+    network: Any = rebuild(config, card, weights).to(place)
+    if config.train.channels_last and len(card.shape) == 3:
+        network = network.to(memory_format=torch.channels_last)
+    return Restored(config=config, epoch=epoch, card=card, model=network, device=place, which=weights.which)
 
 
 def rebuild(config: Config, card: Card, weights: Weights) -> LongTailModel:
@@ -169,43 +235,6 @@ def rebuild(config: Config, card: Card, weights: Weights) -> LongTailModel:
         )
     weights.fill(model)
     return model.eval()
-
-
-def in_memory(config: DataConfig) -> bool:
-    """Whether a run's images are small ones in memory, all of one size."""
-    return config.name in SMALL_SETS
-
-
-def _guessed_card(config: Config, weights: Weights, folder: Path) -> Card:
-    """Return what a checkpoint of an older version, which has no card, tells all the same."""
-    data, vectors = config.data, weights.get("classifier.weight")
-    if vectors is None:
-        raise ValueError(f"{folder} must hold the weights of a classifier; they have none")
-    counts = (0,) * len(vectors)  # not known
-    if config.model.name in FEATURE_MODELS:
-        width = vectors.shape[1]
-        return Card(classes=None, class_counts=counts, mean=(), std=(), channels=width, shape=(width,))
-    from allnc.data.arrays import read_arrays
-    from allnc.data.sources import IMAGENET_MEAN, IMAGENET_STD, MEAN_STD
-
-    if data.name == "arrays":
-        try:
-            train, _ = read_arrays(data)
-        except ValueError as error:
-            raise ValueError(
-                f"{folder} must know the mean and deviation of its pixels, which its version of allnc took from the "
-                f"file of the images; {error}: name that file by --data.root"
-            ) from error
-        card = Card.of(train, data)
-        known = data.mean is not None and data.std is not None
-        return dataclasses.replace(card, mean=data.mean, std=data.std) if known else card
-    mean, std = MEAN_STD.get(data.name, (IMAGENET_MEAN, IMAGENET_STD))
-    if data.mean is not None and data.std is not None:
-        mean, std = data.mean, data.std
-    side = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}.get(data.name, data.image_size)
-    return Card(
-        classes=None, class_counts=counts, mean=mean, std=std, channels=len(mean), shape=(len(mean), side, side)
-    )
 
 
 def _is_one(images: object) -> bool:

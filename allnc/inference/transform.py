@@ -13,8 +13,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from allnc.config import SMALL_SETS, DataConfig
 from allnc.data.images import read_image, to_rgb
 from allnc.data.views import image_transforms, normalise
+from allnc.trainer.card import Card
 
 Source = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray[Any, Any]
 MODES = {1: "L", 3: "RGB"}
@@ -28,25 +30,17 @@ class Transform:
     and of another size the middle of it, scaled.
 
     Args:
-        shape: (c, H, W).
-        mean, std: of the pixels scaled to [0, 1], by channel.
-        in_memory: whether the run's images were small ones in memory, of (H, W) pixels.
-        margin: from disk: leave the whole square of 8/7 of the side, of which five crops are taken.
+        card: shape, mean and deviation of the images.
+        data: of the run's configuration.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        *,
-        in_memory: bool,
-        margin: bool = False,
-    ) -> None:
-        self.shape, self.mean, self.std, self.in_memory = shape, mean, std, in_memory
-        side = shape[-1]
-        self.size = (side * 8 // 7,) * 2 if margin else shape[1:]  # of what it returns
-        self.cut = None if in_memory else image_transforms("none", side, mean, std, train=False, margin=margin)[0]
+    def __init__(self, card: Card, data: DataConfig) -> None:
+        self.shape, self.mean, self.std = card.shape, card.mean, card.std
+        self.in_memory = data.name in SMALL_SETS
+        margin, side = data.test_crops == 5, card.shape[-1]
+        self.size = (side * 8 // 7,) * 2 if margin else card.shape[1:]  # of what it returns
+        plain = image_transforms("none", side, self.mean, self.std, train=False, margin=margin)[0]
+        self.cut = None if self.in_memory else plain
 
     def __call__(self, image: Source) -> Tensor:
         """Return an image as the network takes it, [c, H, W] float32.
