@@ -38,6 +38,7 @@ PACKAGES = [
     "allnc",
     "allnc.config",
     "allnc.data",
+    "allnc.data.own",
     "allnc.kernels",
     "allnc.kernels.hycon",
     "allnc.losses",

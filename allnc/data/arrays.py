@@ -187,7 +187,7 @@ def _sets(arrays: Mapping[str, Array]) -> tuple[ImageSet, ImageSet]:
             f"{test_labels.max()}"
         )
     groups = arrays.get("groups")
-    mean, std = _statistics(images)
+    mean, std = statistics(images)
     common: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "classes": classes}
     train = ImageSet(
         labels=torch.from_numpy(labels),
@@ -259,8 +259,15 @@ def _number_of_classes(labels: npt.NDArray[np.int64], classes: tuple[str, ...]) 
     return num_classes
 
 
-def _statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of each channel's pixels, scaled to [0, 1], which are counted by value."""
+def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of each channel's pixels, scaled to [0, 1], which are counted by value.
+
+    Args:
+        images: [n, H, W, c], uint8.
+
+    Raises:
+        ValueError: a channel has one value only.
+    """
     means, deviations = [], []
     values = np.arange(256) / 255
     for channel in range(images.shape[3]):

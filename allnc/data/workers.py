@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from allnc.config import DataConfig
+from allnc.config import BATCH_AUGMENTATIONS, DataConfig
 from allnc.data.images import read_image, readable_formats
 from allnc.data.sources import ImageSet
 from allnc.data.views import image_transforms
@@ -35,16 +35,18 @@ class Views(Dataset[Tensor]):
     Args:
         images: the images.
         config: views and augmentation.
-        train: False gives one plain view of each.
+        train: False gives one plain view of each, and so do augmentations of whole batches.
         margin: the plain view is the square of 8/7 of the side that it would be cut from.
     """
 
     def __init__(self, images: ImageSet, config: DataConfig, *, train: bool, margin: bool = False) -> None:
         size = config.image_size if images.images is None else images.images.shape[-1]
-        self.set, self.num_views = images, config.views if train else 1
+        self.set = images
+        self.num_views = config.views if train and config.augmentation not in BATCH_AUGMENTATIONS[1:] else 1
         readable_formats()  # imported here, or else by each worker
         kind, mean, std = config.augmentation, images.mean, images.std
-        self.first, self.others = image_transforms(kind, size, mean, std, train=train, margin=margin)
+        how = {"fit": config.fit, "flip": config.flip, "crop_scale": config.crop_scale}
+        self.first, self.others = image_transforms(kind, size, mean, std, train=train, margin=margin, **how)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, seed = key
@@ -54,7 +56,10 @@ class Views(Dataset[Tensor]):
             return torch.stack([(self.first if v == 0 else self.others)(image) for v in range(self.num_views)])
 
     def _read(self, index: int) -> Tensor | Image.Image:
-        return read_image(self.set.paths[index]) if self.set.images is None else self.set.images[index]
+        if self.set.images is not None:
+            return self.set.images[index]
+        image = read_image(self.set.paths[index])
+        return image if self.set.channels == 3 else image.convert("L")
 
 
 def view_major(parts: Sequence[Tensor]) -> Tensor:

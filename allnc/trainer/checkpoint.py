@@ -33,6 +33,7 @@ from allnc.trainer.card import Card
 from allnc.trainer.folder import BEST, CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
 from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
+from allnc.trainer.own import with_index
 
 if TYPE_CHECKING:
     from allnc.models import LongTailModel
@@ -181,7 +182,8 @@ def load_weights(folder: Path, which: Which | None = None) -> tuple[Config, int,
     while manifest is not None:
         name = _file_of(folder, which, manifest)
         try:
-            return _model(folder, name, _read(folder, name, manifest))
+            config, epoch, weights = _model(folder, name, _read(folder, name, manifest))
+            return with_index(config, folder), epoch, weights
         except ValueError:
             before, manifest = manifest, read_manifest(folder)
             if manifest == before:  # else a run has saved the next one meanwhile

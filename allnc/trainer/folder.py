@@ -7,7 +7,8 @@
     .lock               held by the process that writes     collapse.json       of `allnc.evaluate --collapse`
     best.safetensors    the model of the best epoch, where  predictions.npz     of the measured images, after the last
                         validation images are held out      classes.csv         epoch: image by image, class by class
-    model.*             of `allnc.export`
+    images.tsv          which image of data.name own is     model.*             of `allnc.export`
+                        for what
 
 Neither torch nor numpy is imported: the command line answers mistakes before they are.
 """
@@ -33,10 +34,10 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, STATE, BEST = "checkpoint.json", "last.safetensors", "state.pt", "best.safetensors"
 PREDICTIONS, CLASSES = "predictions.npz", "classes.csv"
 PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
-EVENTS, LOCK, COLLAPSE = "events.out.tfevents.*", ".lock", "collapse.json"
+EVENTS, LOCK, COLLAPSE, INDEX = "events.out.tfevents.*", ".lock", "collapse.json", "images.tsv"
 EXPORTS = ("model.safetensors", "model.json", "model.pt2", "model.onnx")  # of `allnc.export`
 # Written beside their place, then moved there.
-_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, BEST, COLLAPSE, PREDICTIONS, CLASSES, *EXPORTS)
+_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, BEST, COLLAPSE, INDEX, PREDICTIONS, CLASSES, *EXPORTS)
 
 Mode = Literal["new", "resume", "overwrite"]
 

@@ -12,9 +12,11 @@ import yaml
 from rich.console import Console
 
 from allnc.config import Config
+from allnc.data import load
+from allnc.data.own import Index
 from allnc.metrics.plots import ClassVectors, plot_angles, plot_curves
-from allnc.trainer import checkpoint
-from allnc.trainer.folder import ANGLES, CONFIG, CURVES, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
+from allnc.trainer import checkpoint, own
+from allnc.trainer.folder import ANGLES, CONFIG, CURVES, INDEX, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
 from allnc.trainer.manifest import read_manifest
 from allnc.trainer.mixing import batches
 from allnc.trainer.optim import learning_rate
@@ -31,7 +33,9 @@ LEAST_SCALE = 2.0**-14  # of a float16 loss, which begins with 2^16
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for a GPU
 
 
-def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new") -> dict[str, Any]:
+def train(
+    config: Config, folder: Path, console: Console, *, mode: Mode = "new", index: Index | None = None
+) -> dict[str, Any]:
     """Train, measure and leave a run folder.
 
     Args:
@@ -40,6 +44,7 @@ def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new")
         console: where lines, the progress bar and the table go.
         mode: new, resume (continue from the folder's checkpoint) or overwrite (delete the run that is there, once
             data and model of the new one stand).
+        index: table of the images of data.name own, where they were looked at already.
 
     Returns:
         What summary.json holds.
@@ -52,10 +57,10 @@ def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new")
     with launched(pick_device(config.train)) as processes:
         files = processes.together(lambda: RunFolder(folder, mode) if processes.is_first else None)
         if files is None:  # another process writes, and says what there is to say
-            return _train(config, folder, None, Console(quiet=True), mode, processes)
+            return _train(config, folder, None, Console(quiet=True), mode, processes, index)
         with files:
             try:
-                return _train(config, folder, files, console, mode, processes)
+                return _train(config, folder, files, console, mode, processes, index)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped; {_what_remains(files)}") from None
             except DivergenceError as error:
@@ -66,10 +71,17 @@ def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new")
 
 
 def _train(
-    config: Config, folder: Path, files: RunFolder | None, console: Console, mode: Mode, processes: Processes
+    config: Config,
+    folder: Path,
+    files: RunFolder | None,
+    console: Console,
+    mode: Mode,
+    processes: Processes,
+    index: Index | None,
 ) -> dict[str, Any]:
     """Train; only the process that has the files writes."""
-    run = processes.together(lambda: Run(config, processes=processes))
+    config, index = processes.together(lambda: own.tabled(config, folder, index))
+    run = processes.together(lambda: Run(config, index and load(config.data, index=index), processes=processes))
     run.connect()
     if mode == "resume":
         processes.together(lambda: files and checkpoint.roll_forward(folder))
@@ -81,6 +93,8 @@ def _train(
             files.start()
         elif not run.done:
             (files / SUMMARY).unlink(missing_ok=True)  # of fewer epochs: it would not be the weights' for long
+        if index is not None:
+            write_whole(files / INDEX, index.text())
         write_whole(files / CONFIG, _config_text(run).encode())
         for line in _headlines(run, files):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
