@@ -130,8 +130,11 @@ def _steps(predictor: Predictor) -> list[str]:
     channels, height, width = predictor.card.shape
     colour = "grey (8 bits)" if channels == 1 else "RGB (8 bits)"
     first = [f"upright by EXIF, what is transparent over white, {colour}"]
-    if predictor.transform.in_memory:
+    if predictor.transform.of_arrays:
         return [*first, f"the middle of the aspect {width}:{height}, bilinear to {height} x {width} pixels"]
+    if predictor.config.data.fit == "whole":
+        side = f"{height} x {width} pixels"
+        return [*first, f"bilinear with antialiasing until all of it fits into {side}, the border repeated beside it"]
     square, side = height * 8 // 7, height if predictor.config.data.test_crops == 1 else height * 8 // 7
     return [*first, f"shorter side to {square} pixels, bilinear with antialiasing", f"centre crop of {side} x {side}"]
 

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from allnc.config import Config
 from allnc.data import ImageSet
 from allnc.data.arrays import read_labelled
 from allnc.data.folders import read_folders
 from allnc.data.images import shown
+from allnc.data.own import Row, read_index
+from allnc.data.own.find import TEST, TRAIN
 from allnc.data.own.tables import read_table
 from allnc.data.paths import PathList
 from allnc.inference.predictor import Restored
@@ -117,7 +120,7 @@ def _as_numbers(source: str, classes: Sequence[str]) -> str:
 def _of_files(paths: Sequence[str], labels: np.ndarray, run: Restored) -> ImageSet:
     """Return the set of some files; small images in memory are read now."""
     transform = Transform(run.card, run.config.data)
-    if not transform.in_memory:
+    if not transform.of_arrays:
         return _set(labels, run, paths=PathList.of(paths))
     images: list[Tensor] = []
     for part in read_parts(paths, transform, torch.device("cpu")):
@@ -141,7 +144,7 @@ def _of_arrays(source: str, run: Restored) -> Labelled:
         if run.card.classes:
             notes.append(_as_numbers(source, run.classes))
     transform = Transform(run.card, run.config.data)
-    if values.shape[1:] != run.card.shape or not transform.in_memory:
+    if values.shape[1:] != run.card.shape or not transform.of_arrays:
         if transform.size != run.card.shape[1:]:
             raise ValueError("--data.test_crops must be 1 with images in one file; got 5")
         values = torch.stack([transform.pixels(image) for image in values])
@@ -161,3 +164,52 @@ def _set(
         paths=paths if isinstance(paths, PathList) else PathList.of(paths),
         classes=run.classes,
     )
+
+
+def has_test_images_alone(config: Config, on: str | None) -> bool:
+    """Whether a run's own test images are there, and are what it is measured on, but its training images are not.
+
+    Args:
+        config: of the run; its files are where they lie from here.
+        on: test or validation, which are wanted; None: as the run measured itself.
+    """
+    data = config.data
+    if data.root is None or (data.validation > 0 and on != "test"):
+        return False
+    root = os.path.expanduser(data.root)
+    if data.name == "image_folder":
+        return not os.path.isdir(os.path.join(root, "train")) and _test_folder(root) is not None
+    if data.name == "image_list" and data.train_list and data.test_list:
+        train, test = map(os.path.expanduser, (data.train_list, data.test_list))
+        return os.path.isfile(test) and not os.path.isfile(train)
+    if data.name == "own" and data.index and os.path.isfile(data.index):
+        index = read_index(data.index, root)
+        trained, tested = (_some(root, index.of(split)) for split in (TRAIN, TEST))
+        return any(map(os.path.exists, tested)) and not any(map(os.path.exists, trained))
+    return False
+
+
+def test_images(run: Restored) -> ImageSet:
+    """Return the test images of a run of which `has_test_images_alone` is true; errors as `labelled_images`."""
+    data = run.config.data
+    root = os.path.expanduser(data.root or "")
+    if data.name == "image_list":
+        assert data.test_list
+        return labelled_images(data.test_list, run, root).images
+    if data.name == "own":
+        assert data.index
+        rows = read_index(data.index, root).of(TEST)
+        labels = _numbers([row.label for row in rows], run.classes, root)
+        return _of_files([os.path.join(root, row.path) for row in rows], labels, run)
+    folder = _test_folder(root)
+    assert folder is not None
+    return labelled_images(folder, run).images
+
+
+def _test_folder(root: str) -> str | None:
+    places = (os.path.join(root, name) for name in ("test", "val"))
+    return next((place for place in places if os.path.isdir(place)), None)
+
+
+def _some(root: str, rows: Sequence[Row]) -> list[str]:
+    return [os.path.join(root, row.path) for row in rows[:: max(1, len(rows) // 100)]]

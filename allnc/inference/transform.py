@@ -25,8 +25,8 @@ MODES = {1: "L", 3: "RGB"}
 class Transform:
     """Maps an image to normalised pixels [c, H, W]; picklable, so that worker processes can have it.
 
-    A file is read as the trainer reads it (EXIF, transparency, 16 bits). A run of large images from disk then resizes
-    and cuts it as the trainer's test images; a run of small images in memory takes an image of its own size as it is,
+    A file is read as the trainer reads it (EXIF, transparency, 16 bits). A run on files then resizes and cuts it as the
+    trainer's test images; a run on arrays or a published set of small images takes an image of its own size as it is,
     and of another size the middle of it, scaled.
 
     Args:
@@ -36,11 +36,11 @@ class Transform:
 
     def __init__(self, card: Card, data: DataConfig) -> None:
         self.shape, self.mean, self.std = card.shape, card.mean, card.std
-        self.in_memory = data.name in SMALL_SETS
+        self.of_arrays = data.name in SMALL_SETS
         margin, side = data.test_crops == 5, card.shape[-1]
         self.size = (side * 8 // 7,) * 2 if margin else card.shape[1:]  # of what it returns
-        plain = image_transforms("none", side, self.mean, self.std, train=False, margin=margin)[0]
-        self.cut = None if self.in_memory else plain
+        plain = image_transforms("none", side, self.mean, self.std, train=False, margin=margin, fit=data.fit)[0]
+        self.cut = None if self.of_arrays else plain
 
     def __call__(self, image: Source) -> Tensor:
         """Return an image as the network takes it, [c, H, W] float32.
@@ -61,7 +61,7 @@ class Transform:
         """Return the pixels of an image before they are normalised, [c, H, W] uint8; arguments as `__call__`."""
         if isinstance(image, (Tensor, np.ndarray)):
             values = self._checked(image)
-            if self.in_memory and values.shape == self.shape:
+            if self.of_arrays and values.shape == self.shape:
                 return values
             if values.shape[0] not in MODES:
                 raise ValueError(f"images must be {self._wanted()}; got {_shape(values)}")
@@ -69,13 +69,12 @@ class Transform:
             picture = Image.fromarray(grey_or_colour.contiguous().cpu().numpy())
         else:
             picture = image if isinstance(image, Image.Image) else read_image(os.fspath(image))
-        picture = to_rgb(picture)
-        if self.cut is not None:
-            return self.cut(picture)
         channels, height, width = self.shape
         if channels not in MODES:
             raise ValueError(f"images must be {self._wanted()}: files have 1 or 3 channels")
-        picture = picture.convert(MODES[channels])
+        picture = to_rgb(picture).convert(MODES[channels])
+        if self.cut is not None:
+            return self.cut(picture)
         if picture.size != (width, height):
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
         values = torch.from_numpy(np.array(picture))
@@ -96,7 +95,7 @@ class Transform:
         return image
 
     def _wanted(self) -> str:
-        sizes = " x ".join(map(str, self.shape)) if self.in_memory else "[3, h, w] or [1, h, w]"
+        sizes = " x ".join(map(str, self.shape)) if self.of_arrays else "[3, h, w] or [1, h, w]"
         return f"files, PIL images or uint8 tensors of {sizes}"
 
 

@@ -176,6 +176,8 @@ def final_table(summary: Record) -> Table:
         if summary[name] is not None:
             table.add_row(meaning, f"{summary[name]:.3f}" if name == "nll" else _percent(summary[name]))
     for name, meaning in COLLAPSE.items():
+        if name not in summary:  # of images without the training images
+            continue
         table.add_row(meaning, "-" if summary[name] is None else f"{summary[name]:.4f}")
     return table
 
