@@ -89,7 +89,8 @@ def _measure_data(options: argparse.Namespace, console: Console) -> None:
     """Print accuracy on the images of --data."""
     from allnc.inference.labelled import labelled_images
 
-    root = options.root if options.root and os.path.isfile(options.root) else None  # else the folder of the list's paths
+    # A folder is the one from which the paths of a list start.
+    root = options.root if options.root and os.path.isfile(options.root) else None
     run = _restored(options, root)
     labelled = labelled_images(options.data, run, options.root)
     for note in labelled.notes:
@@ -110,9 +111,7 @@ def _restored(options: argparse.Namespace, root: str | None) -> Restored:
     )
 
 
-def _measure(
-    options: argparse.Namespace, run: Restored, images: ImageSet, measured_on: str, console: Console
-) -> None:
+def _measure(options: argparse.Namespace, run: Restored, images: ImageSet, measured_on: str, console: Console) -> None:
     """Print accuracy on some images."""
     from rich.markup import escape
 

@@ -56,9 +56,7 @@ def _export(options: argparse.Namespace) -> None:
     from allnc.inference.export import export  # torch from here on
     from allnc.inference.predictor import load
 
-    predictor = load(
-        options.run, which=options.which, device="cpu", root=options.root, pretrained=options.pretrained
-    )
+    predictor = load(options.run, which=options.which, device="cpu", root=options.root, pretrained=options.pretrained)
     done = export(predictor, options.format, out, raw=options.raw)
     shape = ", ".join(map(str, predictor.card.shape))
     size = sum(path.stat().st_size for path in done.files) / 1e6

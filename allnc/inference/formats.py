@@ -81,9 +81,8 @@ class Writer:
             if row.error is not None:
                 self.stream.write(f"{path:{width}}  not read: {_shown(row.error.removeprefix(row.path).strip())}\n")
                 continue
-            cells = [
-                f"{name:{w}} {100 * share:5.1f} %" for name, w, share in zip(shown, widths, row.probabilities, strict=True)
-            ]
+            columns = zip(shown, widths, row.probabilities, strict=True)
+            cells = [f"{name:{wide}} {100 * share:5.1f} %" for name, wide, share in columns]
             self.stream.write("  ".join([f"{path:{width}}", *cells]) + "\n")
 
 

@@ -48,9 +48,7 @@ def guessed_card(config: Config, weights: Weights, folder: Path) -> Card:
         return dataclasses.replace(card, class_counts=counts, mean=mean, std=std)
     mean, std = given or MEAN_STD.get(data.name, (IMAGENET_MEAN, IMAGENET_STD))
     side, channels = SIDES.get(data.name, data.image_size), len(mean)
-    return Card(
-        classes=None, class_counts=counts, mean=mean, std=std, channels=channels, shape=(channels, side, side)
-    )
+    return Card(classes=None, class_counts=counts, mean=mean, std=std, channels=channels, shape=(channels, side, side))
 
 
 def _counts(folder: Path, num_classes: int) -> tuple[int, ...]:

@@ -152,9 +152,7 @@ def _of_arrays(source: str, run: Restored) -> Labelled:
     return Labelled(_set(labels.numpy(), run, images=values), tuple(notes))
 
 
-def _set(
-    labels: np.ndarray, run: Restored, *, images: Tensor | None = None, paths: Iterable[str] = ()
-) -> ImageSet:
+def _set(labels: np.ndarray, run: Restored, *, images: Tensor | None = None, paths: Iterable[str] = ()) -> ImageSet:
     return ImageSet(
         labels=torch.from_numpy(labels),
         num_classes=len(run.classes),

@@ -61,6 +61,7 @@ class PlainNetwork(nn.Module):
 
     mean: Tensor
     std: Tensor
+    weight: Tensor
     bias: Tensor | None
 
     def __init__(

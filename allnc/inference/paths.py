@@ -23,7 +23,9 @@ def check_sources(sources: Iterable[str]) -> None:
             seen_stdin = True
         elif not os.path.exists(source) and not (glob.has_magic(source) and _matches(source)):
             what = "no file fits the pattern" if glob.has_magic(source) else "there is no such file or folder"
-            raise ValueError(f"IMAGES must be files, folders, patterns or - (a list on standard input); {what}: {source}")
+            raise ValueError(
+                f"IMAGES must be files, folders, patterns or - (a list on standard input); {what}: {source}"
+            )
 
 
 def image_paths(sources: Iterable[str], listed: TextIO | None = None) -> Iterator[str]:

@@ -26,9 +26,7 @@ class Done:
         return f"; {self.unread:,} could not be read" if self.unread else ""
 
 
-def predict_files(
-    predictor: Predictor, paths: Iterable[str], writer: Writer, *, workers: int | None = None
-) -> Done:
+def predict_files(predictor: Predictor, paths: Iterable[str], writer: Writer, *, workers: int | None = None) -> Done:
     """Write the most probable classes of each file, in order.
 
     Args:
@@ -56,7 +54,9 @@ def predict_files(
 
 
 def _rows(predictor: Predictor, part: Part, top: int) -> list[Row]:
-    probabilities = predictor.probabilities(predictor.logits_of(part.pixels)) if len(part.pixels) else torch.empty(0, top)
+    probabilities = torch.empty(0, top)
+    if len(part.pixels):
+        probabilities = predictor.probabilities(predictor.logits_of(part.pixels))
     shares, classes = (values.tolist() for values in probabilities.topk(top, dim=1))
     places, rows = iter(range(len(shares))), []
     for position, name in enumerate(part.names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -139,7 +139,7 @@ class Predictor:
     @torch.inference_mode()
     def logits(self, images: Source | Iterable[Source]) -> Tensor:
         """Return the logits [N, C], float32 on the CPU; arguments as `predict`."""
-        several = iter([images] if _is_one(images) else images)  # pyright: ignore[reportArgumentType]
+        several: Iterator[Any] = iter([images] if _is_one(images) else images)  # pyright: ignore
         parts: list[Tensor] = []
         while batch := list(islice(several, BATCH)):
             pixels = torch.stack([self.transform.pixels(image) for image in batch])
@@ -169,7 +169,8 @@ def load(
     Args:
         run: its folder, or one with its last.safetensors alone.
         which: weights of the last or of the best epoch; None: the best of a run that stops early, else the last.
-        prior: class prior of the probabilities, uniform, train or a CSV file of class name and weight; None: as trained.
+        prior: class prior of the probabilities: uniform, train or a CSV file of class name and weight; None: as the
+            run has them.
         device: auto (a GPU where there is one), cpu or cuda.
         root: the images' folder or file, where it is not the run's (`data.root`); read of runs of older versions on
             files of arrays alone, whose weights do not know the mean and deviation of the pixels.

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from allnc.data.images import readable_formats
 from allnc.data.workers import from_workers
-from allnc.inference.transform import Source, Transform
+from allnc.inference.transform import Transform
 
 BATCH = 64  # images that are read, and pass the network, at a time
 
