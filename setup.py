@@ -39,6 +39,7 @@ PACKAGES = [
     "allnc.config",
     "allnc.data",
     "allnc.data.own",
+    "allnc.inference",
     "allnc.kernels",
     "allnc.kernels.hycon",
     "allnc.losses",

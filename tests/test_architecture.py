@@ -31,9 +31,12 @@ DOORS: dict[str, set[str]] = {
     "train": {"trainer", "_command"},
     "sweep": {"trainer", "metrics", "_command", "config"},
     "plot": {"trainer", "metrics", "data", "_command", "config"},
-    "evaluate": {"trainer", "_command"},
+    "inference": {"trainer", "losses", "metrics", "data", "models", "config", "_version"},
+    "predict": {"inference", "_command"},
+    "export": {"inference", "_command"},
+    "evaluate": {"inference", "trainer", "data", "_command"},
     "features": {"trainer", "_command"},
-    "__init__": {"ops", "losses", "metrics", "_version"},
+    "__init__": {"ops", "losses", "metrics", "inference", "_version"},
 }
 
 

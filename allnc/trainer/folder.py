@@ -5,7 +5,10 @@
     events.out.tfevents.*  the same for TensorBoard         state.pt            what only `--resume` needs
     summary.json        the last epoch's numbers            plots/              angles.png, curves.png
     .lock               held by the process that writes     collapse.json       of `allnc.evaluate --collapse`
-    images.tsv          which image of data.name own is for what
+    best.safetensors    the model of the best epoch, where  predictions.npz     of the measured images, after the last
+                        validation images are held out      classes.csv         epoch: image by image, class by class
+    images.tsv          which image of data.name own is     model.*             of `allnc.export`
+                        for what
 
 Neither torch nor numpy is imported: the command line answers mistakes before they are.
 """
@@ -28,11 +31,13 @@ import yaml
 from allnc.config import SECTIONS
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-CHECKPOINT, WEIGHTS, STATE = "checkpoint.json", "last.safetensors", "state.pt"
+CHECKPOINT, WEIGHTS, STATE, BEST = "checkpoint.json", "last.safetensors", "state.pt", "best.safetensors"
+PREDICTIONS, CLASSES = "predictions.npz", "classes.csv"
 PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
 EVENTS, LOCK, COLLAPSE, INDEX = "events.out.tfevents.*", ".lock", "collapse.json", "images.tsv"
+EXPORTS = ("model.safetensors", "model.json", "model.pt2", "model.onnx")  # of `allnc.export`
 # Written beside their place, then moved there.
-_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, COLLAPSE, INDEX)
+_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, BEST, COLLAPSE, INDEX, PREDICTIONS, CLASSES, *EXPORTS)
 
 Mode = Literal["new", "resume", "overwrite"]
 
