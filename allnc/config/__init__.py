@@ -92,8 +92,8 @@ class Config:
             )
         if self.train.patience is not None and self.data.validation == 0:
             raise ValueError(
-                f"train.patience needs validation images; got {self.train.patience} without any: set data.validation, such "
-                "as 0.1"
+                f"train.patience needs validation images; got {self.train.patience} without any: set data.validation, "
+                "such as 0.1"
             )
         if self.train.retrain_epochs and self.model.classifier == "etf":
             raise ValueError("train.retrain_epochs needs a model.classifier that trains, linear or normalised; got etf")
