@@ -43,7 +43,8 @@ class Config:
         loss: the loss.
         train: the optimisation.
         seed: seed of the weights, the batches and the augmentation, in [0, 2**32).
-        out: run folder; None makes runs/RECIPE-LOSS-seedSEED, with a number behind it if that exists.
+        out: run folder; None makes runs/RECIPE-LOSS-OPTIONS-seedSEED, OPTIONS being those of the command line, with a
+            number behind it if that exists.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,10 +20,11 @@ from allnc.config import SECTIONS, Config
 from allnc.trainer import launcher
 from allnc.trainer.folder import CONFIG, Mode, check_folder, new_folder
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
-from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
+from allnc.trainer.options import OF_A_MACHINE, dotted, from_dict, ignored_options, option_names, to_dict
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits_lt"
+MOST_TOLD = 4  # options in the name of a run folder
 FLAGS: dict[str, str] = {
     "resume": "continue the run in --out DIR with its own configuration; train.* and where the files lie may change",
     "overwrite": "start again in --out DIR, deleting the files of the run that is there",
@@ -72,12 +73,25 @@ def plan(words: Sequence[str]) -> Plan:
     if launcher.rank() > 0:
         return Plan(config, Path(config.out or "runs"), "overwrite" if given else "new")
     if config.out is None:
-        folder = new_folder(f"{recipe}-{config.loss.name}-seed{config.seed}")
+        folder = new_folder("-".join([recipe, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
         return Plan(dataclasses.replace(config, out=str(folder)), folder, "new")
     folder = path_of(config.out)
     mode: Mode = "overwrite" if given else "new"
     check_folder(folder, mode)
     return Plan(dataclasses.replace(config, out=str(folder)), folder, mode)
+
+
+def _told_apart(config: Config, words: Sequence[str]) -> list[str]:
+    """Return what the name of a run folder says of the options that were given, the first four of them."""
+    values = dotted(config)
+    silent = {"loss.name", "seed", "out", "train.device", "data.download", *OF_A_MACHINE}
+    told = [name for name in dict.fromkeys(given_options(words)) if name in values and name not in silent]
+    parts = [f"{name.split('.')[1]}={_in_a_name(values[name])}" for name in told[:MOST_TOLD]]
+    return [*parts, "etc"] if len(told) > MOST_TOLD else parts
+
+
+def _in_a_name(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9.+_]+", "_", str(value))[:24]
 
 
 def print_config(words: Sequence[str]) -> None:
@@ -130,7 +144,9 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
     )
     if program is TRAIN:
         parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
-    parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-OPTIONS-seedSEED"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
     for option, meaning in program.options.items():
         parser.add_argument(f"--{option}", help=meaning)

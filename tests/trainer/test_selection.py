@@ -11,8 +11,12 @@ import torch
 from allnc import evaluate
 from allnc.config import Config, DataConfig, ModelConfig, TrainConfig
 from allnc.trainer import checkpoint, loop
+from allnc.trainer.predictions import read_predictions
 from allnc.trainer.selection import Selection
 from tests.faults.runs import shown
+from tests.processes import needs_gloo
+from tests.trainer.test_ranks import TINY as WORDS
+from tests.trainer.test_ranks import trained
 from tests.trainer.test_training import changed, quiet, records, stop_after
 
 TIMED = ("seconds", "images_per_second", "loader_wait")
@@ -144,3 +148,21 @@ def test_the_best_weights_load_and_a_damaged_file_is_refused(tmp_path: Path, pla
     with pytest.raises(ValueError, match="damaged, or of another epoch"):
         checkpoint.load_weights(tmp_path, "best")
     assert checkpoint.load_weights(tmp_path)[1] == 3
+
+
+@needs_gloo
+def test_two_processes_select_and_stop_together(tmp_path: Path) -> None:
+    """A rate of nearly 0: no epoch is better than the first one, as one process sees it, too."""
+    words = (*WORDS, "--data.validation", "0.2", "--train.patience", "2", "--train.lr", "1e-9", "--train.epochs", "9")
+    summary = trained(2, tmp_path / "run", *words)["summary"]
+    assert (summary["epochs"], summary["trained_epochs"], summary["weights"]) == (1, 3, "best")
+    assert summary["best"]["balanced"] == pytest.approx(summary["balanced"])
+    config, epoch, weights = checkpoint.load_weights(tmp_path / "run")
+    run = loop.Run(config)
+    run.load_model(weights, epoch)
+    measured, own = run.measure_accuracy(), read_predictions(tmp_path / "run" / "predictions.npz")
+    assert run.predictions is not None and own["labels"].tolist() == run.measured_set.labels.tolist()
+    assert own["true_confidence"].tolist() == pytest.approx(run.predictions.true_confidence.tolist(), rel=1e-4)
+    assert measured["nll"] == pytest.approx(summary["nll"], rel=1e-5) and measured["ece"] == pytest.approx(
+        summary["ece"], rel=1e-3
+    )
