@@ -43,7 +43,8 @@ class Config:
         loss: the loss.
         train: the optimisation.
         seed: seed of the weights, the batches and the augmentation, in [0, 2**32).
-        out: run folder; None makes runs/RECIPE-LOSS-seedSEED, with a number behind it if that exists.
+        out: run folder; None makes runs/RECIPE-LOSS-OPTIONS-seedSEED, OPTIONS being those of the command line, with a
+            number behind it if that exists.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -92,8 +93,8 @@ class Config:
             )
         if self.train.patience is not None and self.data.validation == 0:
             raise ValueError(
-                f"train.patience needs validation images; got {self.train.patience} without any: set data.validation, such "
-                "as 0.1"
+                f"train.patience needs validation images; got {self.train.patience} without any: set data.validation, "
+                "such as 0.1"
             )
         if self.train.retrain_epochs and self.model.classifier == "etf":
             raise ValueError("train.retrain_epochs needs a model.classifier that trains, linear or normalised; got etf")

@@ -96,10 +96,10 @@ def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:
 def test_a_record_without_its_checkpoint_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = loop.Run.save
 
-    def killed(run: loop.Run, folder: Path) -> None:
+    def killed(run: loop.Run, folder: Path, *, best: bool) -> None:
         if run.epoch == 3:
             raise KeyboardInterrupt
-        save(run, folder)
+        save(run, folder, best=best)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.Run, "save", killed)
