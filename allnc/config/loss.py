@@ -37,7 +37,7 @@ class LossConfig:
             supcon (beside ce), bcl and proco (beside logit_adjusted).
         hycon: form of HyCon: softmax (projected, with negatives), cosine (positives only) or none.
         hycon_weight: weight of HyCon beside P2P on the means, or of the contrast of supcon, bcl and proco, >= 0.
-        classification_weight: weight of the classification loss of supcon, bcl and proco beside their contrast, >= 0; 0:
+        classification_weight: weight of the classification loss of supcon, bcl and proco beside the contrast, >= 0; 0:
             the encoder learns by the contrast alone, and the classifier in the second stage (train.retrain_epochs).
         alpha: weight of HyCon and P2P on the means against classification, >= 0.
         temperature: temperature of softmax HyCon, or of the contrast of supcon, bcl and proco, > 0.
