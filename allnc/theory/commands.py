@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +21,7 @@ from allnc.theory.imbalance import (
 )
 from allnc.theory.landscape import focal_bistability, landscape_problems, survey
 from allnc.theory.model import Problem
-from allnc.theory.report import number, print_table, small, write_results
+from allnc.theory.report import make_folder, number, print_table, small, write_results
 
 _GAMMA = 3.0  # of the focal loss, as in the source
 _MOST_VARIABLES = 5000  # of a Hessian as a matrix: 200 MB in float64, and a minute for its eigenvalues
@@ -42,7 +40,7 @@ def run_landscape(options: argparse.Namespace) -> None:
             f"--classes x ((1 + --samples) x --dim + 1) must be at most {_MOST_VARIABLES}, because the Hessian is a "
             f"matrix, and --focal_classes at most 100; got {variables} and {options.focal_classes}"
         )
-    _make(options.out)
+    make_folder(options.out)
     console = Console(width=190)
     window = focal_window(options.focal_classes, _GAMMA)
     if window is None:
@@ -119,14 +117,6 @@ def run_landscape(options: argparse.Namespace) -> None:
         plot_landscape(points, focal, options.focal_classes, _GAMMA, options.out / "landscape.png")
 
 
-def _make(folder: Path | None) -> None:
-    """Make the folder of the results before anything is computed for it."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"--out must be a folder that can be written to; got {folder}")
-
-
 def run_minority(options: argparse.Namespace) -> None:
     """Thresholds, the limit of no penalty, groups of classes, P2P, and the phase diagram."""
     check_integer("--cells", options.cells, minimum=2)
@@ -138,7 +128,7 @@ def run_minority(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--counts must be of 3 to 30 classes, two of them the smallest, which may then merge; got {counts}"
         )
-    _make(options.out)
+    make_folder(options.out)
     console = Console(width=190)
     K = len(counts)
     base = Problem(loss="ce", counts=counts, dim=K, rows="classes", lambda_w=0.02, lambda_h=0.005)
