@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 from rich.console import Console
@@ -20,7 +21,7 @@ from allnc.theory.imbalance import (
     with_root,
 )
 from allnc.theory.landscape import focal_bistability, landscape_problems, survey
-from allnc.theory.model import Problem
+from allnc.theory.model import P2PTarget, Problem
 from allnc.theory.report import make_folder, number, print_table, small, write_results
 
 _GAMMA = 3.0  # of the focal loss, as in the source
@@ -198,8 +199,10 @@ def _with_p2p(base: Problem, options: argparse.Namespace, console: Console) -> t
         for loss in ("ce", "logit_adjusted"):
             adjusted = replace(problem, loss=loss)
             simplices.append(best_simplex(adjusted, seed=options.seed))
-            for p2p in weights:
-                rows.append(regularised(replace(adjusted, p2p=p2p), starts=options.starts, seed=options.seed))
+            for target in get_args(P2PTarget):
+                for p2p in weights if target == "etf" else weights[1:]:  # of weight 0 the target does not matter
+                    with_p2p = replace(adjusted, p2p=p2p, p2p_target=target)
+                    rows.append(regularised(with_p2p, starts=options.starts, seed=options.seed))
         equal = replace(problem, counts=(sum(base.counts) // len(base.counts),) * len(base.counts))
         simplices.append(best_simplex(equal, seed=options.seed))
     labels = [f"{c}, {loss}" for c in ("linear", "normalised") for loss in ("ce", "logit_adjusted", "ce, equal counts")]
@@ -220,7 +223,8 @@ def _with_p2p(base: Problem, options: argparse.Namespace, console: Console) -> t
         [
             ("classifier", lambda r: r.classifier),
             ("loss", lambda r: r.loss),
-            ("P2P means, weights, duality", lambda r: " ".join(f"{w:g}" for w in r.p2p)),
+            ("P2P's target", lambda r: r.p2p_target if any(r.p2p) else "-"),
+            ("means, weights, duality", lambda r: " ".join(f"{w:g}" for w in r.p2p)),
             ("value", lambda r: number(r.value, 6)),
             ("means off", lambda r: small(r.means_off)),
             ("weights off", lambda r: small(r.weights_off)),

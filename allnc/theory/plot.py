@@ -94,7 +94,7 @@ def plot_minority(
         panels: by title, cosines [len(roots), len(ratios)] and the predicted threshold at each ratio, or None.
         ratios: samples of a majority class for one of a minority class.
         roots: sqrt(λ_W λ_H).
-        rows: of `regularised`; those with three equal weights are drawn.
+        rows: of `regularised`; those with three equal weights and the squared target are drawn.
         path: PNG file to write.
     """
     figure = new_figure(13, 7.6)
@@ -124,7 +124,9 @@ def plot_minority(
             drawn = [
                 (row.p2p[0], getattr(row, f"{part}_off"))
                 for row in rows
-                if row.classifier == classifier and row.loss == loss and len(set(row.p2p)) == 1 and row.p2p[0] > 0
+                if (row.classifier, row.loss, row.p2p_target) == (classifier, loss, "etf")
+                and len(set(row.p2p)) == 1
+                and row.p2p[0] > 0
             ]
             number = ("ce", "logit_adjusted").index(loss)
             axis.plot(
