@@ -23,7 +23,7 @@ DOORS: dict[str, set[str]] = {
     "ops": {"_checks", "_extension", "kernels"},
     "losses": {"_checks", "ops", "config"},
     "metrics": {"ops"},
-    "theory": {"_checks", "_command", "ops", "losses", "metrics"},
+    "theory": {"_checks", "_command", "ops", "losses", "metrics", "sweep"},
     "data": {"_sealed", "config"},
     "models": {"config"},
     "trainer": {"_command", "_sealed", "ops", "losses", "metrics", "data", "models", "config", "_version"},

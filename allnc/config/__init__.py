@@ -73,6 +73,16 @@ class Config:
             )
         if self.model.classifier == "etf" and (self.model.name == "linear" or self.model.tune == "head"):
             raise ValueError("model.classifier etf needs an encoder that trains, as it does not; got a frozen one")
+        if self.loss.name in CONTRASTIVE and self.loss.classification_weight == 0:
+            if self.loss.hycon_weight == 0:
+                raise ValueError(
+                    "loss.classification_weight or loss.hycon_weight must be > 0, or nothing trains; got 0 for both"
+                )
+            if self.train.retrain_epochs == 0:
+                raise ValueError(
+                    "loss.classification_weight 0 needs train.retrain_epochs >= 1, as the classifier then trains in "
+                    "the second stage alone; got 0"
+                )
         if self.train.mixup > 0 and self.loss.name in COMPARING:
             raise ValueError(
                 f"train.mixup needs a loss of logits and labels alone; got loss.name {self.loss.name}, which compares "
