@@ -1,0 +1,220 @@
+"""What a report shows of a run: what its folder holds, and what its weights say where it holds too little."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from allnc.config import Config
+from allnc.plot.runs import measured
+from allnc.report.numbers import Predictions
+from allnc.report.thumbnails import Thumbnails
+from allnc.trainer.folder import CONFIG, METRICS, SUMMARY
+from allnc.trainer.options import from_dict
+from allnc.trainer.runlog import Record, read_lines
+
+if TYPE_CHECKING:
+    from allnc.metrics.plots import ClassVectors
+    from allnc.trainer.run import Run
+
+PREDICTIONS = "predictions.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReportedRun:
+    """A run as a report shows it.
+
+    Args:
+        label: its name on the page.
+        folder: where it is.
+        config: its configuration.
+        summary: what summary.json holds; empty where there is none.
+        records: of its epochs.
+        told: the predictions for every measured image; None where there are none.
+        vectors: class means and classifier; None where they were not measured.
+        thumbnails: its measured images; None where they cannot be read.
+        notes: sentences on what is missing.
+    """
+
+    label: str
+    folder: Path
+    config: Config
+    summary: dict[str, Any]
+    records: list[Record]
+    told: Predictions | None
+    vectors: ClassVectors | None
+    thumbnails: Thumbnails | None
+    notes: tuple[str, ...]
+
+
+def read_run(
+    folder: Path, label: str, *, measure: bool, root: str | None, device: str | None, say: Callable[[str], None]
+) -> ReportedRun:
+    """Read a run folder, and measure what it does not hold.
+
+    Args:
+        folder: of the run.
+        label: its name on the page.
+        measure: let its images pass the network for the angles between classes, and for predictions where there are
+            none.
+        root: folder of its images; None for the run's own.
+        device: auto, cpu or cuda; None for the run's own.
+        say: takes a line about what takes a while.
+
+    Raises:
+        ValueError: a file of the run is damaged, or there is nothing to show.
+    """
+    config, notes = _config(folder), []
+    summary = _summary(folder / SUMMARY)
+    records = [line.record for line in read_lines(folder / METRICS) if line.record is not None]
+    if not summary:
+        notes.append(f"{SUMMARY} is missing: the run has not finished, and what is shown is as far as it came")
+    if not records:
+        notes.append(f"{METRICS} has no record of an epoch: there are no curves")
+    told = read_predictions(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else None
+    vectors, run = None, None
+    if measure:
+        say(f"{label}: measuring the training images{'' if told else f' and {_measured_on(config)} images'}")
+        try:
+            found = measured(folder, label, root=root, device=device)
+        except ValueError as error:
+            notes.append(
+                f"the angles between classes{'' if told else ' and all of the predictions'} are missing: {error}"
+            )
+        else:
+            run, vectors = found.run, found.vectors
+            told = told or predictions_of(run)
+    else:
+        notes.append("the angles between classes are missing: --stored lets no image pass the network")
+        if told is None:
+            notes.append(f"{PREDICTIONS} is missing: without --stored the report measures the run by itself")
+    if not (summary or records or told):
+        raise ValueError(f"RUN must hold something to report; {folder} has a configuration alone")
+    thumbnails = None
+    if told is not None:
+        notes += _contradictions(told, summary)
+        try:
+            thumbnails = Thumbnails(config, told, root, None if run is None else run.measured_set)
+        except ValueError as error:
+            notes.append(f"the images of mistakes are missing: {error}")
+    return ReportedRun(
+        label=label,
+        folder=folder,
+        config=config,
+        summary=summary,
+        records=records,
+        told=told,
+        vectors=vectors,
+        thumbnails=thumbnails,
+        notes=tuple(notes),
+    )
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read predictions.npz.
+
+    Raises:
+        ValueError: it is damaged, or holds other arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+        told = Predictions(
+            labels=held["labels"].astype(np.int64),
+            predicted=held["predicted"].astype(np.int64),
+            confidence=held["confidence"],
+            true_confidence=held["true_confidence"],
+            positions=held["positions"].astype(np.int64),
+            paths=held.get("paths"),
+            classes=tuple(map(str, held["classes"])),
+            class_counts=held["class_counts"].astype(np.int64),
+            measured_on=str(held["measured_on"]),
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+    number, num_classes = len(told.labels), len(told.classes)
+    arrays = (told.predicted, told.confidence, told.true_confidence, told.positions, told.paths)
+    if number == 0 or any(array is not None and array.shape != (number,) for array in arrays):
+        raise _unreadable(path, "arrays of different lengths, or empty ones")
+    if told.class_counts.shape != (num_classes,):
+        raise _unreadable(path, f"{len(told.class_counts)} class_counts for {num_classes} classes")
+    for name, array in (("labels", told.labels), ("predicted", told.predicted)):
+        if array.min() < 0 or array.max() >= num_classes:
+            raise _unreadable(path, f"{name} that are no class of {num_classes}")
+    if told.positions.min() < 0 or not bool(np.isfinite(told.confidence).all()):
+        raise _unreadable(path, "positions below 0, or confidences that are not finite")
+    return told
+
+
+def _unreadable(path: Path, got: str) -> ValueError:
+    return ValueError(f"{path} must hold the predictions of a run; got {got}: delete it, and they are measured again")
+
+
+def predictions_of(run: Run) -> Predictions:
+    """Let the measured images pass the network."""
+    import torch
+
+    from allnc.trainer.measure import outputs
+
+    parts: list[tuple[np.ndarray, ...]] = []
+    with torch.inference_mode():
+        for output, labels in outputs(run.measured, run.measured_set, run.config.data, run.device):
+            logs = output.logits_rebalance.float().log_softmax(1)
+            best, predicted = logs.max(1)
+            true = logs.gather(1, labels[:, None])[:, 0]
+            parts.append(tuple(t.cpu().numpy() for t in (labels, predicted, best.exp(), true.exp())))
+    labels, predicted, confidence, true = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    classes = run.measured_set.classes or tuple(map(str, range(run.measured_set.num_classes)))
+    return Predictions(
+        labels=labels,
+        predicted=predicted,
+        confidence=confidence,
+        true_confidence=true,
+        positions=np.arange(len(labels)),
+        paths=None,
+        classes=classes,
+        class_counts=run.counts.numpy(),
+        measured_on=run.measured_on,
+    )
+
+
+def _config(folder: Path) -> Config:
+    path = folder / CONFIG
+    try:
+        return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} must hold the configuration of a run; it cannot be read: {error}") from error
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold the summary of a run; it cannot be read: {error}") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} must hold the summary of a run; got no object")
+    return summary
+
+
+def _measured_on(config: Config) -> str:
+    return "validation" if config.data.validation else "test"
+
+
+def _contradictions(told: Predictions, summary: dict[str, Any]) -> list[str]:
+    """Say where predictions and summary cannot be of the same weights."""
+    own, noted = 100 * float((told.labels == told.predicted).mean()), summary.get("accuracy")
+    if noted is None or abs(own - noted) < 0.01 or summary.get("measured_on", told.measured_on) != told.measured_on:
+        return []
+    return [
+        f"the predictions have an accuracy of {own:.2f} %, and {SUMMARY} has {noted:.2f} %: they are of other weights "
+        "or images"
+    ]
