@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m allnc.report",
         description=__doc__,
-        epilog="The page holds everything in itself: it can be sent by mail and read without a network. Of several runs "
-        "the first is the one that the others are compared with.",
+        epilog="The page holds everything in itself: it can be mailed and read without a network. The first run is the "
+        "one that the others are compared with.",
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default report.html")

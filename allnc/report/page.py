@@ -10,9 +10,13 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from allnc._version import __version__
-from allnc.report import sections
+from allnc.report.angles import angle_maps
 from allnc.report.charts import Key
+from allnc.report.classes import class_groups
+from allnc.report.confusions import calibrations, confusions
+from allnc.report.curves import collapse_curves, curves
 from allnc.report.runs import ReportedRun, read_run
+from allnc.report.summary import option_differences, options_of, results, trained
 from allnc.trainer.folder import write_whole
 
 HERE = Path(__file__).parent
@@ -57,7 +61,7 @@ def page(runs: Sequence[ReportedRun]) -> str:
     """Return the HTML of a page."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     keys = run_keys(runs)
-    groups = sections.class_groups(runs, keys)
+    groups = class_groups(runs, keys)
     context: dict[str, Any] = {
         "version": __version__,
         "style": Markup((HERE / "style.css").read_text(encoding="utf-8")),
@@ -65,16 +69,16 @@ def page(runs: Sequence[ReportedRun]) -> str:
         "title": " · ".join(run.label for run in runs[:3]) + (" · …" if len(runs) > 3 else ""),
         "runs": runs,
         "keys": keys,
-        "trained": sections.trained(runs),
-        "results": sections.results(runs),
+        "trained": trained(runs),
+        "results": results(runs),
         "groups": groups,
-        "confusions": [c for run in runs if (c := sections.confusions(run)) is not None],
-        "calibrations": sections.calibrations(runs),
-        "curves": sections.curves(runs, keys),
-        "collapse": sections.collapse_curves(runs, keys),
-        "angles": sections.angle_maps(runs),
-        "differences": sections.option_differences(runs),
-        "options": [(run.label, sections.options_of(run)) for run in runs],
+        "confusions": [c for run in runs if (c := confusions(run)) is not None],
+        "calibrations": calibrations(runs),
+        "curves": curves(runs, keys),
+        "collapse": collapse_curves(runs, keys),
+        "angles": angle_maps(runs),
+        "differences": option_differences(runs),
+        "options": [(run.label, options_of(run)) for run in runs],
     }
     return environment.from_string((HERE / "page.html").read_text(encoding="utf-8")).render(context)
 

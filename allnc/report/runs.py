@@ -54,6 +54,11 @@ class ReportedRun:
     notes: tuple[str, ...]
 
 
+def limits_of(run: ReportedRun) -> tuple[int, int]:
+    """Return from how many training images on a class is many-shot, and below how many few-shot."""
+    return run.config.data.many, run.config.data.few
+
+
 def read_run(
     folder: Path, label: str, *, measure: bool, root: str | None, device: str | None, say: Callable[[str], None]
 ) -> ReportedRun:
@@ -91,10 +96,8 @@ def read_run(
         else:
             run, vectors = found.run, found.vectors
             told = told or predictions_of(run)
-    else:
-        notes.append("the angles between classes are missing: --stored lets no image pass the network")
-        if told is None:
-            notes.append(f"{PREDICTIONS} is missing: without --stored the report measures the run by itself")
+    elif told is None:
+        notes.append(f"{PREDICTIONS} is missing: without --stored the report measures the run by itself")
     if not (summary or records or told):
         raise ValueError(f"RUN must hold something to report; {folder} has a configuration alone")
     thumbnails = None
