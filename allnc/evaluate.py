@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 from allnc._command import answer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
     from allnc.trainer.run import Run
 
 
@@ -21,6 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, with last.safetensors")
     parser.add_argument(
         "--on", choices=("test", "validation"), help="which images; default the run's own (its data.validation)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best"),
+        dest="which",
+        help="of the last epoch, or of the best one on validation images; default last, and best with train.patience",
+    )
+    parser.add_argument(
+        "--prior",
+        metavar="uniform|train|FILE",
+        help="adjust the logits to this class prior and measure under it; FILE: a CSV of class name and weight",
+    )
+    parser.add_argument("--classes", action="store_true", help="also accuracy by class: the worst ten and the best ten")
+    parser.add_argument(
+        "--predictions", action="store_true", help="also write RUN_DIR/predictions.npz and RUN_DIR/classes.csv"
     )
     parser.add_argument("--data.root", dest="root", help="folder of the images, where it is not the run's")
     parser.add_argument("--data.test_crops", dest="crops", type=int, choices=(1, 5), help="where it is not the run's")
@@ -46,18 +64,22 @@ def _evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from allnc.trainer.checkpoint import load_weights
+    from allnc.trainer.classes import class_table
+    from allnc.trainer.folder import CLASSES, PREDICTIONS
     from allnc.trainer.launcher import world_size
     from allnc.trainer.run import Run
     from allnc.trainer.runlog import final_table, finite
 
     if world_size() > 1:
         raise ValueError("allnc.evaluate runs as one process: start it without a launcher such as torchrun")
-    config, epoch, weights = load_weights(options.run)
+    config, epoch, weights = load_weights(options.run, options.which)
     data, model = config.data, weights.model(config.model)
     if options.weights and weights.frozen is None:
         raise ValueError(f"--model.weights would be ignored: {options.run} holds every weight; remove it")
     if options.on == "validation" and data.validation == 0:
         raise ValueError(f"--on validation needs a run with data.validation; {options.run} held no image out")
+    if options.prior is not None and options.predictions:
+        raise ValueError("--predictions would write those of another class prior; give it without --prior")
     _check_collapse(options)
     run = Run(
         dataclasses.replace(
@@ -72,15 +94,43 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.collapse:
         _collapse(options, run)
         return
-    measured, _ = run.measure()
-    Console().print(final_table({**{k: finite(v) for k, v in measured.items()}, **run.conventions()}))
+    prior = _prior(options, run)
+    measured, _ = run.measure(prior)
+    console = Console()
+    if prior is not None:
+        _say(console, f"measured under the class prior {options.prior}: each class counts with its share in it")
+    console.print(final_table({**{k: finite(v) for k, v in measured.items()}, **run.conventions()}))
+    if options.classes:
+        console.print("", class_table(run.class_scores()))
+    if options.predictions:
+        run.write_predictions(options.run)
+        _say(console, f"image by image in {options.run / PREDICTIONS}, class by class in {options.run / CLASSES}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _prior(options: argparse.Namespace, run: Run) -> Tensor | None:
+    """Return the class prior that is asked for, once the run's logits are known to have one."""
+    from allnc.trainer.predictions import class_names
+    from allnc.trainer.prior import wanted_prior
+
+    return None if options.prior is None else wanted_prior(options.prior, run.counts, class_names(run.train_set))
 
 
 def _check_collapse(options: argparse.Namespace) -> None:
     for name, value in (("layers", options.layers), ("ood", options.ood)):
         if value is not None and not options.collapse:
             raise ValueError(f"--{name} would be ignored without --collapse; add it or remove --{name}")
-    for name, value in (("on", options.on), ("data.test_crops", options.crops)):
+    idle = {
+        "on": options.on,
+        "data.test_crops": options.crops,
+        "prior": options.prior,
+        "classes": options.classes or None,
+        "predictions": options.predictions or None,
+    }
+    for name, value in idle.items():
         if options.collapse and value is not None:
             raise ValueError(
                 f"--{name} would be ignored with --collapse, which measures the training images; remove it"

@@ -90,6 +90,11 @@ class Config:
                 f"loss.name {self.loss.name} and train.retrain_epochs {self.train.retrain_epochs}, which would balance "
                 "it twice"
             )
+        if self.train.patience is not None and self.data.validation == 0:
+            raise ValueError(
+                f"train.patience needs validation images; got {self.train.patience} without any: set data.validation, "
+                "such as 0.1"
+            )
         if self.train.retrain_epochs and self.model.classifier == "etf":
             raise ValueError("train.retrain_epochs needs a model.classifier that trains, linear or normalised; got etf")
         if (self.data.name == "features") != (self.model.name in FEATURE_MODELS):

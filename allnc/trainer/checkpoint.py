@@ -1,10 +1,11 @@
-"""Checkpoints: two files that belong together, and one that says so.
+"""Checkpoints: files that belong together, and one that says so.
 
 last.safetensors holds the model with its configuration, for evaluation and other programs (without the pretrained
 weights that stay frozen, of which it has the SHA-256, see TrainConfig.save); state.pt what only a resumed training
-needs. checkpoint.json names the epoch and the SHA-256 of both, and makes the checkpoint exist:
+needs; best.safetensors, where validation images are held out, what last.safetensors was after the best epoch.
+checkpoint.json names the epoch and the SHA-256 of all, and makes the checkpoint exist:
 
-    1. both files are written beside their places and are on the disk;
+    1. the files are written beside their places and are on the disk;
     2. checkpoint.json is replaced in one step: before it the old checkpoint counts, from here on the new one;
     3. both files are moved to their places.
 
@@ -18,7 +19,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -28,9 +29,11 @@ from torch import Tensor
 
 from allnc._sealed import sum_of
 from allnc.config import Config, ModelConfig
-from allnc.trainer.folder import CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
+from allnc.trainer.folder import BEST, CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
 from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
+
+Which = Literal["last", "best"]
 
 
 class Weights(dict[str, Tensor]):
@@ -39,11 +42,13 @@ class Weights(dict[str, Tensor]):
     Args:
         tensors: by name.
         frozen: SHA-256 of the frozen tensors that are not among them (`LongTailModel.frozen_sum`); None: all are here.
+        which: best for those of best.safetensors, else last.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], frozen: str | None = None) -> None:
+    def __init__(self, tensors: dict[str, Tensor], frozen: str | None = None, which: Which = "last") -> None:
         super().__init__(tensors)
         self.frozen = frozen
+        self.which: Which = which
 
     def model(self, config: ModelConfig) -> ModelConfig:
         """Return the configuration of a model that takes them: pretrained only where they are not all here."""
@@ -58,6 +63,7 @@ def save(
     model: dict[str, Tensor],
     training: dict[str, Any],
     changes: tuple[dict[str, Any], ...] = (),
+    best: bool = False,
 ) -> None:
     """Write the checkpoint of an epoch; at whatever moment the process dies, the folder has this one or the last.
 
@@ -68,6 +74,7 @@ def save(
         model: the model's state, or `Weights` that are a part of it.
         training: everything else that `resume` needs: tensors, numbers, strings and containers of them.
         changes: options changed on resuming, see `Manifest`.
+        best: whether the epoch is the best one so far; else the folder's best.safetensors stays.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.items()}
     state = io.BytesIO()  # torch's own writer would turn a full disk into a RuntimeError
@@ -76,10 +83,16 @@ def save(
     if isinstance(model, Weights) and model.frozen is not None:
         notes["frozen"] = model.frozen
     files = {WEIGHTS: to_bytes(tensors, notes), STATE: state.getvalue()}
+    sums = {name: sum_of(data) for name, data in files.items()}
+    if best:
+        files[BEST], sums[BEST] = files[WEIGHTS], sums[WEIGHTS]
+    elif (before := read_manifest(folder)) is not None and BEST in before.files:
+        sums[BEST] = before.files[BEST]
+    if not best:
+        temporary_of(folder / BEST).unlink(missing_ok=True)  # of an epoch that died before it counted
     for name, data in files.items():
         write_temporary(folder / name, data)
     sync(folder)
-    sums = {name: sum_of(data) for name, data in files.items()}
     manifest = Manifest(epoch=epoch, config=config, files=sums, changes=changes)
     write_json(folder / CHECKPOINT, manifest.to_json())
     for name in files:
@@ -110,7 +123,7 @@ def load(folder: Path) -> tuple[Manifest, Weights, dict[str, Any]]:
             f"out must be a run folder with a checkpoint to resume; got {folder} without {CHECKPOINT}{older}; "
             "--overwrite starts the run again"
         )
-    _, _, model = _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
+    _, _, model = _model(folder, WEIGHTS, _read(folder, WEIGHTS, manifest))
     data = _read(folder, STATE, manifest)
     try:
         return manifest, model, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -118,16 +131,22 @@ def load(folder: Path) -> tuple[Manifest, Weights, dict[str, Any]]:
         raise ValueError(f"{folder / STATE} must be a checkpoint; it cannot be read: {error}") from error
 
 
-def load_weights(folder: Path) -> tuple[Config, int, Weights]:
+def load_weights(folder: Path, which: Which | None = None) -> tuple[Config, int, Weights]:
     """Return configuration, epochs done and model state of a run folder, or of one with last.safetensors alone.
+
+    Args:
+        folder: run folder.
+        which: of the last epoch or of the best one on validation images; None: the best one of a run that selects by
+            itself (train.patience), else the last one.
 
     Raises:
         ValueError: there is no such file, or it is damaged.
     """
     manifest = read_manifest(folder)
     while manifest is not None:
+        name = _file_of(folder, which, manifest)
         try:
-            return _model(folder / WEIGHTS, _read(folder, WEIGHTS, manifest))
+            return _model(folder, name, _read(folder, name, manifest))
         except ValueError:
             before, manifest = manifest, read_manifest(folder)
             if manifest == before:  # else a run has saved the next one meanwhile
@@ -135,7 +154,28 @@ def load_weights(folder: Path) -> tuple[Config, int, Weights]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(f"RUN_DIR must be a run folder with {WEIGHTS}; got {folder} without it")
-    return _model(path, path.read_bytes())
+    if which == "best":
+        raise ValueError(
+            f"--weights best needs a run folder with {CHECKPOINT}; got {folder}, of which only the last is known"
+        )
+    return _model(folder, WEIGHTS, path.read_bytes())
+
+
+def _file_of(folder: Path, which: Which | None, manifest: Manifest) -> str:
+    """Return the name of the file with the weights that are wanted."""
+    if which is None:
+        which = "best" if manifest.config.train.patience is not None and BEST in manifest.files else "last"
+    if which == "best" and BEST not in manifest.files:
+        if manifest.config.data.validation == 0:
+            raise ValueError(
+                f"--weights best needs a run with data.validation, whose images choose it; {folder} held none out, and "
+                "the test images must not choose"
+            )
+        raise ValueError(
+            f"--weights best needs a run that has measured its validation images; {folder} has no {BEST}, because it "
+            f"has not by epoch {manifest.epoch}, or an older version of allnc trained it"
+        )
+    return BEST if which == "best" else WEIGHTS
 
 
 def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
@@ -157,8 +197,9 @@ def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
     raise ValueError(f"{path} {fault}; {CHECKPOINT} names the file of epoch {manifest.epoch}")
 
 
-def _model(path: Path, data: bytes) -> tuple[Config, int, Weights]:
-    """Return configuration, epochs done and model state from the bytes of last.safetensors."""
+def _model(folder: Path, name: str, data: bytes) -> tuple[Config, int, Weights]:
+    """Return configuration, epochs done and model state from the bytes of last.safetensors or best.safetensors."""
+    path = folder / name
     try:
         tensors = from_bytes(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format's own layout
@@ -169,6 +210,6 @@ def _model(path: Path, data: bytes) -> tuple[Config, int, Weights]:
         raise ValueError(f"{path} must hold a configuration in its metadata; it does not: another program wrote it")
     try:
         config = from_dict(json.loads(notes["config"]))
-        return config, int(notes["epoch"]), Weights(tensors, notes.get("frozen"))
+        return config, int(notes["epoch"]), Weights(tensors, notes.get("frozen"), "best" if name == BEST else "last")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} must hold a configuration in its metadata; it cannot be read: {error}") from error

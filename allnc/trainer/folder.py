@@ -5,6 +5,8 @@
     events.out.tfevents.*  the same for TensorBoard         state.pt            what only `--resume` needs
     summary.json        the last epoch's numbers            plots/              angles.png, curves.png
     .lock               held by the process that writes     collapse.json       of `allnc.evaluate --collapse`
+    best.safetensors    the model of the best epoch, where  predictions.npz     of the measured images, after the last
+                        validation images are held out      classes.csv         epoch: image by image, class by class
 
 Neither torch nor numpy is imported: the command line answers mistakes before they are.
 """
@@ -27,11 +29,12 @@ import yaml
 from allnc.config import SECTIONS
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-CHECKPOINT, WEIGHTS, STATE = "checkpoint.json", "last.safetensors", "state.pt"
+CHECKPOINT, WEIGHTS, STATE, BEST = "checkpoint.json", "last.safetensors", "state.pt", "best.safetensors"
+PREDICTIONS, CLASSES = "predictions.npz", "classes.csv"
 PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
 EVENTS, LOCK, COLLAPSE = "events.out.tfevents.*", ".lock", "collapse.json"
 # Written beside their place, then moved there.
-_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, COLLAPSE)
+_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, BEST, COLLAPSE, PREDICTIONS, CLASSES)
 
 Mode = Literal["new", "resume", "overwrite"]
 

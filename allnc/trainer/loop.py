@@ -24,6 +24,7 @@ from allnc.trainer.retrain import start_retraining
 from allnc.trainer.run import DivergenceError, Run
 from allnc.trainer.runlog import RunLog, final_table, finite, mean_of
 from allnc.trainer.runtime import git_commit, pick_device, versions
+from allnc.trainer.selection import SCORE
 from allnc.trainer.step import train_step
 
 LEAST_SCALE = 2.0**-14  # of a float16 loss, which begins with 2^16
@@ -78,14 +79,14 @@ def _train(
     if files is not None:
         if mode != "resume":
             files.start()
-        elif run.epoch < config.train.epochs:
+        elif not run.done:
             (files / SUMMARY).unlink(missing_ok=True)  # of fewer epochs: it would not be the weights' for long
         write_whole(files / CONFIG, _config_text(run).encode())
         for line in _headlines(run, files):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     with RunLog(folder if files else None, console, epochs=config.train.epochs, done=run.epoch) as log:
-        while run.epoch < config.train.epochs:
+        while not run.done:
             started = time.perf_counter()
             record: dict[str, Any] = {"epoch": run.epoch + 1}
             record |= train_epoch(run, log)
@@ -93,15 +94,38 @@ def _train(
             run.epoch += 1
             processes.together(run.check_weights)  # before they are measured and take the last checkpoint's place
             record |= _measurements(run)
-            run.best = max(run.best, record.get("accuracy", 0.0))
+            best = run.select(record)
             record["seconds"] = time.perf_counter() - started
             run.seconds["total"] += record["seconds"]
             log.note(run.loader.advice())
             log.epoch(record)  # before the checkpoint: a record too many is dropped on resuming, one too few is lost
             if files is not None:
-                run.save(folder)
+                run.save(folder, best=best)
         records = log.records
-    return _finish(run, files, records, console)
+    trained = run.epoch
+    if config.train.patience is not None:
+        processes.together(lambda: _take_best(run, folder, console))
+    return _finish(run, files, records, console, trained=trained)
+
+
+def _take_best(run: Run, folder: Path, console: Console) -> None:
+    """Let a run that selects end with the weights of its best epoch."""
+    best, config = run.selection, run.config.train
+    if best.score is None:  # an older version trained it to the end
+        return
+    if run.epoch < config.epochs:
+        console.print(
+            f"stopped after epoch {run.epoch} of {config.epochs}: none was better than epoch {best.epoch} on the "
+            f"validation images (mean over classes {best.score:.1f}) for {best.measured - best.epoch} epochs",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    if run.epoch != best.epoch:
+        _, epoch, weights = checkpoint.load_weights(folder, "best")
+        run.load_model(weights, epoch)
+        run.final = None
+    run.weights = "best"
 
 
 def _what_remains(files: RunFolder) -> str:
@@ -207,17 +231,24 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     return lines
 
 
-def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], console: Console) -> dict[str, Any]:
-    """Write the summary of the last epoch, then draw."""
-    config = run.config
+def _finish(
+    run: Run, files: RunFolder | None, records: list[dict[str, Any]], console: Console, *, trained: int
+) -> dict[str, Any]:
+    """Write what was measured at the end, of `trained` epochs, then draw."""
+    config, best = run.config, run.selection
     measured, means = run.final or run.measure()  # a finished run that is resumed has not measured yet
-    images = config.train.epochs * len(run.loader) * run.loader.batch_size
+    images = trained * len(run.loader) * run.loader.batch_size
     summary = {
         **{name: finite(value) for name, value in measured.items()},
-        "best_accuracy": run.best,
+        "trained_epochs": trained,
+        "stopped_early": trained < config.train.epochs,
+        "best": None if best.score is None else {"epoch": best.epoch, SCORE: best.score},
         "seconds": run.seconds["total"],
         "images_per_second": images / run.seconds["training"],
         "loader_wait": mean_of(records, "loader_wait"),
+        "data": config.data.name,
+        "model": config.model.name,
+        "loss": config.loss.name,
         "seed": config.seed,
         **run.conventions(),
         "images": run.images(),
@@ -231,6 +262,7 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
     }
     if files is None:
         return summary
+    run.write_predictions(files.path)
     write_json(files / SUMMARY, summary)
     console.print(final_table(summary))
     (files / PLOTS).mkdir(exist_ok=True)
