@@ -8,13 +8,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-BINS = 15  # of the confidences, as Guo et al.
+from allnc.metrics import per_class, shot_groups
+from allnc.metrics.calibration import BINS
+
 MOST_CLASSES = 60  # up to so many a confusion matrix has a row for each class
 GROUPS = 40  # of more classes, rows are groups of classes of similar size
 
 
-class Predictions(NamedTuple):
+class Answers(NamedTuple):
     """What a network said of every measured image."""
 
     labels: np.ndarray  # [n] int, the true classes
@@ -34,6 +37,7 @@ class OfClasses(NamedTuple):
     tested: np.ndarray  # [C] int, measured images
     accuracy: np.ndarray  # [C] float, percent
     mistaken_for: np.ndarray  # [C] int, the class it is most often mistaken for; -1: never mistaken
+    macro_f1: float  # mean F1 of the classes that have a measured image, percent
 
 
 class Pair(NamedTuple):
@@ -62,19 +66,15 @@ class Calibration(NamedTuple):
     error: float  # expected calibration error, in percent
 
 
-def of_classes(told: Predictions) -> OfClasses:
+def of_classes(told: Answers) -> OfClasses:
     """Return accuracy and the most frequent mistake of every class."""
-    num_classes = len(told.classes)
-    tested = np.bincount(told.labels, minlength=num_classes)
-    right = np.bincount(told.labels[told.labels == told.predicted], minlength=num_classes)
-    accuracy = np.where(tested > 0, 100 * right / np.maximum(tested, 1), np.nan)
-    mistaken_for = np.full(num_classes, -1)
-    for pair in reversed(pairs(told)):  # the most frequent comes last, and stays
-        mistaken_for[pair.label] = pair.predicted
-    return OfClasses(tested, accuracy, mistaken_for)
+    found = per_class(torch.from_numpy(told.predicted), torch.from_numpy(told.labels), len(told.classes))
+    return OfClasses(
+        found.images.numpy(), 100 * found.recall.numpy(), found.confused_with.numpy(), 100 * found.macro_f1
+    )
 
 
-def pairs(told: Predictions) -> list[Pair]:
+def pairs(told: Answers) -> list[Pair]:
     """Return every pair of a class and one it was mistaken for, by number of images, then by mean confidence.
 
     No C x C matrix is made: of thousands of classes nearly all pairs never occur.
@@ -100,7 +100,7 @@ def by_size(class_counts: np.ndarray) -> np.ndarray:
     return np.argsort(-class_counts, kind="stable")
 
 
-def confusion_map(told: Predictions, order: np.ndarray) -> ConfusionMap:
+def confusion_map(told: Answers, order: np.ndarray) -> ConfusionMap:
     """Return the confusion matrix with classes in an order; of more than `MOST_CLASSES`, by groups of neighbours.
 
     Of groups only errors are counted: a cell is the share of the row's images that were taken for *another* class, one
@@ -121,7 +121,7 @@ def confusion_map(told: Predictions, order: np.ndarray) -> ConfusionMap:
     return ConfusionMap(cells, groups, errors_only)
 
 
-def calibration(told: Predictions, classes: np.ndarray | None = None) -> Calibration:
+def calibration(told: Answers, classes: np.ndarray | None = None) -> Calibration:
     """Return confidence against accuracy in 15 bins of equal width, of the images of some classes.
 
     Args:
@@ -143,20 +143,10 @@ def calibration(told: Predictions, classes: np.ndarray | None = None) -> Calibra
     return Calibration(mean, share, images, error)
 
 
-def macro_f1(told: Predictions) -> float:
-    """Return the mean F1 of the classes that have a measured image, in percent."""
-    num_classes = len(told.classes)
-    tested = np.bincount(told.labels, minlength=num_classes)
-    called = np.bincount(told.predicted, minlength=num_classes)
-    right = np.bincount(told.labels[told.labels == told.predicted], minlength=num_classes)
-    return 100 * float((2 * right / np.maximum(tested + called, 1))[tested > 0].mean())
-
-
 def shot_masks(class_counts: np.ndarray, many: int, few: int) -> dict[str, np.ndarray]:
     """Return which classes are many-, medium- and few-shot, [C] bool each; those groups that have a class."""
-    masks = {"many": class_counts > many, "few": class_counts < few}
-    masks = {"many": masks["many"], "medium": ~masks["many"] & ~masks["few"], "few": masks["few"]}
-    return {name: mask for name, mask in masks.items() if mask.any()}
+    groups = shot_groups(torch.from_numpy(class_counts), many=many, few=few)
+    return {name: mask.numpy() for name, mask in groups.items() if bool(mask.any())}
 
 
 def trend(sizes: np.ndarray, values: np.ndarray, steps: int = 8) -> list[tuple[float, float, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +13,16 @@ import yaml
 
 from allnc.config import Config
 from allnc.plot.runs import measured
-from allnc.report.numbers import Predictions
+from allnc.report.numbers import Answers
 from allnc.report.thumbnails import Thumbnails
-from allnc.trainer.folder import CONFIG, METRICS, SUMMARY
+from allnc.trainer.folder import CONFIG, METRICS, PREDICTIONS, SUMMARY
 from allnc.trainer.options import from_dict
+from allnc.trainer.predictions import class_names, read_predictions
 from allnc.trainer.runlog import Record, read_lines
 
 if TYPE_CHECKING:
     from allnc.metrics.plots import ClassVectors
     from allnc.trainer.run import Run
-
-PREDICTIONS = "predictions.npz"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +46,7 @@ class ReportedRun:
     config: Config
     summary: dict[str, Any]
     records: list[Record]
-    told: Predictions | None
+    told: Answers | None
     vectors: ClassVectors | None
     thumbnails: Thumbnails | None
     notes: tuple[str, ...]
@@ -83,7 +81,7 @@ def read_run(
         notes.append(f"{SUMMARY} is missing: the run has not finished, and what is shown is as far as it came")
     if not records:
         notes.append(f"{METRICS} has no record of an epoch: there are no curves")
-    told = read_predictions(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else None
+    told = stored_answers(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else None
     vectors, run = None, None
     if measure:
         say(f"{label}: measuring the training images{'' if told else f' and {_measured_on(config)} images'}")
@@ -95,7 +93,7 @@ def read_run(
             )
         else:
             run, vectors = found.run, found.vectors
-            told = told or predictions_of(run)
+            told = told or measured_answers(run)
     elif told is None:
         notes.append(f"{PREDICTIONS} is missing: without --stored the report measures the run by itself")
     if not (summary or records or told):
@@ -120,69 +118,41 @@ def read_run(
     )
 
 
-def read_predictions(path: Path) -> Predictions:
+def stored_answers(path: Path) -> Answers:
     """Read predictions.npz.
 
     Raises:
         ValueError: it is damaged, or holds other arrays.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
-        told = Predictions(
-            labels=held["labels"].astype(np.int64),
-            predicted=held["predicted"].astype(np.int64),
-            confidence=held["confidence"],
-            true_confidence=held["true_confidence"],
-            positions=held["positions"].astype(np.int64),
-            paths=held.get("paths"),
-            classes=tuple(map(str, held["classes"])),
-            class_counts=held["class_counts"].astype(np.int64),
-            measured_on=str(held["measured_on"]),
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-    number, num_classes = len(told.labels), len(told.classes)
-    arrays = (told.predicted, told.confidence, told.true_confidence, told.positions, told.paths)
-    if number == 0 or any(array is not None and array.shape != (number,) for array in arrays):
-        raise _unreadable(path, "arrays of different lengths, or empty ones")
-    if told.class_counts.shape != (num_classes,):
-        raise _unreadable(path, f"{len(told.class_counts)} class_counts for {num_classes} classes")
-    for name, array in (("labels", told.labels), ("predicted", told.predicted)):
-        if array.min() < 0 or array.max() >= num_classes:
-            raise _unreadable(path, f"{name} that are no class of {num_classes}")
-    if told.positions.min() < 0 or not bool(np.isfinite(told.confidence).all()):
-        raise _unreadable(path, "positions below 0, or confidences that are not finite")
-    return told
+    held = read_predictions(path)
+    if not len(held["labels"]) or int(held["positions"].min()) < 0 or not bool(np.isfinite(held["confidence"]).all()):
+        raise ValueError(f"{path} must hold the predictions of a run; got no image, or impossible numbers: damaged")
+    return Answers(
+        labels=held["labels"].astype(np.int64),
+        predicted=held["predicted"].astype(np.int64),
+        confidence=held["confidence"],
+        true_confidence=held["true_confidence"],
+        positions=held["positions"].astype(np.int64),
+        paths=held.get("paths"),
+        classes=tuple(map(str, held["classes"])),
+        class_counts=held["class_counts"].astype(np.int64),
+        measured_on=str(held["measured_on"]),
+    )
 
 
-def _unreadable(path: Path, got: str) -> ValueError:
-    return ValueError(f"{path} must hold the predictions of a run; got {got}: delete it, and they are measured again")
-
-
-def predictions_of(run: Run) -> Predictions:
+def measured_answers(run: Run) -> Answers:
     """Let the measured images pass the network."""
-    import torch
-
-    from allnc.trainer.measure import outputs
-
-    parts: list[tuple[np.ndarray, ...]] = []
-    with torch.inference_mode():
-        for output, labels in outputs(run.measured, run.measured_set, run.config.data, run.device):
-            logs = output.logits_rebalance.float().log_softmax(1)
-            best, predicted = logs.max(1)
-            true = logs.gather(1, labels[:, None])[:, 0]
-            parts.append(tuple(t.cpu().numpy() for t in (labels, predicted, best.exp(), true.exp())))
-    labels, predicted, confidence, true = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    classes = run.measured_set.classes or tuple(map(str, range(run.measured_set.num_classes)))
-    return Predictions(
-        labels=labels,
-        predicted=predicted,
-        confidence=confidence,
-        true_confidence=true,
-        positions=np.arange(len(labels)),
+    run.measure_accuracy()
+    found = run.predictions
+    assert found is not None  # measured just now
+    return Answers(
+        labels=found.labels.numpy(),
+        predicted=found.predicted.numpy(),
+        confidence=found.confidence.numpy(),
+        true_confidence=found.true_confidence.numpy(),
+        positions=np.arange(len(found.labels)),
         paths=None,
-        classes=classes,
+        classes=tuple(class_names(run.measured_set)),
         class_counts=run.counts.numpy(),
         measured_on=run.measured_on,
     )
@@ -212,7 +182,7 @@ def _measured_on(config: Config) -> str:
     return "validation" if config.data.validation else "test"
 
 
-def _contradictions(told: Predictions, summary: dict[str, Any]) -> list[str]:
+def _contradictions(told: Answers, summary: dict[str, Any]) -> list[str]:
     """Say where predictions and summary cannot be of the same weights."""
     own, noted = 100 * float((told.labels == told.predicted).mean()), summary.get("accuracy")
     if noted is None or abs(own - noted) < 0.01 or summary.get("measured_on", told.measured_on) != told.measured_on:

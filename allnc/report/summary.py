@@ -38,7 +38,7 @@ def trained(runs: Sequence[ReportedRun]) -> list[Row]:
         "Recipe": [str(run.summary.get("recipe") or "–") for run in runs],
         "Loss": [run.config.loss.name for run in runs],
         "Network": [run.config.model.name + (", pretrained" if run.config.model.pretrained else "") for run in runs],
-        "Epochs": [f"{run.summary.get('epochs', len(run.records)):,}" for run in runs],
+        "Epochs": [_epochs(run) for run in runs],
         "Seed": [str(run.config.seed) for run in runs],
         "Time": [_time(run.summary) for run in runs],
         "Trained with": [_versions(run.summary) for run in runs],
@@ -63,6 +63,13 @@ def _training_images(run: ReportedRun) -> str:
 
 def _measured_images(run: ReportedRun) -> str:
     return "–" if run.told is None else f"{len(run.told.labels):,} ({run.told.measured_on})"
+
+
+def _epochs(run: ReportedRun) -> str:
+    summary, config = run.summary, run.config.train
+    trained = summary.get("trained_epochs", summary.get("epochs", len(run.records)))
+    text = f"{trained:,}" if trained == config.epochs else f"{trained:,} of {config.epochs:,}"
+    return text if summary.get("epochs", trained) == trained else f"{text}; weights of epoch {summary['epochs']:,}"
 
 
 def _time(summary: dict[str, Any]) -> str:
@@ -102,6 +109,7 @@ MEASURES: dict[str, tuple[str, int, bool, bool, str]] = {
     "medium": ("medium-shot", 1, True, True, ""),
     "few": ("few-shot", 1, True, True, ""),
     "macro_f1": ("Macro-F1, %", 1, True, False, "mean over the classes"),
+    "top5": ("Top-5 accuracy, %", 1, True, False, "of all measured images"),
     "ece": ("Calibration error (ECE), %", 1, False, False, "0 is ideal"),
     "nll": ("Negative log-likelihood", 3, False, False, "0 is ideal"),
     **{name: (label, 3, False, False, "0 is ideal") for name, label in COLLAPSE.items()},
@@ -113,16 +121,20 @@ def measures(run: ReportedRun) -> dict[str, float | None]:
     last = {name: value for record in run.records for name, value in record.items() if value is not None}
     found: dict[str, float | None] = {name: last.get(name) for name in MEASURES}
     if run.told is not None:
-        told, accuracies = run.told, numbers.of_classes(run.told).accuracy
+        told, of_classes = run.told, numbers.of_classes(run.told)
+        accuracies = of_classes.accuracy
         found["accuracy"] = 100 * float((told.labels == told.predicted).mean())
         found["balanced"] = float(np.nanmean(accuracies))
         for name, mask in numbers.shot_masks(told.class_counts, *limits_of(run)).items():
             if np.isfinite(accuracies[mask]).any():
                 found[name] = float(np.nanmean(accuracies[mask]))
-        found["macro_f1"] = numbers.macro_f1(told)
+        found["macro_f1"] = of_classes.macro_f1
         found["ece"] = numbers.calibration(told).error
         found["nll"] = float(-np.log(np.maximum(told.true_confidence, np.finfo(np.float32).tiny)).mean())
-    return found | {name: run.summary[name] for name in MEASURES if run.summary.get(name) is not None}
+    stored = {name: run.summary[name] for name in MEASURES if run.summary.get(name) is not None}
+    if run.told is not None and run.summary.get("measured_on") not in (None, run.told.measured_on):
+        stored = {name: value for name, value in stored.items() if name in COLLAPSE}  # the rest is of other images
+    return found | stored
 
 
 def _compared(values: Sequence[float | None], digits: int, *, higher: bool) -> list[Cell]:

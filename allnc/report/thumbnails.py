@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from allnc.config import Config
-from allnc.report.numbers import Predictions
+from allnc.report.numbers import Answers
 
 if TYPE_CHECKING:
     from allnc.data import ImageSet
@@ -34,9 +34,7 @@ class Thumbnails:
         ValueError: the images are not there, are others than those of the predictions, or are no images.
     """
 
-    def __init__(
-        self, config: Config, told: Predictions, root: str | None = None, images: ImageSet | None = None
-    ) -> None:
+    def __init__(self, config: Config, told: Answers, root: str | None = None, images: ImageSet | None = None) -> None:
         from allnc.data import FeatureSet, load
 
         self.told, self.unread = told, 0

@@ -16,38 +16,41 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from allnc.config import Config
+from allnc.trainer.folder import ANGLES, CONFUSION, CURVES
 from allnc.trainer.options import dotted
 
+# What the summary says of a run beside its measures.
+_NO_MEASURES = ("epochs", "trained_epochs", "seed", "processes", "many_above", "few_below")
 
-def finish_board(folder: Path, config: Config, summary: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
+
+def finish_board(folder: Path, config: Config, summary: Mapping[str, Any]) -> None:
     """Add pictures, options and final measures to the event files of a run.
 
     Args:
-        folder: of the run.
+        folder: of the run, with its pictures.
         config: its options; `out`, the place of the run, is left out.
         summary: what summary.json holds, with "epochs"; its numbers are the measures.
-        pictures: PNG files by the names under which TensorBoard shows them.
     """
     options = {name: _simple(value) for name, value in dotted(config).items() if name != "out"}
-    measures = {name: value for name, value in summary.items() if _is_measure(name, value)}
+    measures = {
+        f"final/{name}": float(value)
+        for name, value in summary.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in _NO_MEASURES
+    }
+    epoch = summary["epochs"]
     with SummaryWriter(str(folder)) as board:
-        for name, path in pictures.items():
-            with Image.open(path) as image:
-                board.add_image(name, np.asarray(image.convert("RGB")), summary["epochs"], dataformats="HWC")
+        for path in (folder / name for name in (ANGLES, CURVES, CONFUSION)):
+            if path.is_file():  # of many classes there is no confusion matrix
+                with Image.open(path) as image:
+                    board.add_image(path.stem, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
         writer = board.file_writer
         assert writer is not None  # until it is closed
-        # Not `add_hparams`, which writes a folder of its own inside the run's; its scalars are those of the last epoch.
-        for part in hparams(options, measures):
+        for part in hparams(options, measures):  # `add_hparams` would write a folder of its own inside the run's
             writer.add_summary(part)
         for name, value in measures.items():
-            board.add_scalar(name, value, summary["epochs"])
+            board.add_scalar(name, value, epoch)
 
 
 def _simple(value: Any) -> bool | int | float | str:
     """A value that TensorBoard takes as an option."""
     return value if isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _is_measure(name: str, value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and name not in ("epochs", "seed", "processes", "many_above", "few_below")

@@ -40,6 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_angles", lambda *_: None)
         patch.setattr(loop, "plot_curves", lambda *_: None)
+        patch.setattr(loop, "plot_confusion", lambda *_, **__: None)
         loop.train(config, folder / "run", Console(file=io.StringIO()))
     (folder / "run" / "predictions.npz").unlink(missing_ok=True)  # as in runs of older versions
     return folder / "run"

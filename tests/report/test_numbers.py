@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from allnc.report import numbers
-from allnc.report.numbers import Predictions
+from allnc.report.numbers import Answers
 
 
-def told(labels: list[int], predicted: list[int], confidence: list[float], counts: list[int]) -> Predictions:
+def told(labels: list[int], predicted: list[int], confidence: list[float], counts: list[int]) -> Answers:
     n = len(labels)
-    return Predictions(
+    return Answers(
         labels=np.array(labels),
         predicted=np.array(predicted),
         confidence=np.array(confidence, np.float32),

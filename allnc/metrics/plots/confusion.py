@@ -71,11 +71,10 @@ def plot_confusion(
     axis.set_ylabel("true class")
     axis.set_title("Confusions, % of the images of the true class", fontsize=11)
     if num_classes <= _NAMED_CLASSES:
-        names = [_clipped(classes[c] if classes else str(c)) for c in order.tolist()]
+        names = [_clipped(str(classes[c] if classes else c)) for c in order.tolist()]
         font = 9 if num_classes <= 30 else 7
         axis.set_yticks(range(num_classes), names, fontsize=font)
-        turned = {"rotation": 90} if max(map(len, names)) > 2 else {}
-        axis.set_xticks(range(num_classes), names, fontsize=font, **turned)
+        axis.set_xticks(range(num_classes), names, fontsize=font, rotation=90 if max(map(len, names)) > 2 else 0)
     if num_classes <= _ANNOTATED_CLASSES:
         for row, column in number.nonzero().tolist():
             colour = "white" if colours[row, column, 3] > 0.6 else "black"
