@@ -14,7 +14,7 @@ from allnc.report.charts import Figure
 from allnc.report.heatmaps import ORANGE, PURPLE, angle_colours, borders_of, heat_map, row_names, scale_bar
 from allnc.report.runs import ReportedRun, limits_of
 
-ANGLE_CELLS = 60  # of a row of an angle map; of more classes cells are means over groups
+ANGLE_CELLS = 100  # of a row of an angle map; of more classes cells are means over groups
 
 
 def angle_maps(runs: Sequence[ReportedRun]) -> list[Figure]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-WIDTH, WIDE, HEIGHT = 360, 520, 244  # of a chart and of a wide one, in units that are pixels on a narrow screen
+WIDTH, WIDE, HEIGHT = 360, 470, 244  # of a chart and of a wide one, in units that are pixels on a narrow screen
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 26, 38
 MOST_POINTS = 400  # of a line: more than a screen has
 
@@ -92,7 +92,9 @@ class Axis:
             steps = (1, 2, 5) if last - first <= 3 else (1,)
             every = 1 if last - first <= 6 else math.ceil((last - first) / 6)
             found = [step * 10.0**power for power in range(first, last + 1, every) for step in steps]
-            return [v for v in found if self.low <= v <= self.high]
+            found = [v for v in found if self.low <= v <= self.high]
+            if len(found) > 2:
+                return found
         raw = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)

@@ -12,7 +12,7 @@ from allnc.report.charts import Axis, Figure, Key, Line, lines
 from allnc.report.heatmaps import BLUE, RED, borders_of, confusion_colours, heat_map, row_names, scale_bar
 from allnc.report.runs import ReportedRun, limits_of
 
-MOST_PAIRS, MOST_IMAGES = 12, 6  # worst pairs of a run, and images of each
+MOST_PAIRS, MOST_IMAGES = 12, 5  # worst pairs of a run, and images of each
 
 
 class Mistake(NamedTuple):

@@ -70,7 +70,7 @@ def _over_epochs(
     title: str, found: Sequence[Line], unit: str, *, log: bool = False, zero: bool = False
 ) -> Figure | None:
     found = [line for line in found if len(line.x)]
-    if not found:
+    if max((len(line.x) for line in found), default=0) < 2:  # one number, which the summary has
         return None
     epochs = [x for line in found for x in line.x]
     values = [y for line in found for y in line.y]

@@ -13,7 +13,7 @@ import torch
 from allnc.metrics import per_class, shot_groups
 from allnc.metrics.calibration import BINS
 
-MOST_CLASSES = 60  # up to so many a confusion matrix has a row for each class
+MOST_CLASSES = 100  # up to so many a confusion matrix has a row for each class
 GROUPS = 40  # of more classes, rows are groups of classes of similar size
 
 

@@ -25,6 +25,7 @@ from allnc.report.heatmaps import BLUE, ORANGE, PURPLE, RED, angle_colours, conf
         (Axis([1, 3], whole=True), [1, 2, 3]),
         (Axis([1, 1000], log=True), [1, 10, 100, 1000]),
         (Axis([2, 30], log=True), [2, 5, 10, 20]),
+        (Axis([0.05, 0.1], log=True), [0.06, 0.08, 0.1]),
         (Axis([5.0]), [4.6, 4.8, 5, 5.2, 5.4]),
         (Axis([math.nan]), [0.6, 0.8, 1, 1.2, 1.4]),
     ],

@@ -73,6 +73,6 @@ def test_angles_of_thousands_of_classes_are_drawn_by_groups(run: Path) -> None:
     bare = read_run(run, "run", measure=False, root=None, device=None, say=lambda line: None)
     figures = angle_maps([dataclasses.replace(bare, vectors=vectors)])
     assert [figure.title for figure in figures] == ["run: class means, centred", "run: classifier vectors"]
-    assert "Cells are means over groups of about 50 classes." in figures[0].note
+    assert "Cells are means over groups of about 30 classes." in figures[0].note
     cells = re.search(r'data-cells="\[([^"]*)\]"', str(figures[0].svg))
     assert cells is not None and len(cells[1].split(",")) == ANGLE_CELLS**2

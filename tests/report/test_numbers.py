@@ -50,16 +50,16 @@ def test_confusion_matrix_in_percent_of_the_row() -> None:
 
 
 def test_groups_count_mistakes_alone() -> None:
-    num_classes = 80  # groups of two
+    num_classes = 120  # groups of three
     labels = np.repeat(np.arange(num_classes), 2)
     predicted = labels.copy()
     predicted[0] = 1  # 0 for 1: the same group
-    predicted[2] = 79  # 1 for 79: the last group
-    of_all = told(labels.tolist(), predicted.tolist(), [0.5] * 160, [1] * num_classes)
+    predicted[2] = 119  # 1 for 119: the last group
+    of_all = told(labels.tolist(), predicted.tolist(), [0.5] * 240, [1] * num_classes)
     found = numbers.confusion_map(of_all, np.arange(num_classes))
-    assert found.errors_only and [g.tolist() for g in found.groups[:2]] == [[0, 1], [2, 3]]
-    assert found.cells[0, 0] == 25 and found.cells[0, 39] == 25
-    assert found.cells.sum() == 50
+    assert found.errors_only and [g.tolist() for g in found.groups[:2]] == [[0, 1, 2], [3, 4, 5]]
+    assert found.cells[0, 0] == found.cells[0, 39] == pytest.approx(100 / 6)
+    assert found.cells.sum() == pytest.approx(200 / 6)
 
 
 def test_calibration_by_hand() -> None:

@@ -75,6 +75,9 @@ def plot_confusion(
         font = 9 if num_classes <= 30 else 7
         axis.set_yticks(range(num_classes), names, fontsize=font)
         axis.set_xticks(range(num_classes), names, fontsize=font, rotation=90 if max(map(len, names)) > 2 else 0)
+    else:  # positions, not class numbers, as the classes are sorted
+        axis.set_xlabel("predicted class, by its rank in training images")
+        axis.set_ylabel("true class, by its rank in training images")
     if num_classes <= _ANNOTATED_CLASSES:
         for row, column in number.nonzero().tolist():
             colour = "white" if colours[row, column, 3] > 0.6 else "black"
