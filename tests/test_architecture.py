@@ -30,6 +30,7 @@ DOORS: dict[str, set[str]] = {
     "info": {"ops", "_extension", "_version"},
     "train": {"trainer", "_command"},
     "sweep": {"trainer", "metrics", "_command", "config"},
+    "report": {"plot", "trainer", "metrics", "data", "_command", "_version", "config"},
     "plot": {"trainer", "metrics", "data", "_command", "config"},
     "inference": {"trainer", "losses", "metrics", "data", "models", "config", "_version"},
     "predict": {"inference", "_command"},

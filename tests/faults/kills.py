@@ -98,7 +98,7 @@ def main() -> None:
     images = load(CONFIG.data)  # once: the forks shall train, not import and draw
     run.load = lambda _, tested=False: images
     loop.git_commit = lambda: None
-    loop.plot_angles = loop.plot_curves = lambda *_, **__: None
+    loop.plot_angles = loop.plot_curves = loop.plot_confusion = lambda *_, **__: None
     assert forked(lambda: loop.train(CONFIG, root / "straight", quiet())) == 0
     wanted = result(root / "straight")
     epochs: dict[str, int] = {}
