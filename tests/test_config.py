@@ -96,6 +96,17 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
             ["--loss.name=proco", "--loss.hycon_weight=0", "--model.projection_dim=9"],
             "--model.projection_dim would be ignored: loss.hycon_weight is 0",
         ),
+        (["--loss.classification_weight", "0.5"], "would be ignored: loss.name is allnc, which weighs its contrast by"),
+        (["--loss.name", "ce", "--loss.classification_weight", "0.5"], "classification_weight would be ignored"),
+        (["--loss.classification_weight", "-1"], "loss.classification_weight must be >= 0; got -1"),
+        (
+            ["--loss.name", "bcl", "--loss.classification_weight", "0"],
+            "loss.classification_weight 0 needs train.retrain_epochs >= 1",
+        ),
+        (
+            ["--loss.name=supcon", "--loss.classification_weight=0", "--loss.hycon_weight=0"],
+            "loss.classification_weight or loss.hycon_weight must be > 0, or nothing trains; got 0 for both",
+        ),
         (["--loss.name", "etf_dr"], "model.classifier must be etf with loss.name etf_dr; got normalised"),
         (["--loss.name", "nonl", "--model.classifier", "linear"], "must be normalised or etf with loss.name nonl"),
         (
@@ -230,8 +241,9 @@ def test_ignored_options_are_real_options() -> None:
         assert set(ignored_options(config)) <= set(option_names())
     assert "loss.focal_gamma" not in ignored_options(configs[1]) and "loss.gamma" in ignored_options(configs[1])
     assert "train.milestones" not in ignored_options(configs[3])
-    read = {f"loss.{name}" for name in ("name", "hycon_weight", "temperature", "tau", "ema_momentum", "backend")}
-    assert {name for name in option_names() if name.startswith("loss.")} - set(ignored_options(configs[4])) == read
+    names = ("name", "hycon_weight", "classification_weight", "temperature", "tau", "ema_momentum", "backend")
+    loss_options = {name for name in option_names() if name.startswith("loss.")}
+    assert loss_options - set(ignored_options(configs[4])) == {f"loss.{name}" for name in names}
     assert "model.projection_dim" not in ignored_options(configs[4])
 
 

@@ -9,8 +9,9 @@ import gc
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from PIL import Image
@@ -67,19 +68,26 @@ def view_major(parts: Sequence[Tensor]) -> Tensor:
 
 
 def from_workers(
-    views: Views, parts: Iterable[Keys], workers: int, device: torch.device, *, batch_size: int
-) -> Iterator[Tensor]:
+    views: Dataset[Any],
+    parts: Iterable[Sequence[Any]],
+    workers: int,
+    device: torch.device,
+    *,
+    batch_size: int,
+    join: Callable[[list[Any]], Any] | None = None,
+) -> Iterator[Any]:
     """Yield the views of each part, [n, V, c, H, W], on the device, uint8 or as the augmentation makes them.
 
     The workers start with the first part that is asked for and end with the last one, or when the iterator is closed.
     Until then they are ahead by a batch and two parts for each of them.
 
     Args:
-        views: what makes an image's views.
-        parts: the images of each part; iterated as the workers need it.
+        views: what makes an image's views, of its key.
+        parts: the keys of each part; iterated as the workers need it.
         workers: number of processes; 0 makes the views in this one when they are asked for.
         device: where the views are wanted; for a GPU, they pass through pinned memory, and nothing waits for the copy.
         batch_size: images in a batch, which tells how far ahead the workers are.
+        join: what makes a part of what `views` returns, with `to` and `pin_memory` as a tensor; None stacks tensors.
 
     Raises:
         ValueError: an image that cannot be read, a worker process that was killed, or too little shared memory or too
@@ -93,6 +101,7 @@ def from_workers(
         prefetch_factor=ahead,
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_inherited_objects_alone,
+        collate_fn=join,
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
     )
     others = set(multiprocessing.active_children())

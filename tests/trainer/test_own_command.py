@@ -22,6 +22,7 @@ from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.command import plan
 
 SHORT = ["--train.epochs", "1", "--train.threads", "1", "--model.width", "2", "--loss.name", "ce"]
+PRETRAINED = ["--model.name", "timm:resnet18", "--model.pretrained", "true"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_from_a_folder_to_a_run_that_is_evaluated_from_another_folder(
     monkeypatch.chdir(tmp_path)
     assert main(["photos", *SHORT]) == 0
     out = capsys.readouterr().out
-    run = tmp_path / "runs" / "photos-ce-seed0"
+    run = tmp_path / "runs" / "photos-ce-epochs=1-width=2-seed0"
     assert "photos: 70 images of 3 classes, 16 x 16 pixels (70 RGB); 32 to 8 training images a class, ratio 4" in out
     assert "split: 56 train, 14 test images (20% of each class, drawn by data.subset_seed 0)" in out
     assert "in memory, augmented by shift_rotate, not mirrored; resnet8; loss ce; 1 epochs of 3 batches of 16" in out
@@ -124,8 +125,7 @@ def test_images_from_disk_are_augmented_as_in_memory(tmp_path: Path, capsys: pyt
         (100, "RGB", ["--data.augmentation", "shift_rotate"], ["from disk, augmented by shift_rotate, not mirrored"]),
         (16, "RGB", ["--data.augmentation", "crop_flip_cutout"], ["crop_flip_cutout, mirrored (--data.flip false if"]),
         (16, "RGB", ["--train.epochs", "7"], ["7 epochs of 2 batches of 16"]),
-        (16, "L", ["--model.name", "timm:resnet18", "--model.pretrained", "true"],
-         ["224 x 224 pixels, colour, from disk, augmented by shift_rotate", "timm:resnet18"]),
+        (16, "L", PRETRAINED, ["224 x 224 pixels, colour, from disk, augmented by shift_rotate", "timm:resnet18"]),
         (16, "L", ["--data.validation", "0.2"], ["split: 32 train, 8 validation, 10 test", "on the validation images"]),
     ],
 )  # fmt: skip
