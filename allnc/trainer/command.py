@@ -132,6 +132,8 @@ def _told_apart(config: Config, words: Sequence[str]) -> list[str]:
     """Return what the name of a run folder says of the options that were given, the first four of them."""
     values = dotted(config)
     silent = {"loss.name", "seed", "out", "train.device", "data.download", *OF_A_MACHINE}
+    if values["data.name"] in ("own", "arrays"):  # whose file or folder is told
+        silent.add("data.name")
     told = [name for name in dict.fromkeys(given_options(words)) if name in values and name not in silent]
     parts = [f"{name.split('.')[1]}={_in_a_name(values[name])}" for name in told[:MOST_TOLD]]
     return [*parts, "etc"] if len(told) > MOST_TOLD else parts
