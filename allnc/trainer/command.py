@@ -81,7 +81,8 @@ def plan(words: Sequence[str]) -> Plan:
         check_folder(path_of(config.out), mode)  # before minutes of looking at images
     config, index = settled(config, words, functools.partial(print, flush=True))
     if config.out is None:
-        name = Path(config.data.train_list or config.data.root or recipe).stem if recipe == own.RECIPE else recipe
+        place = Path(config.data.train_list or config.data.root or recipe)
+        name = recipe if recipe != own.RECIPE else place.name if place.is_dir() else place.stem
         folder = new_folder("-".join([name, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
         return Plan(dataclasses.replace(config, out=str(folder)), folder, "new", index)
     folder = path_of(config.out)
