@@ -225,7 +225,8 @@ def _readable(error: ArgumentError) -> str:
     wrong = re.search(r'key "([\w.]+)": Expected an? (.+)\. Got value: (.*)', message)
     union = re.search(r'key "([\w.]+)": .*Subtypes: (\[.*?\]) Errors:.*Given value: (.*)', message)
     if union:
-        types = " or ".join(re.findall(r"'(\w+)'", union[2])).replace("NoneType", "null")
+        found = re.findall(r"'(\w+)'|dict\[", union[2])
+        types = " or ".join(name or "{name: number}" for name in found).replace("NoneType", "null")
         return f"{union[1]} must be of type {types}; got {union[3]}"
     if wrong:
         wanted = re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2])

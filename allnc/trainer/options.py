@@ -21,11 +21,11 @@ OF_A_MACHINE = (
 )
 # The options of the loss that each baseline reads, beside its name.
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "ce": ("label_smoothing", "drw"),
+    "ce": ("label_smoothing", "drw", "class_weights"),
     "logit_adjusted": ("tau", "label_smoothing"),
-    "focal": ("focal_gamma", "drw"),
-    "ldam": ("drw",),
-    "mse": ("drw",),
+    "focal": ("focal_gamma", "drw", "class_weights"),
+    "ldam": ("drw", "class_weights"),
+    "mse": ("drw", "class_weights"),
     "supcon": ("hycon_weight", "temperature", "backend"),
     "bcl": ("hycon_weight", "temperature", "tau"),
     "proco": ("hycon_weight", "temperature", "tau", "ema_momentum", "backend"),
@@ -63,7 +63,7 @@ def ignored_options(config: Config) -> dict[str, str]:
             f"the loss has no softmax HyCon ({loss.name}, {loss.hycon})",
         )
     if loss.name == "allnc":
-        drop("loss", "drw", "loss.name is allnc, which re-balances by its schedule")
+        drop("loss", "drw class_weights", "loss.name is allnc, which re-balances by its schedule")
         if loss.rebalance != "focal":
             drop("loss", "focal_gamma", "no branch has the focal loss")
         if loss.rebalance != "logit_adjusted":

@@ -100,6 +100,7 @@ class Run:
             projection_dim=config.model.projection_dim,
             classifier_scale=None if config.model.classifier == "linear" else config.model.classifier_scale,
             group=self.processes.group,
+            classes=self.train_set.classes,
         ).to(self.device)
         self.average = _moving_average(self.model, config.train.ema_decay)
         self.optimizer = build_optimizer(self.model, config.train)
