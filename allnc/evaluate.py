@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 if TYPE_CHECKING:
     from allnc.trainer.run import Run
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print accuracy by shot and collapse of a checkpoint; return 0, or 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.evaluate", description=__doc__)
+    parser = Parser("allnc.evaluate", __doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, with last.safetensors")
     parser.add_argument(
         "--on", choices=("test", "validation"), help="which images; default the run's own (its data.validation)"
