@@ -5,10 +5,11 @@ from allnc.data.features import FeatureSet
 from allnc.data.loader import Batch, TrainLoader, plain_batches
 from allnc.data.longtail import class_sizes, subset
 from allnc.data.mixing import Mixture, mixtures, remix_labels
-from allnc.data.samplers import class_probabilities
+from allnc.data.samplers import BalancedSampler, class_probabilities
 from allnc.data.sources import ImageSet, load
 
 __all__ = [
+    "BalancedSampler",
     "Batch",
     "FeatureSet",
     "ImageSet",

@@ -84,6 +84,7 @@ class Run:
             config.model,
             in_channels=self.train_set.channels,
             num_classes=self.train_set.num_classes,
+            image_size=tuple(self.train_set.shape(config.data)[1:]),
             head=entry.head(config.loss),
             two_branches=entry.two_branches,
             class_counts=self.counts,
