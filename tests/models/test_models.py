@@ -133,9 +133,7 @@ def test_weights_without_a_network_are_refused_at_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(socket, "create_connection", unreachable)
     monkeypatch.setattr(urllib.request, "getproxies", dict)
     start = time.perf_counter()
-    with pytest.raises(
-        ValueError, match=r"no connection to .* \(Network is unreachable\); name a file of"
-    ):
+    with pytest.raises(ValueError, match=r"no connection to .* \(Network is unreachable\); name a file of"):
         build(ModelConfig(name="timm:resnet10t", pretrained=True))
     assert time.perf_counter() - start < 5
 
