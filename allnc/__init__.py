@@ -13,6 +13,7 @@ from allnc._version import __version__
 
 if TYPE_CHECKING:
     from allnc import losses, metrics
+    from allnc.inference.predictor import load
     from allnc.ops import AllAroundLosses, all_around, class_mean_ema, hycon, hycon_cosine, p2p
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "class_mean_ema",
     "hycon",
     "hycon_cosine",
+    "load",
     "losses",
     "metrics",
     "p2p",
@@ -33,7 +35,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("losses", "metrics"):
         return import_module(f"{__name__}.{name}")
-    value = getattr(import_module(f"{__name__}.ops"), name)
+    value = getattr(import_module(f"{__name__}.{'inference.predictor' if name == 'load' else 'ops'}"), name)
     globals()[name] = value  # later accesses are those of a plain attribute
     return value
 

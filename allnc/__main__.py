@@ -12,8 +12,11 @@ from allnc._version import __version__
 
 # What a person types -> the module whose `main` answers, and what it is for.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("allnc.train", "train a classifier on a data set, or continue a run"),
+    "train": ("allnc.train", "train a classifier on your images or a data set, or continue a run"),
     "evaluate": ("allnc.evaluate", "measure a run: accuracy by class size, neural collapse by layer"),
+    "predict": ("allnc.predict", "classes and probabilities of images"),
+    "export": ("allnc.export", "a trained network for other programs: safetensors, torch, ONNX"),
+    "report": ("allnc.report.__main__", "one HTML page about runs, with the images that were confused"),
     "plot": ("allnc.plot.__main__", "draw one run or several side by side"),
     "sweep": ("allnc.sweep.__main__", "compare methods on data sets and seeds, with intervals"),
     "features": ("allnc.features", "store the features of every image once, to train heads on them"),
@@ -22,9 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 EXAMPLES = """\
 Examples:
-  allnc train                                       scikit-learn's digits, long-tailed: ten seconds
-  allnc train --config cifar100_lt --data.root DIR  a recipe
-  allnc evaluate runs/digits_lt-allnc-seed0         measure what was trained"""
+  allnc train                       scikit-learn's digits, long-tailed: ten seconds
+  allnc train photos --out runs/1   a folder with a folder for each class
+  allnc predict runs/1 new/*.jpg    what is on images
+  allnc report runs/1               what was learned, and what was not"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Train a model: `python -m allnc.train [--config RECIPE|FILE] [--train.epochs 5 --loss.name ce ...]`."""
+"""Train a model: `python -m allnc.train [DIR] [--config RECIPE|FILE] [--train.epochs 5 --loss.name ce ...]`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(words: list[str]) -> None:
     # Imported here: Ctrl-C is answered during imports, too, and mistakes before those of torch, which take seconds.
     from allnc.trainer import launcher
-    from allnc.trainer.command import plan, print_config
+    from allnc.trainer.command import look_only, plan, print_config
 
     if "--print_config" in words:
         return print_config(words)
+    if "--dry_run" in words:
+        return look_only(words)
     try:
-        config, folder, mode = plan(words)
+        config, folder, mode, index = plan(words)
     except ValueError as error:
         if launcher.rank() == 0:
             raise
@@ -31,7 +33,7 @@ def _train(words: list[str]) -> None:
 
     from allnc.trainer.loop import train
 
-    train(config, folder, Console(), mode=mode)
+    train(config, folder, Console(), mode=mode, index=index)
 
 
 if __name__ == "__main__":

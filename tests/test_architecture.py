@@ -23,7 +23,7 @@ DOORS: dict[str, set[str]] = {
     "ops": {"_checks", "_extension", "kernels"},
     "losses": {"_checks", "ops", "config"},
     "metrics": {"ops"},
-    "theory": {"_checks", "_command", "ops", "losses", "metrics"},
+    "theory": {"_checks", "_command", "ops", "losses", "metrics", "sweep"},
     "data": {"_sealed", "config"},
     "models": {"config"},
     "trainer": {"_command", "_sealed", "ops", "losses", "metrics", "data", "models", "config", "_version"},
@@ -31,10 +31,14 @@ DOORS: dict[str, set[str]] = {
     "__main__": {"_command", "_version"},
     "train": {"trainer", "_command"},
     "sweep": {"trainer", "metrics", "_command", "config"},
+    "report": {"plot", "trainer", "metrics", "data", "_command", "_version", "config"},
     "plot": {"trainer", "metrics", "data", "_command", "config"},
-    "evaluate": {"trainer", "_command"},
+    "inference": {"trainer", "losses", "metrics", "data", "models", "config", "_version"},
+    "predict": {"inference", "_command"},
+    "export": {"inference", "_command"},
+    "evaluate": {"inference", "trainer", "data", "_command"},
     "features": {"trainer", "_command"},
-    "__init__": {"ops", "losses", "metrics", "_version"},
+    "__init__": {"ops", "losses", "metrics", "inference", "_version"},
 }
 
 

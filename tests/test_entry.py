@@ -89,7 +89,7 @@ def test_a_program_says_the_name_that_was_typed(
 def test_the_short_help_shows_options_that_exist_with_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     for program in (TRAIN, PROGRAM):
         shown = {name for names in program.shown.values() for name in names}
-        assert shown <= {*option_names(), *program.flags, *program.options, "config"}
+        assert shown <= {*option_names(), *program.flags, *program.options, "config", "dry_run"}
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--config", "cifar100_lt", "--help"])
     said = capsys.readouterr().out

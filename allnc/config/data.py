@@ -22,11 +22,18 @@ class DataConfig:
     Args:
         name: data set; arrays reads a file of small images (docs/data.md); image_list reads `relative/path label`
             lines, image_folder a folder for each class, as torchvision's ImageFolder; features reads what
-            `python -m allnc.features` wrote.
+            `python -m allnc.features` wrote; own reads any folder of class folders, or a list, as `python -m
+            allnc.train DIR` does (docs/data.md).
         root: folder of the images or of the data set's own files, or for arrays the file; None looks in the usual
             places.
-        train_list: text file with the training images (image_list only).
-        test_list: text file with the test images (image_list only).
+        train_list: text file with the training images (image_list); for own a CSV, TSV, text or JSON list of them, or
+            of all images.
+        test_list: text file with the test images (image_list and own).
+        index: file in which an own set's images stand with class and split, as a run leaves it in its folder
+            (images.tsv); what it says is taken, and the folder is not looked through. None looks.
+        test_share: share of the images of each class, in (0, 1), that an own set without test images is tested on: at
+            least one of a class of two images, and no two copies of a file on both sides. `subset_seed` decides which.
+        max_bad: files of an own set that cannot be read and are left out, >= 0; with more of them nothing starts.
         download: let torchvision download the files when they are not there.
         imbalance: profile of the class sizes that are cut out of the training images; none takes every image; auto
             takes exponential for the balanced small sets (digits, fashion_mnist, cifar10, cifar100) and none for
@@ -34,13 +41,21 @@ class DataConfig:
         imbalance_ratio: largest class size over the smallest, >= 1.
         max_per_class: size of the largest class, >= 1; None takes the smallest class size of the full set.
         subset_seed: which images are held out and which make the long-tailed subset, independent of the run's seed.
-        image_size: side in pixels of the images that the network sees (large images only).
+        image_size: side in pixels of the images that the network sees (of images on disk, and of own ones).
+        fit: how an image becomes square. crop: resized to 8/7 of the side, of which the middle is cut out. whole:
+            resized until all of it fits, its border repeated beside it, for small images and letters.
+        channels: 3 (colour) or 1 (grey) of images on disk, and of own ones.
+        in_memory: hold all own images as one uint8 tensor of image_size, resized whole.
         views: augmented views of each image in a batch, >= 1; of features, that many different passes of those
             stored, drawn anew in each epoch.
         augmentation: none, shift_rotate (digits), crop_flip_cutout, autoaugment (CIFAR recipe: AutoAugment
             and cutout in the first view, resized crop and colour jitter in the others), resized_crop (large
             images), crop_flip (large images: resized crop without the jitter), randaugment (large images: RandAugment
-            in the first view). Features have none: they were augmented when they were made.
+            in the first view). Features have none: they were augmented when they were made. Own images have any of
+            them; those of small images make them fit whole.
+        flip: let the augmentations that mirror images mirror them; false for letters, and wherever left and right
+            differ.
+        crop_scale: least share of the image's area that resized_crop, crop_flip and randaugment cut out, in (0, 1].
         sampler: sampler of the batches, or of the uniform branch's where the loss has two branches: uniform (every
             image once an epoch), class_balanced (classes alike), square_root or reversed (P(c) ~ 1 / n_c), which draw
             as many images with replacement.
@@ -62,21 +77,29 @@ class DataConfig:
     """
 
     name: Literal[
-        "digits", "fashion_mnist", "cifar10", "cifar100", "arrays", "image_list", "image_folder", "features"
+        "digits", "fashion_mnist", "cifar10", "cifar100", "arrays", "image_list", "image_folder", "features", "own"
     ] = "digits"
     root: str | None = None
     train_list: str | None = None
     test_list: str | None = None
+    index: str | None = None
+    test_share: float = 0.2
+    max_bad: int = 0
     download: bool = False
     imbalance: Literal["auto", "exponential", "step", "none"] = "auto"
     imbalance_ratio: float = 20.0
     max_per_class: int | None = None
     subset_seed: int = 0
     image_size: int = 224
+    fit: Literal["crop", "whole"] = "crop"
+    channels: int = 3
+    in_memory: bool = False
     views: int = 2
     augmentation: Literal[
         "none", "shift_rotate", "crop_flip_cutout", "autoaugment", "resized_crop", "crop_flip", "randaugment"
     ] = "shift_rotate"
+    flip: bool = True
+    crop_scale: float = 0.08
     sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     rebalance_sampler: Literal["uniform", "reversed", "class_balanced", "square_root"] = "uniform"
     validation: float = 0.0
@@ -106,6 +129,11 @@ class DataConfig:
             check_integer(f"data.{name}", getattr(self, name), minimum=least)
         check_interval("data.subset_seed", self.subset_seed, 0, 2**32 - 1)
         check_interval("data.validation", self.validation, 0, 1, open_high=True)
+        check_interval("data.test_share", self.test_share, 0, 1, open_low=True, open_high=True)
+        check_integer("data.max_bad", self.max_bad, minimum=0)
+        check_interval("data.crop_scale", self.crop_scale, 0, 1, open_low=True)
+        if self.channels not in (1, 3):
+            raise ValueError(f"data.channels must be 3 (colour) or 1 (grey); got {self.channels}")
         check_integer("data.many", self.many, minimum=self.few)
         if self.name == "image_list" and not (self.root and self.train_list and self.test_list):
             raise ValueError("data.root, data.train_list and data.test_list must be given with data.name image_list")
@@ -117,9 +145,25 @@ class DataConfig:
             )
         if self.name == "features" and not self.root:
             raise ValueError("data.root must be given with data.name features: the folder that allnc.features wrote")
-        if self.name != "image_list" and (self.train_list or self.test_list):
+        if self.name == "own" and not self.root:
+            raise ValueError("data.root must be given with data.name own: the folder of the images")
+        if self.name == "own" and self.test_list and not self.train_list:
+            raise ValueError("data.train_list must be given with data.test_list")
+        if self.name not in ("image_list", "own") and (self.train_list or self.test_list):
             raise ValueError(
-                f"data.train_list and data.test_list are read by image_list only; got data.name {self.name}"
+                f"data.train_list and data.test_list are read by image_list and own only; got data.name {self.name}"
+            )
+        if self.name != "own" and (self.index or self.in_memory):
+            raise ValueError(
+                f"data.index and data.in_memory are read by own only; got data.name {self.name}: use data.name own"
+            )
+        if self.channels != 3 and self.name not in ("image_list", "image_folder", "own"):
+            raise ValueError(
+                f"data.channels must be 3 with data.name {self.name}, which has its own; got {self.channels}"
+            )
+        if self.fit == "whole" and self.test_crops != 1:
+            raise ValueError(
+                f"data.test_crops must be 1 with data.fit whole, which cuts nothing; got {self.test_crops}"
             )
         if self.name == "features" and self.augmentation != "none":
             raise ValueError(
@@ -151,10 +195,21 @@ class DataConfig:
                 f"data.name {self.name}; "
                 f"got {self.augmentation}, which is for large images"
             )
-        if not small and self.augmentation not in ("none", "resized_crop", "crop_flip", "randaugment"):
-            raise ValueError(
-                f"data.augmentation must be none, resized_crop, crop_flip or randaugment with data.name {self.name}; "
-                f"got {self.augmentation}, which is for small images held in memory"
-            )
+        if not small:
+            self._check_augmentation_of_files()
         if self.name not in ("fashion_mnist", "cifar10", "cifar100") and self.download:
             raise ValueError(f"data.download must be false with data.name {self.name}; got true: nothing to download")
+
+    def _check_augmentation_of_files(self) -> None:
+        if self.in_memory and self.fit != "whole":
+            raise ValueError(f"data.fit must be whole with data.in_memory true; got {self.fit}")
+        if self.augmentation == "autoaugment" and not self.in_memory:
+            raise ValueError(
+                "data.augmentation must be none, resized_crop, crop_flip or randaugment with data.name "
+                f"{self.name}; got autoaugment, which is for small images held in memory"
+            )
+        if self.augmentation in ("shift_rotate", "crop_flip_cutout") and self.fit != "whole":
+            raise ValueError(
+                f"data.augmentation must be none, resized_crop, crop_flip or randaugment with data.name {self.name}; "
+                f"got {self.augmentation}, which is for small images: with data.fit whole, and their data.image_size"
+            )

@@ -51,8 +51,11 @@ class TrainConfig:
         threads: CPU threads of torch, in [1, 1024]; None takes one a core. A small network is as fast with one, and
             much faster when other programs want the cores, too; results depend on the number in the last bits.
         channels_last: memory order of the images; faster for convolutions on CPU and GPU.
-        eval_every: epochs between measurements of the test accuracy, >= 1 (the last epoch is always
-            measured).
+        eval_every: epochs between measurements of the accuracy, >= 1 (the last epoch is always measured).
+        patience: stop after so many epochs without a better balanced accuracy on the validation images (which
+            data.validation holds out), >= 1, and end with the weights of the best epoch. The schedules of the rate and
+            of the loss are those of all epochs and are cut: a rate that falls by a cosine is not near zero yet. None:
+            all epochs, and the weights of the last one.
         collapse_every: epochs between measurements of neural collapse on the training set, 0: only after
             the last.
         save: which weights a checkpoint holds where pretrained ones stay frozen (model.pretrained with a model.tune
@@ -82,6 +85,7 @@ class TrainConfig:
     threads: int | None = None
     channels_last: bool = True
     eval_every: int = 1
+    patience: int | None = None
     collapse_every: int = 5
     save: Literal["tuned", "whole"] = "tuned"
 
@@ -111,6 +115,13 @@ class TrainConfig:
         if self.threads is not None:
             check_interval("train.threads", self.threads, 1, 1024)  # more cannot be started
         check_interval("train.eval_every", self.eval_every, 1, math.inf)
+        if self.patience is not None:
+            check_interval("train.patience", self.patience, 1, math.inf)
+            if self.retrain_epochs:
+                raise ValueError(
+                    f"train.patience must be null with train.retrain_epochs; got {self.patience}: a run that stops "
+                    "early would never train its second stage"
+                )
         check_interval("train.collapse_every", self.collapse_every, 0, math.inf)
         if (self.schedule == "step") != bool(self.milestones):
             raise ValueError(

@@ -32,7 +32,9 @@ from allnc.data.images import shown
 from allnc.data.sources import ImageSet
 
 NEEDED = ("images", "labels", "test_images", "test_labels")
+LABELLED = ("images", "labels")  # of a file that is measured on only
 OPTIONAL = ("classes", "groups", "source")
+MOST_CLASSES = 2**31 - 1
 Array = npt.NDArray[Any]
 
 
@@ -70,14 +72,41 @@ def read_arrays(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     return train, test
 
 
-def _read_npz(path: str) -> dict[str, Array]:
+def read_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    """Return the labelled images of a file: its test images, or, where there are none, all that it has.
+
+    Args:
+        path: a .npz or .safetensors file, of training and test images as `read_arrays` takes it, or with `images`,
+            `labels` and `classes` (optional) alone.
+
+    Returns:
+        Images [n, c, H, W] uint8, labels [n] int64 >= 0, and the names of the classes, () where they have none.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
+    try:
+        arrays = _read_safetensors(path, LABELLED) if path.endswith(".safetensors") else _read_npz(path, LABELLED)
+        part = "test_" if {"test_images", "test_labels"} <= set(arrays) else ""
+        images = _images(f"{part}images", arrays[f"{part}images"])
+        labels = _integers(f"{part}labels", arrays[f"{part}labels"], len(images), f"{part}images")
+        classes = _class_names(arrays.get("classes"), MOST_CLASSES)
+        largest = len(classes) - 1 if classes else MOST_CLASSES
+        if labels.min() < 0 or labels.max() > largest:
+            raise ValueError(f"must have {part}labels in 0 to {largest}; got {labels.min()} to {labels.max()}")
+    except ValueError as error:
+        raise ValueError(f"{shown(path)} {error}") from error
+    return _channels_first(images), torch.from_numpy(labels), classes
+
+
+def _read_npz(path: str, needed: tuple[str, ...] = NEEDED) -> dict[str, Array]:
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # what damaged bytes drive a reader to, here and below
         raise ValueError(f"must be a whole .npz file, as numpy.savez writes it; got: {_reason(error)}") from error
     with archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        _check_names(names)
+        _check_names(names, needed)
         return {name: _read_npy(archive, name) for name in sorted(set(names) - {"source"})}
 
 
@@ -103,14 +132,14 @@ def _reason(error: Exception) -> str:
     return line if line.isprintable() else ascii(line)
 
 
-def _read_safetensors(path: str) -> dict[str, Array]:
+def _read_safetensors(path: str, needed: tuple[str, ...] = NEEDED) -> dict[str, Array]:
     try:
         with safe_open(path, "pt") as file:  # numpy would not know bfloat16
             tensors = {name: file.get_tensor(name) for name in set(file.keys()) - {"source"}}
             classes = (file.metadata() or {}).get("classes")
     except Exception as error:
         raise ValueError(f"must be a whole .safetensors file; got: {_reason(error)}") from error
-    _check_names([*tensors])
+    _check_names([*tensors], needed)
     arrays: dict[str, Array] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex():
@@ -131,10 +160,10 @@ def _listed(text: str) -> Array:
     return np.array(names, dtype=str)
 
 
-def _check_names(names: list[str]) -> None:
-    missing = [name for name in NEEDED if name not in names]
+def _check_names(names: list[str], needed: tuple[str, ...]) -> None:
+    missing = [name for name in needed if name not in names]
     if missing:
-        raise ValueError(f"must hold {', '.join(NEEDED)}; {', '.join(missing)} missing")
+        raise ValueError(f"must hold {', '.join(needed)}; {', '.join(missing)} missing")
     unknown = sorted(set(names) - {*NEEDED, *OPTIONAL})
     if unknown:
         raise ValueError(
@@ -158,7 +187,7 @@ def _sets(arrays: Mapping[str, Array]) -> tuple[ImageSet, ImageSet]:
             f"{test_labels.max()}"
         )
     groups = arrays.get("groups")
-    mean, std = _statistics(images)
+    mean, std = statistics(images)
     common: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "classes": classes}
     train = ImageSet(
         labels=torch.from_numpy(labels),
@@ -230,8 +259,15 @@ def _number_of_classes(labels: npt.NDArray[np.int64], classes: tuple[str, ...]) 
     return num_classes
 
 
-def _statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of each channel's pixels, scaled to [0, 1], which are counted by value."""
+def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of each channel's pixels, scaled to [0, 1], which are counted by value.
+
+    Args:
+        images: [n, H, W, c], uint8.
+
+    Raises:
+        ValueError: a channel has one value only.
+    """
     means, deviations = [], []
     values = np.arange(256) / 255
     for channel in range(images.shape[3]):

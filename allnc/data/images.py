@@ -63,9 +63,18 @@ def read_image(path: str) -> Image.Image:
             warnings.simplefilter("ignore")  # a warning for each image of a million would bury everything else
             with Image.open(path, formats=readable_formats()) as file:
                 file.load()
-                return _upright(file, _rgb(file))
+                return to_rgb(file)
     except Exception as error:  # PIL's readers raise whatever a damaged file drives them to
         raise ValueError(f"{shown(path)} must be a readable image; got: {_reason(error)}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image that PIL has opened as `read_image` returns its file: upright, 8 bits, RGB.
+
+    Raises:
+        ValueError: float or 32-bit pixels, whose range is unknown.
+    """
+    return _upright(image, _rgb(image))
 
 
 @functools.cache

@@ -137,20 +137,27 @@ class TrainLoader:
     def _batches(self, epoch: int) -> Iterator[Batch]:
         views, num_rebalance = self.config.views, self.num_own if self.two_batches else 0
         batches = self.indices(epoch)
-        images = self._augmented(batches, epoch) if self.in_memory else self._decoded(epoch)
+        images = self._in_memory(batches) if self.in_memory else self._decoded(epoch)
+        if self.in_memory or self.config.augmentation in BATCH_AUGMENTATIONS[1:]:
+            images = self._augmented(images, batches.shape[1], epoch)
         for index, pixels in zip(batches, images, strict=True):
             labels = self.set.labels[index[self.plan.own]].repeat(views).to(self.device)
             yield Batch(pixels, labels, self.num_own, num_rebalance)
 
-    def _augmented(self, batches: Tensor, epoch: int) -> Iterator[Tensor]:
-        assert self.stored is not None
+    def _augmented(self, plain: Iterator[Tensor], width: int, epoch: int) -> Iterator[Tensor]:
+        """Augment whole batches of images [B + R, c, H, W], from memory or from disk alike."""
         random = generator(self.seed, "augment", epoch)
-        views, width = self.config.views, batches.shape[1]
+        views = self.config.views
         rows = (width * torch.arange(views)[:, None] + self.plan.own).flatten()  # of the whole batch's V (B + R)
-        for index in batches:
-            repeated = self.stored[index[self.plan.own].to(self.device)].repeat(views, 1, 1, 1)
+        for images in plain:  # to its end: what supplies images from disk makes the next epoch's then
             draws = Draws(random, views * width, rows)
-            yield augment_batch(repeated, self.config.augmentation, self.set.mean, self.set.std, draws)
+            kind, mean, std = self.config.augmentation, self.set.mean, self.set.std
+            yield augment_batch(images.repeat(views, 1, 1, 1), kind, mean, std, draws, flip=self.config.flip)
+
+    def _in_memory(self, batches: Tensor) -> Iterator[Tensor]:
+        assert self.stored is not None
+        for index in batches:
+            yield self.stored[index[self.plan.own].to(self.device)]
 
     def _decoded(self, epoch: int) -> Iterator[Tensor]:
         assert self.views is not None

@@ -23,10 +23,12 @@ from allnc.data.folders import read_folders
 from allnc.data.images import shown
 from allnc.data.lists import read_lists
 from allnc.data.longtail import held_out, shuffled_by_class, sizes_within, subset
+from allnc.data.own.index import Index
 from allnc.data.paths import PathList
 
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_GREY = ((0.449,), (0.226,))  # means of the three
 MEAN_STD = {
     "digits": ((0.306,), (0.376,)),
     "fashion_mnist": ((0.286,), (0.353,)),
@@ -45,7 +47,7 @@ class ImageSet:
         num_classes: number of classes C.
         mean, std: of the pixels scaled to [0, 1], by channel.
         images: [n, channels, height, width], uint8; None when the images are on disk.
-        paths: files of the images, [n]; empty when they are in memory.
+        paths: files of the images, [n]; empty when they never were files.
         classes: names of the classes, [C]; empty when they have none.
         groups: number of the group of every image, [n], int64; images of one group stay together where a share of the
             set is held out. None: no image belongs to another.
@@ -128,16 +130,17 @@ class ImageSet:
             labels=self.labels[index],
             groups=None if self.groups is None else self.groups[index],
             images=None if self.images is None else self.images[index],
-            paths=self.paths.take(index.numpy()) if self.images is None else self.paths,
+            paths=self.paths.take(index.numpy()) if len(self.paths) else self.paths,
         )
 
 
-def load(config: DataConfig, *, tested: bool = False) -> tuple[ImageSet, ImageSet]:
+def load(config: DataConfig, *, tested: bool = False, index: Index | None = None) -> tuple[ImageSet, ImageSet]:
     """Return the (long-tailed) training set that a configuration asks for, and the set on which it is measured.
 
     Args:
         config: what to load.
         tested: measure on the test set also where validation images are held out.
+        index: table of the images of data.name own, where it is at hand.
 
     Returns:
         Training set, and the validation set where there is one and `tested` is False, else the test set.
@@ -163,9 +166,13 @@ def load(config: DataConfig, *, tested: bool = False) -> tuple[ImageSet, ImageSe
         from allnc.data.features import read_features  # whose set is one of these
 
         train, test = read_features(config)
+    elif config.name == "own":
+        from allnc.data.own.sets import read_own  # whose sets are of this module
+
+        train, test = read_own(config, index, tested=tested)
     else:
         train, test = _image_folder(config)
-    if config.validation > 0:
+    if config.validation > 0 and config.name != "own":  # whose table says which
         kept, held = held_out(
             train.labels.numpy(),
             train.num_classes,
@@ -324,7 +331,7 @@ def _image_lists(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     if not os.path.isdir(config.root):
         raise ValueError(f"data.root must be the folder of the images; got {shown(config.root)}, which is no folder")
     train, test, num_classes, notes = read_lists(config.train_list, config.test_list, config.root)
-    sets = [_on_disk(part.paths, part.labels, num_classes) for part in (train, test)]
+    sets = [on_disk(part.paths, part.labels, num_classes, config.channels) for part in (train, test)]
     return sets[0], replace(sets[1], notes=tuple(notes))
 
 
@@ -344,18 +351,23 @@ def _image_folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
             f"{shown(test.folder)} must have the classes of {shown(train.folder)}; they differ in "
             f"{', '.join(map(shown, odd[:3]))}{' ...' if len(odd) > 3 else ''}"
         )
-    sets = [_on_disk(PathList.of(part.paths), np.array(part.labels), len(part.classes)) for part in (train, test)]
+    sets = [
+        on_disk(PathList.of(part.paths), np.array(part.labels), len(part.classes), config.channels)
+        for part in (train, test)
+    ]
     return (
         replace(sets[0], classes=train.classes, notes=tuple(train.notes)),
         replace(sets[1], classes=test.classes, notes=tuple(test.notes)),
     )
 
 
-def _on_disk(paths: PathList, labels: np.ndarray, num_classes: int) -> ImageSet:
+def on_disk(paths: PathList, labels: np.ndarray, num_classes: int, channels: int) -> ImageSet:
+    """Return the set of images in files, [n], with their labels, [n]; pixels have the statistics of ImageNet."""
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else IMAGENET_GREY
     return ImageSet(
         labels=torch.from_numpy(labels.astype(np.int64)),
         num_classes=num_classes,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=mean,
+        std=std,
         paths=paths,
     )

@@ -5,11 +5,14 @@ Legend: N images or views in a batch, c channels, H, W height and width.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from allnc.config import BATCH_AUGMENTATIONS
 
 PADDING = 4  # pixels, for images of 28 or 32
 CUTOUT = 0.5  # side of the square that is cut out, as a share of the image's
@@ -45,7 +48,9 @@ class Draws:
         return torch.randint(0, stop, (*shape, self.total), generator=self.generator)[..., self.rows]
 
 
-def augment_batch(images: Tensor, kind: str, mean: tuple[float, ...], std: tuple[float, ...], draws: Draws) -> Tensor:
+def augment_batch(
+    images: Tensor, kind: str, mean: tuple[float, ...], std: tuple[float, ...], draws: Draws, *, flip: bool = True
+) -> Tensor:
     """Augment and normalise a batch of small images, each in its own random way.
 
     Args:
@@ -55,6 +60,7 @@ def augment_batch(images: Tensor, kind: str, mean: tuple[float, ...], std: tuple
             side).
         mean, std: of the pixels scaled to [0, 1], by channel.
         draws: random numbers for the N images.
+        flip: let crop_flip_cutout mirror images.
 
     Returns:
         [N, c, H, W], float32.
@@ -68,15 +74,15 @@ def augment_batch(images: Tensor, kind: str, mean: tuple[float, ...], std: tuple
         return _shift_rotate(normalise(images, mean, std), draws)
     if kind != "crop_flip_cutout":
         raise ValueError(f"kind must be none, shift_rotate or crop_flip_cutout; got {kind!r}")
-    return _cutout(normalise(_crop_flip(images, draws), mean, std), draws)
+    return _cutout(normalise(_crop_flip(images, draws, flip=flip), mean, std), draws)
 
 
-def _crop_flip(images: Tensor, draws: Draws) -> Tensor:
-    """Take a random window of each zero-padded image, mirrored half of the time."""
+def _crop_flip(images: Tensor, draws: Draws, *, flip: bool) -> Tensor:
+    """Take a random window of each zero-padded image, mirrored half of the time if it may be."""
     n, _, height, width = images.shape
     device = images.device
     top, left = draws.integers(2 * PADDING + 1, 2).to(device)[:, :, None]  # [N, 1] each
-    mirrored = (draws.uniform() < 0.5).to(device)[:, None]
+    mirrored = (draws.uniform() < (0.5 if flip else 0.0)).to(device)[:, None]
     rows = top + torch.arange(height, device=device)  # [N, H]
     columns = torch.arange(width, device=device)
     columns = left + torch.where(mirrored, width - 1 - columns, columns)  # [N, W]
@@ -109,7 +115,16 @@ def _shift_rotate(images: Tensor, draws: Draws) -> Tensor:
 
 
 def image_transforms(
-    kind: str, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, train: bool, margin: bool = False
+    kind: str,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    train: bool,
+    margin: bool = False,
+    fit: str = "crop",
+    flip: bool = True,
+    crop_scale: float = 0.08,
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return the pipelines (torchvision.transforms.v2) of the first view and of all others, one image at a
     time.
@@ -120,6 +135,9 @@ def image_transforms(
         mean, std: of the pixels scaled to [0, 1], by channel.
         train: False gives the plain pipeline of a test image for both: resize by 8/7, centre crop.
         margin: the plain pipeline leaves the whole square of 8/7 of the side, for crops elsewhere than in its centre.
+        fit: whole makes every image fit whole first, so that the plain pipeline cuts nothing.
+        flip: mirror half of the views where the augmentation does.
+        crop_scale: least share of the area that the crops of large images have.
 
     Returns:
         Two modules from an image to a tensor [c, size, size]: uint8, or normalised float32 for autoaugment, in which
@@ -128,7 +146,11 @@ def image_transforms(
     from torchvision.transforms import v2
 
     last = [v2.ToImage()]
+    fitted = [v2.Lambda(functools.partial(whole, size=size))] if fit == "whole" else []
+    mirror = [v2.RandomHorizontalFlip()] if flip else []
     jitter = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+    if fitted and (not train or kind in BATCH_AUGMENTATIONS):  # batches are augmented when they are whole
+        return v2.Compose([*fitted, *last]), v2.Compose([*fitted, *last])
     if not train or kind == "none":
         square = size * 8 // 7
         cut = v2.CenterCrop(square if margin else size)
@@ -139,10 +161,10 @@ def image_transforms(
         # A square of half the side: torchvision's erasing takes the share of the area.
         last += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
         cutout = v2.RandomErasing(1.0, scale=(CUTOUT**2, CUTOUT**2), ratio=(1.0, 1.0))
-        first = v2.Compose([v2.RandomCrop(size, PADDING), v2.RandomHorizontalFlip(), policy, *last, cutout])
-        second = v2.Compose([v2.RandomResizedCrop(size, (0.2, 1.0)), v2.RandomHorizontalFlip(), *jitter, *last])
+        first = v2.Compose([v2.RandomCrop(size, PADDING), *mirror, policy, *last, cutout])
+        second = v2.Compose([v2.RandomResizedCrop(size, (0.2, 1.0)), *mirror, *jitter, *last])
         return first, second
-    crop = [v2.RandomResizedCrop(size, (0.08, 1.0)), v2.RandomHorizontalFlip()]
+    crop = [*fitted, v2.RandomResizedCrop(size, (crop_scale, 1.0)), *mirror]
     second = v2.Compose([*crop, *jitter, *last])
     if kind == "resized_crop":
         return second, second
@@ -151,6 +173,24 @@ def image_transforms(
     if kind != "randaugment":
         raise ValueError(f"kind must be none, autoaugment, resized_crop, crop_flip or randaugment; got {kind!r}")
     return v2.Compose([*crop, *jitter, v2.RandAugment(num_ops=2, magnitude=10), *last]), second
+
+
+def whole(image: Any, size: int) -> Any:
+    """Resize an image until all of it fits into a square of `size` pixels, and repeat its border beside it.
+
+    Args:
+        image: of PIL, or a tensor [c, H, W]; one of size x size stays as it is.
+    """
+    from torchvision.transforms.v2 import functional
+
+    height, width = functional.get_size(image)
+    longer = max(height, width)
+    if longer != size:
+        height, width = max(1, round(height * size / longer)), max(1, round(width * size / longer))
+        image = functional.resize(image, [height, width], antialias=True)
+    top, left = (size - height) // 2, (size - width) // 2
+    sides = [left, top, size - width - left, size - height - top]
+    return functional.pad(image, sides, padding_mode="edge") if any(sides) else image
 
 
 def _middle(image: Any) -> Any:

@@ -10,15 +10,16 @@ import multiprocessing
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from allnc.config import DataConfig
+from allnc.config import BATCH_AUGMENTATIONS, DataConfig
 from allnc.data.images import read_image, readable_formats
 from allnc.data.sources import ImageSet
 from allnc.data.views import image_transforms
@@ -35,16 +36,18 @@ class Views(Dataset[Tensor]):
     Args:
         images: the images.
         config: views and augmentation.
-        train: False gives one plain view of each.
+        train: False gives one plain view of each, and so do augmentations of whole batches.
         margin: the plain view is the square of 8/7 of the side that it would be cut from.
     """
 
     def __init__(self, images: ImageSet, config: DataConfig, *, train: bool, margin: bool = False) -> None:
         size = config.image_size if images.images is None else images.images.shape[-1]
-        self.set, self.num_views = images, config.views if train else 1
+        self.set = images
+        self.num_views = config.views if train and config.augmentation not in BATCH_AUGMENTATIONS[1:] else 1
         readable_formats()  # imported here, or else by each worker
         kind, mean, std = config.augmentation, images.mean, images.std
-        self.first, self.others = image_transforms(kind, size, mean, std, train=train, margin=margin)
+        how = {"fit": config.fit, "flip": config.flip, "crop_scale": config.crop_scale}
+        self.first, self.others = image_transforms(kind, size, mean, std, train=train, margin=margin, **how)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, seed = key
@@ -54,7 +57,10 @@ class Views(Dataset[Tensor]):
             return torch.stack([(self.first if v == 0 else self.others)(image) for v in range(self.num_views)])
 
     def _read(self, index: int) -> Tensor | Image.Image:
-        return read_image(self.set.paths[index]) if self.set.images is None else self.set.images[index]
+        if self.set.images is not None:
+            return self.set.images[index]
+        image = read_image(self.set.paths[index])
+        return image if self.set.channels == 3 else image.convert("L")
 
 
 def view_major(parts: Sequence[Tensor]) -> Tensor:
@@ -63,19 +69,26 @@ def view_major(parts: Sequence[Tensor]) -> Tensor:
 
 
 def from_workers(
-    views: Views, parts: Iterable[Keys], workers: int, device: torch.device, *, batch_size: int
-) -> Iterator[Tensor]:
+    views: Dataset[Any],
+    parts: Iterable[Sequence[Any]],
+    workers: int,
+    device: torch.device,
+    *,
+    batch_size: int,
+    join: Callable[[list[Any]], Any] | None = None,
+) -> Iterator[Any]:
     """Yield the views of each part, [n, V, c, H, W], on the device, uint8 or as the augmentation makes them.
 
     The workers start with the first part that is asked for and end with the last one, or when the iterator is closed.
     Until then they are ahead by a batch and two parts for each of them.
 
     Args:
-        views: what makes an image's views.
-        parts: the images of each part; iterated as the workers need it.
+        views: what makes an image's views, of its key.
+        parts: the keys of each part; iterated as the workers need it.
         workers: number of processes; 0 makes the views in this one when they are asked for.
         device: where the views are wanted; for a GPU, they pass through pinned memory, and nothing waits for the copy.
         batch_size: images in a batch, which tells how far ahead the workers are.
+        join: what makes a part of what `views` returns, with `to` and `pin_memory` as a tensor; None stacks tensors.
 
     Raises:
         ValueError: an image that cannot be read, a worker process that was killed, or too little shared memory or too
@@ -91,6 +104,7 @@ def from_workers(
         prefetch_factor=ahead,
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_inherited_objects_alone,
+        collate_fn=join,
         generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
     )
     others = set(multiprocessing.active_children())

@@ -108,7 +108,9 @@ def _summary(place: Path, job: Job) -> dict[str, Any] | None:
         return None
     if any(change["option"] not in OF_A_MACHINE for change in manifest.changes):  # somebody has changed it on the way
         return None
-    return summary if manifest.epoch == summary["epochs"] == job.config.train.epochs else None
+    trained = summary.get("trained_epochs", summary["epochs"])  # of older runs, all of which trained to the end
+    ended = summary.get("stopped_early", False) or trained == job.config.train.epochs
+    return summary if ended and manifest.epoch == trained else None
 
 
 def _same(config: Config, job: Job) -> bool:

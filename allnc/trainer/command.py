@@ -6,6 +6,7 @@ Neither torch nor numpy is imported: mistakes are answered before they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -18,15 +19,16 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from allnc._command import typed
 from allnc.config import SECTIONS, Config
-from allnc.trainer import launcher
+from allnc.trainer import launcher, own
 from allnc.trainer.folder import CONFIG, Mode, check_folder, new_folder
 from allnc.trainer.help import short_help, wrapped
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.names import nearest
-from allnc.trainer.options import dotted, from_dict, ignored_options, option_names, to_dict
+from allnc.trainer.options import OF_A_MACHINE, dotted, from_dict, ignored_options, option_names, to_dict
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits_lt"
+MOST_TOLD = 4  # options in the name of a run folder
 FLAGS: dict[str, str] = {
     "resume": "continue the run in --out DIR as it was; train.* and where files lie may change",
     "overwrite": "start again in --out DIR, deleting the run that is there",
@@ -46,17 +48,18 @@ class Program(NamedTuple):
 
 TRAIN = Program(
     "allnc.train",
-    "Train an image classifier.",
+    "Train an image classifier on DIR, a folder with a folder for each class, or on the data set of a recipe.",
     FLAGS,
     {},
     {
-        "The run": ("config", "out", "seed", *FLAGS),
+        "The run": ("config", "out", "seed", *FLAGS, "dry_run"),
         "Images": ("data.name", "data.root", "data.validation", "data.image_size", "data.augmentation"),
         "Network": ("model.name", "model.pretrained", "model.weights"),
         "Loss": ("loss.name", "loss.class_weights"),
-        "Training": ("train.epochs", "train.batch_size", "train.lr", "train.ema_decay", "train.device"),
+        "Training": ("train.epochs", "train.batch_size", "train.lr", "train.patience", "train.device"),
     },
     (
+        "photos --out runs/1",
         "--config digits_lt --loss.name ce --seed 1 --out runs/ce-1",
         "--config cifar100_lt --data.root DIR --data.validation 0.2",
         "--resume --out runs/ce-1 --train.epochs 90",
@@ -65,11 +68,12 @@ TRAIN = Program(
 
 
 class Plan(NamedTuple):
-    """What a command line asks for."""
+    """What a command line asks for; of a new run on one's own images, the table of them."""
 
     config: Config
     folder: Path
     mode: Mode
+    index: own.Index | None = None
 
 
 def plan(words: Sequence[str]) -> Plan:
@@ -88,19 +92,77 @@ def plan(words: Sequence[str]) -> Plan:
         raise ValueError("--resume and --overwrite exclude each other: choose one")
     if given == ["resume"]:
         return _resumed(words)
+    words = own.spelled_out(words)
     config, recipe = parse(words)
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
     _check_depth(config.model.name)
-    if launcher.rank() > 0:
-        return Plan(config, Path(config.out or "runs"), "overwrite" if given else "new")
-    if config.out is None:
-        folder = new_folder(f"{recipe}-{config.loss.name}-seed{config.seed}")
-        return Plan(dataclasses.replace(config, out=str(folder)), folder, "new")
-    folder = path_of(config.out)
     mode: Mode = "overwrite" if given else "new"
-    check_folder(folder, mode)
-    return Plan(dataclasses.replace(config, out=str(folder)), folder, mode)
+    if launcher.rank() > 0:
+        config, index = settled(config, words, lambda _: None)
+        return Plan(config, Path(config.out or "runs"), mode, index)
+    if config.out is not None:
+        check_folder(path_of(config.out), mode)  # before minutes of looking at images
+    config, index = settled(config, words, functools.partial(print, flush=True))
+    if config.out is None:
+        name = Path(config.data.train_list or config.data.root or recipe).stem if recipe == own.RECIPE else recipe
+        folder = new_folder("-".join([name, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
+        return Plan(dataclasses.replace(config, out=str(folder)), folder, "new", index)
+    folder = path_of(config.out)
+    return Plan(dataclasses.replace(config, out=str(folder)), folder, mode, index)
+
+
+def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config, own.Index | None]:
+    """Return the configuration with what one's own images ask for, and their table; others as they are.
+
+    Args:
+        config: what `parse` has made of the words.
+        words: the command line.
+        say: called with each line on the images.
+    """
+    config = _with_whole_paths(config)
+    if config.data.name != "own" or config.data.index is not None:
+        return config, None
+    typed = given_options(words)
+    given = {*typed}
+    for name in take(words, "config")[0]:
+        values = yaml.safe_load(_recipe_path(name).read_text(encoding="utf-8-sig")) if name != own.RECIPE else {}
+        given |= {f"{section}.{option}" for section in SECTIONS for option in values.get(section) or ()}
+    config, index = own.settle(config, given, typed, say)
+    _refuse_ignored(config, typed)
+    return config, index
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """Let files and folders be found from any folder, also by whoever evaluates the run."""
+    places = ("root", "train_list", "test_list", "index")
+    given = {name: value for name in places if (value := getattr(config.data, name))}
+    whole = {name: os.path.abspath(os.path.expanduser(value)) for name, value in given.items()}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **whole))
+
+
+def look_only(words: Sequence[str]) -> None:
+    """Say what a run on one's own images would do."""
+    words = own.spelled_out([word for word in words if word != "--dry_run"])
+    config, _ = parse(words)
+    if settled(config, words, functools.partial(print, flush=True))[1] is None:
+        raise ValueError(
+            "--dry_run looks at a folder or a list of images: give it as the first word (--print_config prints what "
+            "other runs would do)"
+        )
+
+
+def _told_apart(config: Config, words: Sequence[str]) -> list[str]:
+    """Return what the name of a run folder says of the options that were given, the first four of them."""
+    values = dotted(config)
+    silent = {"loss.name", "seed", "out", "train.device", "data.download", *OF_A_MACHINE}
+    told = [name for name in dict.fromkeys(given_options(words)) if name in values and name not in silent]
+    parts = [f"{name.split('.')[1]}={_in_a_name(values[name])}" for name in told[:MOST_TOLD]]
+    return [*parts, "etc"] if len(told) > MOST_TOLD else parts
+
+
+def _in_a_name(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9.+_]+", "_", str(value))[:24]
 
 
 def _check_depth(name: str) -> None:
@@ -115,7 +177,10 @@ def _check_depth(name: str) -> None:
 
 def print_config(words: Sequence[str]) -> None:
     """Print the whole configuration of a command line as YAML."""
-    config, _ = parse([word for word in words if word != "--print_config"])
+    words = own.spelled_out([word for word in words if word != "--print_config"])
+    config, _ = parse(words)
+    if config.data.name == "own":
+        config, _ = settled(config, words, lambda _: None)
     print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
 
 
@@ -147,11 +212,16 @@ def parse(words: Sequence[str], program: Program = TRAIN) -> tuple[Config, str]:
     except ArgumentError as error:
         raise ValueError(_readable(error)) from None
     config = _config_of(values)
+    if config.data.name != "own" or config.data.index is not None:  # else what they are read for is not chosen yet
+        _refuse_ignored(config, given)
+    return config, "-".join(recipe.stem for recipe in recipes)
+
+
+def _refuse_ignored(config: Config, given: Sequence[str]) -> None:
     ignored = ignored_options(config)
     for name in given:
         if name in ignored:
             raise ValueError(f"--{name} would be ignored: {ignored[name]}; remove it")
-    return config, "-".join(recipe.stem for recipe in recipes)
 
 
 def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
@@ -169,7 +239,12 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
     )
     if program is TRAIN:
         parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
-    parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
+        parser.add_argument(
+            "--dry_run", action="store_true", help="look at the images of DIR, say what is planned, stop"
+        )
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-OPTIONS-seedSEED"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
     for option, meaning in program.options.items():
         parser.add_argument(f"--{option}", help=meaning)
@@ -187,7 +262,8 @@ def _config_of(values: Mapping[str, Any]) -> Config:
 
 def _short_help(names: list[str], recipes: list[Path], program: Program) -> str:
     known = typed(program.name)
-    usage = f"{known} [--config RECIPE] [--SECTION.OPTION VALUE ...] [--out DIR]"
+    place = "[DIR] " if program is TRAIN else ""
+    usage = f"{known} {place}[--config RECIPE] [--SECTION.OPTION VALUE ...] [--out RUN]"
     defaults = dotted(_config_of(_parser(recipes, program).get_defaults().as_dict())) | {"config": " ".join(names)}
     own = {**program.flags, **program.options}
     shown = short_help(usage, program.does, program.shown, own, defaults, [f"{known} {e}" for e in program.examples])
@@ -205,7 +281,7 @@ def given_options(words: Sequence[str], program: Program = TRAIN) -> list[str]:
     given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
     for name in given:
         if name not in known:
-            offered = [option for option in (*known, "print_config") if option not in SECTIONS]
+            offered = [option for option in (*known, "print_config", "dry_run") if option not in SECTIONS]
             raise ValueError(f"--{name} is not an option{nearest(name, offered, '--')}; --help-all lists them")
     return given
 
@@ -253,7 +329,7 @@ def _check_recipe(path: Path) -> None:
         raise ValueError(f"{path} must be YAML of sections and options; it is not: {error}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must hold sections ({', '.join(SECTIONS)}); got {_shown(values)}")
-    for flag in {*FLAGS, "config", "print_config"} & {*values}:
+    for flag in {*FLAGS, "config", "print_config", "dry_run"} & {*values}:
         raise ValueError(f"{path}: {flag} is an option of the command line alone; remove it there and give --{flag}")
     for name in SECTIONS:
         if name in values and not isinstance(values[name], Mapping):
@@ -301,7 +377,7 @@ def _resumed(words: Sequence[str]) -> Plan:
     if take(rest, "config")[0]:
         raise ValueError(f"--resume continues {folder} with its own {CONFIG}; remove --config")
     config, _ = parse(["--config", str(folder / CONFIG), *rest])
-    config = dataclasses.replace(config, out=str(folder))
+    config = own.with_index(dataclasses.replace(config, out=str(folder)), folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(

@@ -5,6 +5,10 @@
     events.out.tfevents.*  the same for TensorBoard         state.pt            what only `--resume` needs
     summary.json        the last epoch's numbers            plots/              angles.png, curves.png
     .lock               held by the process that writes     collapse.json       of `allnc.evaluate --collapse`
+    best.safetensors    the model of the best epoch, where  predictions.npz     of the measured images, after the last
+                        validation images are held out      classes.csv         epoch: image by image, class by class
+    images.tsv          which image of data.name own is     model.*             of `allnc.export`
+                        for what
 
 Neither torch nor numpy is imported: the command line answers mistakes before they are.
 """
@@ -27,11 +31,13 @@ import yaml
 from allnc.config import SECTIONS
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-CHECKPOINT, WEIGHTS, STATE = "checkpoint.json", "last.safetensors", "state.pt"
-PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
-EVENTS, LOCK, COLLAPSE = "events.out.tfevents.*", ".lock", "collapse.json"
+CHECKPOINT, WEIGHTS, STATE, BEST = "checkpoint.json", "last.safetensors", "state.pt", "best.safetensors"
+PREDICTIONS, CLASSES = "predictions.npz", "classes.csv"
+PLOTS, ANGLES, CURVES, CONFUSION = "plots", "plots/angles.png", "plots/curves.png", "plots/confusion.png"
+EVENTS, LOCK, COLLAPSE, INDEX = "events.out.tfevents.*", ".lock", "collapse.json", "images.tsv"
+EXPORTS = ("model.safetensors", "model.json", "model.pt2", "model.onnx")  # of `allnc.export`
 # Written beside their place, then moved there.
-_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, COLLAPSE)
+_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, BEST, COLLAPSE, INDEX, PREDICTIONS, CLASSES, *EXPORTS)
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -139,7 +145,7 @@ def own_files(path: Path, *, leftovers: bool = False) -> list[Path]:
     """Return the files in a folder that a run has written there; of a killed run's leftovers alone if asked."""
     names = [LOCK, *(f".{name}.tmp" for name in _WHOLE)]
     if not leftovers:
-        names += [*_WHOLE, ANGLES, CURVES]
+        names += [*_WHOLE, ANGLES, CURVES, CONFUSION]
     files = [path / name for name in names] + ([] if leftovers else sorted(path.glob(EVENTS)))
     return [file for file in files if file.is_file() or file.is_symlink()]
 

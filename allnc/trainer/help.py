@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,13 +13,13 @@ _WIDTH = 112
 # Option -> what stands for its value ("": its choices), and what it is.
 _MEANING: dict[str, tuple[str, str]] = {
     "config": ("RECIPE", "recipe or YAML file; several lie one over the other"),
-    "out": ("DIR", "folder of all that is written"),
+    "out": ("RUN", "folder of all that is written"),
     "seed": ("N", "of weights, batches and augmentation"),
-    "data.name": ("", ""),
+    "data.name": ("NAME", "digits, fashion_mnist, cifar10, cifar100, image_list, arrays, features or own"),
     "data.root": ("DIR", "folder, or file, of the images"),
     "data.validation": ("SHARE", "of each class, held out and measured instead of the test images"),
     "data.image_size": ("N", "side in pixels that the network sees, of large images"),
-    "data.augmentation": ("", ""),
+    "data.augmentation": ("NAME", "none, shift_rotate, crop_flip_cutout, autoaugment, resized_crop ..."),
     "data.workers": ("N", "processes that decode images"),
     "model.name": ("NAME", "resnet8, resnet20 ... for small images, or timm:NAME, as timm:resnet50"),
     "model.pretrained": ("BOOL", "start a timm model from its published weights"),
@@ -28,8 +29,9 @@ _MEANING: dict[str, tuple[str, str]] = {
     "train.epochs": ("N", "passes over the training images"),
     "train.batch_size": ("N", "images in a step, of all processes together"),
     "train.lr": ("RATE", "peak learning rate"),
-    "train.ema_decay": ("SHARE", "of the old weights in a moving average, which is then measured"),
+    "train.patience": ("N", "stop after so many epochs without a better balanced accuracy on validation images"),
     "train.device": ("", ""),
+    "dry_run": ("", "look at the images of DIR, say what is planned, and stop"),
     "run": ("DIR", ""),
     "passes": ("N", ""),
     "shard_rows": ("N", ""),
@@ -54,8 +56,8 @@ def short_help(
         defaults: dotted name -> value where nothing is given.
         examples: command lines.
     """
-    program = " ".join(usage.split(" [")[0].split())
-    lines = [f"usage: {usage}", "", does, ""]
+    program = usage.split(" [")[0]
+    lines = [f"usage: {usage}", "", *textwrap.wrap(does, _WIDTH), ""]
     for heading, names in groups.items():
         lines.append(f"{heading}:")
         for name in names:

@@ -12,9 +12,24 @@ import yaml
 from rich.console import Console
 
 from allnc.config import Config
-from allnc.metrics.plots import ClassVectors, plot_angles, plot_curves
-from allnc.trainer import checkpoint
-from allnc.trainer.folder import ANGLES, CONFIG, CURVES, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
+from allnc.data import load
+from allnc.data.own import Index
+from allnc.metrics.plots import MOST_CLASSES, ClassVectors, plot_angles, plot_confusion, plot_curves
+from allnc.trainer import checkpoint, own
+from allnc.trainer.board import finish_board
+from allnc.trainer.folder import (
+    ANGLES,
+    CONFIG,
+    CONFUSION,
+    CURVES,
+    INDEX,
+    PLOTS,
+    SUMMARY,
+    Mode,
+    RunFolder,
+    write_json,
+    write_whole,
+)
 from allnc.trainer.manifest import read_manifest
 from allnc.trainer.mixing import batches
 from allnc.trainer.optim import learning_rate
@@ -24,13 +39,16 @@ from allnc.trainer.retrain import start_retraining
 from allnc.trainer.run import DivergenceError, Run
 from allnc.trainer.runlog import RunLog, final_table, finite, mean_of
 from allnc.trainer.runtime import git_commit, pick_device, versions
+from allnc.trainer.selection import SCORE
 from allnc.trainer.step import train_step
 
 LEAST_SCALE = 2.0**-14  # of a float16 loss, which begins with 2^16
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for a GPU
 
 
-def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new") -> dict[str, Any]:
+def train(
+    config: Config, folder: Path, console: Console, *, mode: Mode = "new", index: Index | None = None
+) -> dict[str, Any]:
     """Train, measure and leave a run folder.
 
     Args:
@@ -39,6 +57,7 @@ def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new")
         console: where lines, the progress bar and the table go.
         mode: new, resume (continue from the folder's checkpoint) or overwrite (delete the run that is there, once
             data and model of the new one stand).
+        index: table of the images of data.name own, where they were looked at already.
 
     Returns:
         What summary.json holds.
@@ -51,10 +70,10 @@ def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new")
     with launched(pick_device(config.train)) as processes:
         files = processes.together(lambda: RunFolder(folder, mode) if processes.is_first else None)
         if files is None:  # another process writes, and says what there is to say
-            return _train(config, folder, None, Console(quiet=True), mode, processes)
+            return _train(config, folder, None, Console(quiet=True), mode, processes, index)
         with files:
             try:
-                return _train(config, folder, files, console, mode, processes)
+                return _train(config, folder, files, console, mode, processes, index)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped; {_what_remains(files)}") from None
             except DivergenceError as error:
@@ -65,10 +84,17 @@ def train(config: Config, folder: Path, console: Console, *, mode: Mode = "new")
 
 
 def _train(
-    config: Config, folder: Path, files: RunFolder | None, console: Console, mode: Mode, processes: Processes
+    config: Config,
+    folder: Path,
+    files: RunFolder | None,
+    console: Console,
+    mode: Mode,
+    processes: Processes,
+    index: Index | None,
 ) -> dict[str, Any]:
     """Train; only the process that has the files writes."""
-    run = processes.together(lambda: Run(config, processes=processes))
+    config, index = processes.together(lambda: own.tabled(config, folder, index))
+    run = processes.together(lambda: Run(config, index and load(config.data, index=index), processes=processes))
     run.connect()
     if mode == "resume":
         processes.together(lambda: files and checkpoint.roll_forward(folder))
@@ -78,14 +104,16 @@ def _train(
     if files is not None:
         if mode != "resume":
             files.start()
-        elif run.epoch < config.train.epochs:
+        elif not run.done:
             (files / SUMMARY).unlink(missing_ok=True)  # of fewer epochs: it would not be the weights' for long
+        if index is not None:
+            write_whole(files / INDEX, index.text())
         write_whole(files / CONFIG, _config_text(run).encode())
         for line in _headlines(run, files):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     with RunLog(folder if files else None, console, epochs=config.train.epochs, done=run.epoch) as log:
-        while run.epoch < config.train.epochs:
+        while not run.done:
             started = time.perf_counter()
             record: dict[str, Any] = {"epoch": run.epoch + 1}
             record |= train_epoch(run, log)
@@ -93,15 +121,38 @@ def _train(
             run.epoch += 1
             processes.together(run.check_weights)  # before they are measured and take the last checkpoint's place
             record |= _measurements(run)
-            run.best = max(run.best, record.get("accuracy", 0.0))
+            best = run.select(record)
             record["seconds"] = time.perf_counter() - started
             run.seconds["total"] += record["seconds"]
             log.note(run.loader.advice())
             log.epoch(record)  # before the checkpoint: a record too many is dropped on resuming, one too few is lost
             if files is not None:
-                run.save(folder)
+                run.save(folder, best=best)
         records = log.records
-    return _finish(run, files, records, console)
+    trained = run.epoch
+    if config.train.patience is not None:
+        processes.together(lambda: _take_best(run, folder, console))
+    return _finish(run, files, records, console, trained=trained)
+
+
+def _take_best(run: Run, folder: Path, console: Console) -> None:
+    """Let a run that selects end with the weights of its best epoch."""
+    best, config = run.selection, run.config.train
+    if best.score is None:  # an older version trained it to the end
+        return
+    if run.epoch < config.epochs:
+        console.print(
+            f"stopped after epoch {run.epoch} of {config.epochs}: none was better than epoch {best.epoch} on the "
+            f"validation images (mean over classes {best.score:.1f}) for {best.measured - best.epoch} epochs",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    if run.epoch != best.epoch:
+        _, epoch, weights = checkpoint.load_weights(folder, "best")
+        run.load_model(weights, epoch)
+        run.final = None
+    run.weights = "best"
 
 
 def _what_remains(files: RunFolder) -> str:
@@ -207,17 +258,24 @@ def _headlines(run: Run, files: RunFolder) -> list[str]:
     return lines
 
 
-def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], console: Console) -> dict[str, Any]:
-    """Write the summary of the last epoch, then draw."""
-    config = run.config
+def _finish(
+    run: Run, files: RunFolder | None, records: list[dict[str, Any]], console: Console, *, trained: int
+) -> dict[str, Any]:
+    """Write what was measured at the end, of `trained` epochs, then draw."""
+    config, best = run.config, run.selection
     measured, means = run.final or run.measure()  # a finished run that is resumed has not measured yet
-    images = config.train.epochs * len(run.loader) * run.loader.batch_size
+    images = trained * len(run.loader) * run.loader.batch_size
     summary = {
         **{name: finite(value) for name, value in measured.items()},
-        "best_accuracy": run.best,
+        "trained_epochs": trained,
+        "stopped_early": trained < config.train.epochs,
+        "best": None if best.score is None else {"epoch": best.epoch, SCORE: best.score},
         "seconds": run.seconds["total"],
         "images_per_second": images / run.seconds["training"],
         "loader_wait": mean_of(records, "loader_wait"),
+        "data": config.data.name,
+        "model": config.model.name,
+        "loss": config.loss.name,
         "seed": config.seed,
         **run.conventions(),
         "images": run.images(),
@@ -231,6 +289,7 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
     }
     if files is None:
         return summary
+    run.write_predictions(files.path)
     write_json(files / SUMMARY, summary)
     console.print(final_table(summary))
     (files / PLOTS).mkdir(exist_ok=True)
@@ -238,6 +297,11 @@ def _finish(run: Run, files: RunFolder | None, records: list[dict[str, Any]], co
     vectors = ClassVectors(means, weight, class_counts=run.counts, many=data.many, few=data.few)
     plot_angles([vectors], files / ANGLES)
     plot_curves(records, files / CURVES)
+    if len(run.counts) <= MOST_CLASSES:
+        told, names = run.predictions, run.measured_set.classes
+        assert told is not None  # measured above
+        plot_confusion(told.labels, told.predicted, files / CONFUSION, class_counts=run.counts, classes=names)
+    finish_board(files.path, config, summary)
     console.print(
         f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s in training; all of it in {files}",
         soft_wrap=True,

@@ -22,6 +22,7 @@ CHANGEABLE = (
     "data.root",
     "data.train_list",
     "data.test_list",
+    "data.index",
     "data.workers",
     "data.download",
     "model.weights",

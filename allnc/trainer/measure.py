@@ -1,11 +1,11 @@
-"""Measuring a model: accuracy by shot on the test set, neural collapse on the training set, both in fp32.
+"""Measuring a model: predictions for the test set, neural collapse on the training set, both in fp32.
 
 Neither depends on the autocast type of training, so `python -m allnc.evaluate` gives the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from allnc.config import DataConfig
 from allnc.data import FeatureSet, ImageSet, plain_batches
-from allnc.metrics import CollapseAccumulator, shot_accuracy
+from allnc.metrics import CollapseAccumulator
 from allnc.metrics.accumulate import predictions_of
 from allnc.models import LongTailModel, ModelOutput, added_parts_run
+from allnc.trainer.predictions import Predictions
 from allnc.trainer.processes import Processes
 
 BATCH = 500
@@ -74,27 +75,29 @@ def check_images_fit(model: LongTailModel, images: ImageSet, config: DataConfig)
     model.train(was_training)
 
 
-def accuracy(
+def predictions(
     model: LongTailModel,
     test: ImageSet,
-    class_counts: Tensor,
     config: DataConfig,
     device: torch.device,
     processes: Processes,
-) -> dict[str, float | None]:
-    """Return accuracy, many, medium and few on the test set, in percent (None: no class in the group)."""
-    predictions, labels = [], []
-    for logits, label in _test_logits(model, _own(test, processes), config, device):
-        predictions.append(logits.argmax(1).cpu())
-        labels.append(label.cpu())
-    parts = processes.gather((predictions, labels))
-    return shot_accuracy(
-        torch.cat([p for part, _ in parts for p in part]),
-        torch.cat([x for _, part in parts for x in part]),
-        class_counts,
-        many=config.many,
-        few=config.few,
-    )
+    adjust: Callable[[Tensor], Tensor] | None = None,
+) -> Predictions:
+    """Return what the model predicts for every image of the test set, alike on all processes.
+
+    Args:
+        model: the model.
+        test: the images that are measured.
+        config: how they are read.
+        device: of the model.
+        processes: each predicts its share.
+        adjust: what is done to logits [n, C] before they predict, as `adjust_prior` does; None: nothing.
+    """
+    parts = []
+    for logits, labels in _test_logits(model, _own(test, processes), config, device):
+        parts.append(Predictions.of(logits if adjust is None else adjust(logits), labels))
+    own = Predictions.joined(parts) if parts else None  # fewer images than processes
+    return Predictions.joined([part for part in processes.gather(own) if part is not None])
 
 
 @torch.inference_mode()
@@ -143,21 +146,25 @@ def features_by_class(
 def neural_collapse(
     model: LongTailModel, train: ImageSet, config: DataConfig, device: torch.device, processes: Processes
 ) -> tuple[dict[str, float], Tensor]:
-    """Return the collapse metrics of the training set and its class means [C, F]."""
+    """Return the collapse metrics of the training set, with train_accuracy in percent, and its class means [C, F]."""
+    right = torch.zeros((), dtype=torch.int64)
     accumulator = CollapseAccumulator(train.num_classes, model.feature_dim, class_counts=train.class_counts)
     own = _own(train, processes)
     again = isinstance(own, FeatureSet)  # a second pass is cheap then, and keeping float32 copies of all is not
     for output, labels in outputs(model, own, config, device):
         # On the CPU: the features are kept for NC4, and hundreds of thousands of them would crowd a GPU.
-        logits = None if again else output.logits_rebalance.cpu()
-        accumulator.update(output.features.cpu(), labels.cpu(), logits)
+        logits, labels = output.logits_rebalance.cpu(), labels.cpu()
+        accumulator.update(output.features.cpu(), labels, None if again else logits)
+        right += (logits.argmax(1) == labels).sum()
     if processes.size > 1:
         accumulator = _merged(accumulator, train, processes)
     if again:
         for output, _ in outputs(model, own, config, device):
             accumulator.count_disagreement(output.features.cpu(), predictions_of(output.logits_rebalance).cpu())
         accumulator.nearest = sum(processes.gather(accumulator.nearest), torch.zeros_like(accumulator.nearest))
-    return accumulator.compute(model.predicting_vectors.detach().cpu()), accumulator.means
+    share = float(sum(processes.gather(right), torch.zeros_like(right))) / len(train)
+    measures = accumulator.compute(model.predicting_vectors.detach().cpu())
+    return {**measures, "train_accuracy": 100 * share}, accumulator.means
 
 
 def _own(images: ImageSet, processes: Processes) -> ImageSet:

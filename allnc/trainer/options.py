@@ -15,6 +15,7 @@ OF_A_MACHINE = (
     "data.root",
     "data.train_list",
     "data.test_list",
+    "data.index",
     "data.workers",
     "train.threads",
     "model.weights",
@@ -26,9 +27,9 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "focal": ("focal_gamma", "drw", "class_weights"),
     "ldam": ("drw", "class_weights"),
     "mse": ("drw", "class_weights"),
-    "supcon": ("hycon_weight", "temperature", "backend"),
-    "bcl": ("hycon_weight", "temperature", "tau"),
-    "proco": ("hycon_weight", "temperature", "tau", "ema_momentum", "backend"),
+    "supcon": ("hycon_weight", "classification_weight", "temperature", "backend"),
+    "bcl": ("hycon_weight", "classification_weight", "temperature", "tau"),
+    "proco": ("hycon_weight", "classification_weight", "temperature", "tau", "ema_momentum", "backend"),
 }
 
 
@@ -63,6 +64,7 @@ def ignored_options(config: Config) -> dict[str, str]:
             f"the loss has no softmax HyCon ({loss.name}, {loss.hycon})",
         )
     if loss.name == "allnc":
+        drop("loss", "classification_weight", "loss.name is allnc, which weighs its contrast by alpha")
         drop("loss", "drw class_weights", "loss.name is allnc, which re-balances by its schedule")
         if loss.rebalance != "focal":
             drop("loss", "focal_gamma", "no branch has the focal loss")
@@ -105,11 +107,21 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("data", "root", "the digits come with scikit-learn")
         ignored.pop("data.subset_seed", None)  # it also splits training from test images
     if data.name in SMALL_SETS:
-        drop("data", "image_size", f"{data.name} has its own size")
-        if data.augmentation in BATCH_AUGMENTATIONS:
-            drop("data", "workers", "small images are augmented in whole batches")
+        drop("data", "image_size fit", f"{data.name} has its own size")
+    if (data.name in SMALL_SETS or data.in_memory) and data.augmentation in BATCH_AUGMENTATIONS:
+        drop("data", "workers", "small images are augmented in whole batches")
+    if data.name == "features" or data.augmentation in ("none", "shift_rotate"):
+        drop("data", "flip", f"data.augmentation {data.augmentation} mirrors nothing")
+    if data.augmentation not in ("resized_crop", "crop_flip", "randaugment"):
+        drop("data", "crop_scale", f"data.augmentation is {data.augmentation}")
+    if data.name != "own":
+        drop("data", "test_share max_bad", f"data.name is {data.name}")
+    elif data.index:
+        drop("data", "test_share max_bad train_list test_list", "data.index says what every image is for")
+    else:
+        ignored.pop("data.subset_seed", None)  # it also splits training from test images
     if data.name == "features":
-        drop("data", "image_size workers mean std", "features are read as they were stored")
+        drop("data", "image_size fit workers mean std", "features are read as they were stored")
         drop("train", "channels_last", "features are rows of numbers, not images")
     if train.mixup == 0:
         drop("train", "remix", "train.mixup is 0")

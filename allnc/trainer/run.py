@@ -12,12 +12,18 @@ import torch
 from allnc.config import SMALL_SETS, Config, DataConfig
 from allnc.data import FeatureSet, ImageSet, TrainLoader, load, loader_for
 from allnc.losses.build import LOSSES, build_loss
+from allnc.metrics import adjust_prior
 from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_tensors
 from allnc.trainer import checkpoint
+from allnc.trainer.card import Card
+from allnc.trainer.classes import ClassScore, class_scores, write_classes
+from allnc.trainer.folder import CLASSES, PREDICTIONS
 from allnc.trainer.manifest import changes_on_resuming
-from allnc.trainer.measure import accuracy, check_images_fit, features_by_class, neural_collapse
+from allnc.trainer.measure import check_images_fit, features_by_class, neural_collapse, predictions
 from allnc.trainer.optim import build_optimizer, configure
 from allnc.trainer.options import OF_A_MACHINE, dotted
+from allnc.trainer.predictions import Predictions, class_names, scores, write_predictions
+from allnc.trainer.prior import assumed_prior
 from allnc.trainer.processes import Processes
 from allnc.trainer.retrain import prepare_retraining
 from allnc.trainer.runtime import (
@@ -29,6 +35,7 @@ from allnc.trainer.runtime import (
     restore_random_state,
     seed_everything,
 )
+from allnc.trainer.selection import SCORE, Selection
 
 
 class DivergenceError(ValueError):
@@ -108,7 +115,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.epoch = 0  # epochs done
         self.seconds = {"total": 0.0, "training": 0.0}
-        self.best = 0.0
+        self.selection = Selection()
+        self.weights: checkpoint.Which = "last"  # of which epoch they are
+        self.predictions: Predictions | None = None  # of the last measurement
         self.changes: tuple[dict[str, Any], ...] = ()  # options changed on resuming
         self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
 
@@ -202,8 +211,20 @@ class Run:
         known = isinstance(self.train_set, FeatureSet) or self.train_set.images is not None
         return self.train_set.fingerprint() if known else None
 
-    def save(self, folder: Path) -> None:
-        """Write the checkpoint of the epochs done."""
+    def select(self, measured: dict[str, Any]) -> bool:
+        """Note what was measured after an epoch, on validation images; return whether it is the best one so far."""
+        if self.measured_on != "validation" or SCORE not in measured:
+            return False
+        self.selection = self.selection.after(self.epoch, measured[SCORE])
+        return self.selection.epoch == self.epoch
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.epoch >= self.config.train.epochs or self.selection.stops(self.config.train.patience)
+
+    def save(self, folder: Path, *, best: bool = False) -> None:
+        """Write the checkpoint of the epochs done, whose last one may be the best."""
         training = {
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -212,12 +233,16 @@ class Run:
             "class_counts": self.counts,
             "features": self._features(),
             "seconds": self.seconds,
-            "best": self.best,
+            "selection": self.selection.state(),
         }
         if self.average is not None:
             training["model"] = self._saved_state(self.model)
-        model = checkpoint.Weights(self._saved_state(self.measured), self.frozen_sum if self._left_out() else None)
-        checkpoint.save(folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes)
+        frozen = self.frozen_sum if self._left_out() else None
+        card = Card.of(self.train_set, self.config.data)
+        model = checkpoint.Weights(self._saved_state(self.measured), frozen, card)
+        checkpoint.save(
+            folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes, best=best
+        )
 
     def _left_out(self) -> list[str]:
         """Name what a checkpoint does not hold: pretrained weights that stay frozen, unless the run wants all saved."""
@@ -268,7 +293,8 @@ class Run:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         restore_random_state(state["random"])
-        self.seconds, self.best = state["seconds"], state["best"]
+        self.seconds = state["seconds"]
+        self.selection = Selection(**state.get("selection", {}))  # an older version selected nothing
 
     def load_model(self, weights: checkpoint.Weights, epoch: int) -> None:
         """Take the weights that a checkpoint has after an epoch.
@@ -276,18 +302,8 @@ class Run:
         Raises:
             ValueError: they do not fit the model, or were tuned beside other frozen weights than the model has.
         """
-        if weights.frozen is not None and weights.frozen != self.frozen_sum:
-            raise ValueError(
-                "the pretrained weights must be those that the checkpoint was tuned with, of which it holds no copy: "
-                f"their SHA-256 is {weights.frozen[:16]}..., got {self.frozen_sum[:16]}...; name their file by "
-                "--model.weights"
-            )
-        try:
-            self.measured.load_state_dict(self._whole_state(weights, weights))
-        except RuntimeError as error:  # torch lists every name and shape
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"the checkpoint's weights must fit the model of its configuration: {reason}") from None
-        self.epoch = epoch
+        weights.fill(self.measured, None if weights.frozen is None else self.frozen_sum)
+        self.epoch, self.weights = epoch, weights.which
 
     def check_weights(self) -> None:
         """Raise DivergenceError unless all of the model, of the class means and of the optimiser is finite."""
@@ -303,14 +319,51 @@ class Run:
                 f"not ({broken[0]} ...)"
             )
 
-    def measure(self) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return accuracy by shot with collapse (of the training set), and the class means [C, F]."""
-        collapse, means = self.measure_collapse()
-        return {**self.measure_accuracy(), **collapse}, means
+    def measure(self, prior: torch.Tensor | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+        """Return accuracy and calibration with collapse (of the training set), and the class means [C, F].
 
-    def measure_accuracy(self) -> dict[str, float | None]:
-        """Return accuracy by shot on the images that are measured."""
-        return accuracy(self.measured, self.measured_set, self.counts, self.config.data, self.device, self.processes)
+        Args:
+            prior: as `measure_accuracy` takes it.
+        """
+        collapse, means = self.measure_collapse()
+        return {**self.measure_accuracy(prior), **collapse}, means
+
+    def measure_accuracy(self, prior: torch.Tensor | None = None) -> dict[str, float | None]:
+        """Return accuracy by shot and calibration on the images that are measured, see `scores`.
+
+        Args:
+            prior: [C] class prior for which the logits are adjusted and under which is measured; None: neither.
+
+        Raises:
+            ValueError: the loss has no logits that can be adjusted to a prior.
+        """
+        data, adjust = self.config.data, None
+        if prior is not None:
+            assumed = assumed_prior(self.config, self.counts, epoch=self.epoch)
+            adjust = functools.partial(adjust_prior, assumed=assumed, wanted=prior)
+        self.predictions = predictions(
+            self.measured, self.measured_set, data, self.device, self.processes, adjust=adjust
+        )
+        return scores(self.predictions, self.counts, many=data.many, few=data.few, prior=prior)
+
+    def class_scores(self) -> list[ClassScore]:
+        """Return the scores of all classes in the last measurement."""
+        assert self.predictions is not None
+        return class_scores(self.predictions, self.counts, class_names(self.measured_set))
+
+    def write_predictions(self, folder: Path) -> None:
+        """Write what the last measurement has predicted, image by image and class by class."""
+        assert self.predictions is not None
+        root = self.config.data.root
+        write_predictions(
+            folder / PREDICTIONS,
+            self.predictions,
+            self.measured_set,
+            self.counts,
+            measured_on=self.measured_on,
+            root=root,
+        )
+        write_classes(folder / CLASSES, self.class_scores())
 
     def measure_collapse(self) -> tuple[dict[str, float], torch.Tensor]:
         """Return the collapse metrics of the training set and its class means [C, F]."""
@@ -325,6 +378,7 @@ class Run:
         """Return what the measured numbers refer to: epochs done, the images, and the limits of many and few."""
         return {
             "epochs": self.epoch,
+            "weights": self.weights,
             "measured_on": self.measured_on,
             "many_above": self.config.data.many,
             "few_below": self.config.data.few,

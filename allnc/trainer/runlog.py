@@ -22,6 +22,16 @@ PARTS = (  # short labels on the console; the files have the whole names
     {"loss_p2p_means": "p2p mm", "loss_p2p_weights": "ww", "loss_p2p_duality": "mw"},
 )
 SHOTS = ("many", "medium", "few")
+QUALITY = {
+    "macro_f1": "macro-F1",
+    "top5": "top-5 accuracy",
+    "nll": "negative log-likelihood",
+    "ece": "ECE, 15 bins of equal width",
+    "ece_equal_mass": "ECE, 15 bins of equal mass",
+    "ece_many": "  ECE of many",
+    "ece_medium": "  ECE of medium",
+    "ece_few": "  ECE of few",
+}
 COLLAPSE = {
     "nc1": "NC1 within-class variability",
     "nc2_means": "NC2 class means to simplex",
@@ -151,7 +161,8 @@ def epoch_line(record: Record, epochs: int) -> str:
 
 def final_table(summary: Record) -> Table:
     """Return accuracy by shot and the collapse metrics as a table."""
-    table = Table(title=f"epoch {summary['epochs']}, the last one", title_justify="left")
+    which = "the best one on validation images" if summary.get("weights") == "best" else "the last one"
+    table = Table(title=f"epoch {summary['epochs']}, {which}", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row(f"accuracy ({summary['measured_on']})", _percent(summary["accuracy"]))
@@ -161,7 +172,12 @@ def final_table(summary: Record) -> Table:
     for name in SHOTS:
         limit = limits.get(name, f"{summary['few_below']}-{summary['many_above']}")
         table.add_row(f"  {name} ({limit} training images)", _percent(summary[name]))
+    for name, meaning in QUALITY.items():
+        if summary[name] is not None:
+            table.add_row(meaning, f"{summary[name]:.3f}" if name == "nll" else _percent(summary[name]))
     for name, meaning in COLLAPSE.items():
+        if name not in summary:  # of images without the training images
+            continue
         table.add_row(meaning, "-" if summary[name] is None else f"{summary[name]:.4f}")
     return table
 

@@ -1,6 +1,6 @@
 """AllNC in timm's training: a task for timm's own train.py, and a short loop of timm's parts that uses it.
 
-timm's train.py (1.0.24 or newer) trains whatever its task returns. Put this file beside it and, after its line
+timm's train.py (1.0.27 or newer) trains whatever its task returns. Put this file beside it and, after its line
 `task = ClassificationTask(...)`, add one more, with the training images of each class:
 
     task = AllNCTask(model, class_counts=counts, steps=args.epochs * len(loader_train), device=device)

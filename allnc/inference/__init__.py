@@ -1,0 +1,1 @@
+"""Trained runs in use: load, predict, export, measure on other images."""

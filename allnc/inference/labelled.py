@@ -1,0 +1,213 @@
+"""Labelled images of any kind as a set on which a run is measured; its classes are found by name.
+
+Legend: n images, c channels, H, W height and width, C classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allnc.config import Config
+from allnc.data import ImageSet
+from allnc.data.arrays import read_labelled
+from allnc.data.folders import read_folders
+from allnc.data.images import shown
+from allnc.data.own import Row, read_index
+from allnc.data.own.find import TEST, TRAIN
+from allnc.data.own.tables import read_table
+from allnc.data.paths import PathList
+from allnc.inference.predictor import Restored
+from allnc.inference.reading import read_parts
+from allnc.inference.transform import Transform
+
+ARRAYS = (".npz", ".safetensors")
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
+
+class Labelled(NamedTuple):
+    """Images on which a run can be measured, and sentences on how they were understood."""
+
+    images: ImageSet
+    notes: tuple[str, ...]
+
+
+def labelled_images(source: str, run: Restored, root: str | None = None) -> Labelled:
+    """Read labelled images for a run.
+
+    Args:
+        source: a folder with a folder for each class; a .npz or .safetensors file with images and labels; or a list
+            (CSV, TSV, text or JSON) of files and classes.
+        run: its classes are the labels, its pixels those of the images.
+        root: folder from which the paths of a list start; None: the list's own.
+
+    Returns:
+        A set of which every image has a class of the run; classes without an image are no fault.
+
+    Raises:
+        ValueError: no such images, one that cannot be read, or a class that the run does not have, by name.
+    """
+    source = os.path.expanduser(source)
+    if len(run.card.shape) != 3:
+        raise ValueError(
+            "--data needs a run on images; this one was trained on stored features, which python -m allnc.features "
+            "makes of images: give their folder by --data.root"
+        )
+    if os.path.isdir(source):
+        (part,) = read_folders([source])
+        labels, notes = _numbers(part.classes, run.classes, source), list(part.notes)
+        return Labelled(_of_files(part.paths, labels[np.array(part.labels)], run), tuple(notes))
+    if not os.path.isfile(source):
+        raise ValueError(f"--data must be a folder, a list or a .npz file; there is no {shown(source)}")
+    if source.endswith(ARRAYS):
+        return _of_arrays(source, run)
+    start = os.path.expanduser(root) if root else os.path.dirname(source) or "."
+    found = read_table(source, start)
+    names = [entry.label for entry in found.entries]
+    labels, notes = _of_list(names, run.classes, source)
+    if found.bad:
+        raise ValueError(f"{shown(found.bad[0][0].path)} must be a readable image; got: {found.bad[0][1]}")
+    paths = [os.path.join(start, entry.path) for entry in found.entries]
+    return Labelled(_of_files(paths, labels, run), (*found.notes, *notes))
+
+
+def _numbers(names: Sequence[str], classes: Sequence[str], source: str) -> np.ndarray:
+    """Return the run's number of each name, [m] int64.
+
+    Raises:
+        ValueError: the run has no such class.
+    """
+    number = {name: place for place, name in enumerate(classes)}
+    unknown = [name for name in names if name not in number]
+    if unknown:
+        listed = ", ".join(map(shown, unknown[:5])) + (" ..." if len(unknown) > 5 else "")
+        few = ", ".join(map(shown, classes[:5])) + (" ..." if len(classes) > 5 else "")
+        hint = f": give one of its folders, such as {shown(os.path.join(source, unknown[0]))}"
+        inner = unknown[0].lower() in SPLITS and os.path.isdir(source)
+        raise ValueError(
+            f"{shown(source)} must have classes of the run ({few}); it does not know {len(unknown)} of them: {listed}"
+            f"{hint if inner else ''}"
+        )
+    return np.array([number[name] for name in names], dtype=np.int64)
+
+
+def _of_list(names: Sequence[str], classes: Sequence[str], source: str) -> tuple[np.ndarray, list[str]]:
+    """Return the labels [n] of a list, which has names of classes or their numbers, and what is to be said of it."""
+    known = set(classes)
+    if not any(name in known for name in names) and all(name.isdecimal() for name in names):
+        labels = np.array([int(name) for name in names], dtype=np.int64)
+        _check_numbers(int(labels.max()), classes, source)
+        return labels, [_as_numbers(source, classes)]
+    return _numbers(names, classes, source), []
+
+
+def _check_numbers(largest: int, classes: Sequence[str], source: str) -> None:
+    if largest >= len(classes):
+        raise ValueError(
+            f"{shown(source)} must have labels in 0 to {len(classes) - 1}, the classes of the run; got {largest}"
+        )
+
+
+def _as_numbers(source: str, classes: Sequence[str]) -> str:
+    return f"{shown(source)} has numbers for classes: 0 is taken for {classes[0]}, 1 for {classes[1]} ..."
+
+
+def _of_files(paths: Sequence[str], labels: np.ndarray, run: Restored) -> ImageSet:
+    """Return the set of some files; small images in memory are read now."""
+    transform = Transform(run.card, run.config.data)
+    if not transform.of_arrays:
+        return _set(labels, run, paths=PathList.of(paths))
+    images: list[Tensor] = []
+    for part in read_parts(paths, transform, torch.device("cpu")):
+        if part.errors:
+            raise ValueError(next(iter(part.errors.values())))
+        images.append(part.pixels)
+    return _set(labels, run, images=torch.cat(images), paths=PathList.of(paths))
+
+
+def _of_arrays(source: str, run: Restored) -> Labelled:
+    """Return the set of a file of arrays; images of another size become what the run takes, one by one."""
+    values, labels, classes = read_labelled(source)
+    notes = []
+    if classes:
+        number = _numbers([classes[label] for label in labels.unique().tolist()], run.classes, source)
+        places = torch.zeros(len(classes), dtype=torch.int64)
+        places[labels.unique()] = torch.from_numpy(number)
+        labels = places[labels]
+    else:
+        _check_numbers(int(labels.max()), run.classes, source)
+        if run.card.classes:
+            notes.append(_as_numbers(source, run.classes))
+    transform = Transform(run.card, run.config.data)
+    if values.shape[1:] != run.card.shape or not transform.of_arrays:
+        if transform.size != run.card.shape[1:]:
+            raise ValueError("--data.test_crops must be 1 with images in one file; got 5")
+        values = torch.stack([transform.pixels(image) for image in values])
+        notes.append(f"images of {shown(source)} were fitted to {' x '.join(map(str, run.card.shape[1:]))} pixels")
+    return Labelled(_set(labels.numpy(), run, images=values), tuple(notes))
+
+
+def _set(labels: np.ndarray, run: Restored, *, images: Tensor | None = None, paths: Iterable[str] = ()) -> ImageSet:
+    return ImageSet(
+        labels=torch.from_numpy(labels),
+        num_classes=len(run.classes),
+        mean=run.card.mean,
+        std=run.card.std,
+        images=images,
+        paths=paths if isinstance(paths, PathList) else PathList.of(paths),
+        classes=run.classes,
+    )
+
+
+def has_test_images_alone(config: Config, on: str | None) -> bool:
+    """Whether a run's own test images are there, and are what it is measured on, but its training images are not.
+
+    Args:
+        config: of the run; its files are where they lie from here.
+        on: test or validation, which are wanted; None: as the run measured itself.
+    """
+    data = config.data
+    if data.root is None or (data.validation > 0 and on != "test"):
+        return False
+    root = os.path.expanduser(data.root)
+    if data.name == "image_folder":
+        return not os.path.isdir(os.path.join(root, "train")) and _test_folder(root) is not None
+    if data.name == "image_list" and data.train_list and data.test_list:
+        train, test = map(os.path.expanduser, (data.train_list, data.test_list))
+        return os.path.isfile(test) and not os.path.isfile(train)
+    if data.name == "own" and data.index and os.path.isfile(data.index):
+        index = read_index(data.index, root)
+        trained, tested = (_some(root, index.of(split)) for split in (TRAIN, TEST))
+        return any(map(os.path.exists, tested)) and not any(map(os.path.exists, trained))
+    return False
+
+
+def test_images(run: Restored) -> ImageSet:
+    """Return the test images of a run of which `has_test_images_alone` is true; errors as `labelled_images`."""
+    data = run.config.data
+    root = os.path.expanduser(data.root or "")
+    if data.name == "image_list":
+        assert data.test_list
+        return labelled_images(data.test_list, run, root).images
+    if data.name == "own":
+        assert data.index
+        rows = read_index(data.index, root).of(TEST)
+        labels = _numbers([row.label for row in rows], run.classes, root)
+        return _of_files([os.path.join(root, row.path) for row in rows], labels, run)
+    folder = _test_folder(root)
+    assert folder is not None
+    return labelled_images(folder, run).images
+
+
+def _test_folder(root: str) -> str | None:
+    places = (os.path.join(root, name) for name in ("test", "val"))
+    return next((place for place in places if os.path.isdir(place)), None)
+
+
+def _some(root: str, rows: Sequence[Row]) -> list[str]:
+    return [os.path.join(root, row.path) for row in rows[:: max(1, len(rows) // 100)]]

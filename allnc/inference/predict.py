@@ -1,0 +1,68 @@
+"""Predicts files as they come and writes what is predicted, whatever their number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from allnc.inference.formats import Row, Writer
+from allnc.inference.predictor import Predictor
+from allnc.inference.reading import Part, read_parts
+
+
+@dataclass(slots=True)
+class Done:
+    """What was predicted: images, those of them that could not be read, and how long it took."""
+
+    images: int = 0
+    unread: int = 0
+    seconds: float = 0.0
+
+    @property
+    def unread_text(self) -> str:
+        return f"; {self.unread:,} could not be read" if self.unread else ""
+
+
+def predict_files(predictor: Predictor, paths: Iterable[str], writer: Writer, *, workers: int | None = None) -> Done:
+    """Write the most probable classes of each file, in order.
+
+    Args:
+        predictor: what predicts.
+        paths: the files, read as they are needed.
+        writer: where to; `writer.top` classes of each.
+        workers: processes that decode; None chooses.
+
+    Returns:
+        How many there were. A file that cannot be read is a row with the reason.
+
+    Raises:
+        ValueError: the run predicts no images, or there is no file.
+    """
+    done, started = Done(), time.perf_counter()
+    for part in read_parts(paths, predictor.transform, predictor.device, workers=workers):
+        writer.write(_rows(predictor, part, writer.top))
+        done.images += len(part.names)
+        done.unread += len(part.errors)
+    if not done.images:
+        raise ValueError("IMAGES must name at least one image; got none")
+    writer.finish()
+    done.seconds = time.perf_counter() - started
+    return done
+
+
+def _rows(predictor: Predictor, part: Part, top: int) -> list[Row]:
+    probabilities = torch.empty(0, top)
+    if len(part.pixels):
+        probabilities = predictor.probabilities(predictor.logits_of(part.pixels))
+    shares, classes = (values.tolist() for values in probabilities.topk(top, dim=1))
+    places, rows = iter(range(len(shares))), []
+    for position, name in enumerate(part.names):
+        if position in part.errors:
+            rows.append(Row(name, error=part.errors[position]))
+            continue
+        at = next(places)
+        rows.append(Row(name, [predictor.classes[label] for label in classes[at]], shares[at]))
+    return rows

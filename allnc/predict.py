@@ -1,0 +1,107 @@
+"""Predict the classes of images by a trained run: `python -m allnc.predict RUN_DIR IMAGES...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from allnc._command import Parser, answer
+from allnc.inference.formats import FORMATS, Writer
+
+UNREAD = 1  # exit status: an image or more could not be read
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write class names and probabilities of images; return 0, 1 if one could not be read, or 2 for a mistake."""
+    parser = Parser("allnc.predict", __doc__)
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, or one with its last.safetensors")
+    parser.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="files, folders with all in them, patterns in quotes, or - for a list of paths on standard input",
+    )
+    parser.add_argument("--top", type=int, default=3, help="how many classes of each image; default 3")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="default table; jsonl is an object a line")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to; default the terminal")
+    parser.add_argument("--overwrite", action="store_true", help="let FILE be replaced")
+    parser.add_argument("--workers", type=int, help="processes that decode; default one a core, 8 at most")
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best"),
+        dest="which",
+        help="of the last epoch, or of the best one on validation images; default last, and best with train.patience",
+    )
+    parser.add_argument(
+        "--prior",
+        metavar="uniform|train|FILE",
+        help="probabilities under this class prior; FILE: a CSV of class name and weight; default as trained",
+    )
+    parser.add_argument("--data.root", dest="root", help="images of a run of an older version on a file of arrays")
+    parser.add_argument("--model.weights", dest="pretrained", help="pretrained weights, where they are not the run's")
+    parser.add_argument("--train.device", dest="device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args(arguments)
+    unread = 0
+
+    def body() -> None:
+        nonlocal unread
+        unread = _predict(options)
+
+    return answer("allnc.predict", body) or (UNREAD if unread else 0)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    """Write predictions; return the number of images that could not be read."""
+    from allnc.inference.paths import check_sources, image_paths
+
+    if options.top < 1:
+        raise ValueError(f"--top must be >= 1; got {options.top}")
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"--workers must be >= 0; got {options.workers}")
+    if options.overwrite and options.out is None:
+        raise ValueError("--overwrite would be ignored without --out; remove it")
+    if options.out is not None and options.out.exists() and not options.overwrite:
+        raise ValueError(f"--out must be a new file; {options.out} is there: give --overwrite to replace it")
+    check_sources(options.images)
+    from allnc.inference.predict import predict_files  # torch from here on
+    from allnc.inference.predictor import load
+
+    predictor = load(
+        options.run,
+        which=options.which,
+        prior=options.prior,
+        device=options.device,
+        root=options.root,
+        pretrained=options.pretrained,
+    )
+    if options.top > len(predictor.classes):
+        raise ValueError(f"--top must be <= {len(predictor.classes)}, the number of classes; got {options.top}")
+    paths = image_paths(options.images)
+    with _opened(options.out) as stream:
+        done = predict_files(predictor, paths, Writer(stream, options.format, options.top), workers=options.workers)
+    print(f"{done.images:,} images in {done.seconds:.1f} s{done.unread_text}", file=sys.stderr)
+    return done.unread
+
+
+@contextmanager
+def _opened(out: Path | None) -> Iterator[TextIO]:
+    """Open what is written to: a file beside its place, which it takes once it is whole."""
+    if out is None:
+        yield sys.stdout
+        return
+    part = out.with_name(out.name + ".part")
+    with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        try:
+            yield stream
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; what was predicted is in {part}") from None
+    os.replace(part, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
