@@ -48,17 +48,17 @@ class Parser(argparse.ArgumentParser):
     """A parser whose mistakes take one line, with the nearest option.
 
     Args:
-        module: name of the program, such as allnc.evaluate.
+        module: name of the program, such as allnc.evaluate; None for a subcommand, whose `prog` argparse knows.
         description: what it does.
         options: as of argparse.
     """
 
-    def __init__(self, module: str, description: str | None = None, **options: Any) -> None:
+    def __init__(self, module: str | None = None, description: str | None = None, **options: Any) -> None:
         if description:
             description = re.sub(r"python -m (allnc[.\w]*)", lambda found: typed(found[1]), description)
-        options = {"prog": typed(module), "formatter_class": _wide, **options}
-        super().__init__(description=description, **options)
-        self.module = module
+        own = {} if module is None else {"prog": typed(module)}
+        super().__init__(description=description, **{"formatter_class": _wide, **own, **options})
+        self.module = module or self.prog
 
     def error(self, message: str) -> NoReturn:
         """Say the mistake on one line and end with status 2."""

@@ -14,6 +14,7 @@ from allnc.trainer.command import TRAIN
 from allnc.trainer.extract_command import PROGRAM
 from allnc.trainer.names import nearest
 from allnc.trainer.options import option_names
+from tests.test_project import PROJECT
 
 SCREEN = 42  # lines
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ def test_help_is_a_screen_and_names_every_command(capsys: pytest.CaptureFixture[
     for name, (module, does) in COMMANDS.items():
         assert sum(line.split()[:1] == [name] and does in line for line in lines) == 1
         assert callable(import_module(module).main)
+    assert PROJECT["project"]["scripts"] == {"allnc": "allnc.__main__:main"}
     assert main([]) == 2 and "usage: allnc COMMAND" in capsys.readouterr().err
 
 
@@ -60,7 +62,10 @@ def test_the_help_of_a_command_is_a_screen_without_torch(command: str) -> None:
         (("train", "--lr", "1"), "allnc train: error: --lr is not an option; did you mean --train.lr?"),
         (("evaluate", "x", "--colapse"), "allnc evaluate: error: --colapse is not an option; did you mean --collapse?"),
         (("evaluate",), "allnc evaluate: error: the following arguments are required: RUN_DIR"),
-        (("theory", "minority", "--cell", "x"), "allnc theory: error: argument --cells: invalid int value: 'x'"),
+        (
+            ("theory", "minority", "--cell", "x"),
+            "allnc theory minority: error: argument --cells: invalid int value: 'x'",
+        ),
         (("theory", "minority", "--count_", "x"), "is not an option; did you mean --counts?"),
         (("features", "--passe", "3"), "allnc features: error: --passe is not an option; did you mean --passes?"),
         (("plot", "x", "--kind", "y"), "allnc plot: error: argument --kind: invalid choice: 'y'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,7 @@ from allnc._command import Parser, answer
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute, print and, with --out, write tables and a picture; return 0, 2 for a mistake, 130 after Ctrl-C."""
     parser = Parser("allnc.theory", __doc__)
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=functools.partial(Parser, "allnc.theory")
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     landscape = commands.add_parser("landscape", help="minimisers, saddles and their curvature for each loss")
     landscape.add_argument("--classes", type=int, default=4, help="K; default 4")
     landscape.add_argument("--samples", type=int, default=5, help="n of each class; default 5")
