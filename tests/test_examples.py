@@ -27,7 +27,13 @@ def test_plain_pytorch_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 @pytest.mark.filterwarnings("ignore")  # Lightning's own, about its versions and the machine
 def test_lightning_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightning", reason="Lightning is not installed: pip install -e '.[test]'")
-    assert example("lightning_module", monkeypatch).main(epochs=6) > 0.5
+    module = example("lightning_module", monkeypatch)
+    assert module.main(epochs=6) > 0.5
+    model = module.LongTailed(torch.nn.Flatten(), 64, torch.tensor([3, 2]))
+    model.configure_model()
+    criterion = model.criterion
+    model.configure_model()  # as before each test
+    assert model.criterion is criterion, "the class means would be lost"
     assert "after 6 epochs of 409 images" in capsys.readouterr().out
 
 

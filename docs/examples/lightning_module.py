@@ -23,9 +23,12 @@ class LongTailed(lightning.LightningModule):
         self.classifier = nn.Linear(feature_dim, len(class_counts))
         self.projection = nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, 32))
         self.feature_dim, self.class_counts = feature_dim, class_counts
+        self.criterion = None
 
     def configure_model(self) -> None:
         # Here the processes are connected: the class means are those of all ranks, and stand in the checkpoint.
+        if self.criterion is not None:  # Lightning calls this again before each test
+            return
         group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
         self.criterion = AllNC(self.class_counts, self.feature_dim, 32, group=group)
 
