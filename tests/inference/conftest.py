@@ -16,7 +16,7 @@ from allnc.config import Config, DataConfig
 from allnc.trainer.run import Run
 from tests.trainer.test_training import TINY, changed
 
-CLASSES = ("apple, red", 'the "pear"', "Ügli")
+CLASSES: tuple[str, ...] = ("apple, red", 'the "pear"', "Ügli")
 SIDE = 32
 
 
