@@ -50,6 +50,7 @@ PACKAGES = [
     "allnc.ops.hycon",
     "allnc.ops.p2p",
     "allnc.plot",
+    "allnc.report",
     "allnc.sweep",
     "allnc.theory",
     "allnc.trainer",

@@ -62,7 +62,7 @@ def configs(random: Random, folder: Path) -> None:
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     try:
-        config, _, _ = plan([*words, "--out", str(out)])
+        config = plan([*words, "--out", str(out)]).config
     except (ValueError, OSError) as error:
         return readable(error)
     except SystemExit:  # --help

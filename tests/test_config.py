@@ -18,7 +18,7 @@ from allnc.trainer.optim import peak_rate
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
 
 RECIPES = ["cifar100_lt", "cifar10_lt", "cyrillic_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt"]
-RECIPES += ["imagenet_lt_vit", "inat18", "inat18_vit", "kana_lt", "places_lt", "places_lt_vit"]
+RECIPES += ["imagenet_lt_vit", "inat18", "inat18_vit", "kana_lt", "own_images", "places_lt", "places_lt_vit"]
 
 
 def test_every_recipe_parses() -> None:
@@ -96,6 +96,17 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
             ["--loss.name=proco", "--loss.hycon_weight=0", "--model.projection_dim=9"],
             "--model.projection_dim would be ignored: loss.hycon_weight is 0",
         ),
+        (["--loss.classification_weight", "0.5"], "would be ignored: loss.name is allnc, which weighs its contrast by"),
+        (["--loss.name", "ce", "--loss.classification_weight", "0.5"], "classification_weight would be ignored"),
+        (["--loss.classification_weight", "-1"], "loss.classification_weight must be >= 0; got -1"),
+        (
+            ["--loss.name", "bcl", "--loss.classification_weight", "0"],
+            "loss.classification_weight 0 needs train.retrain_epochs >= 1",
+        ),
+        (
+            ["--loss.name=supcon", "--loss.classification_weight=0", "--loss.hycon_weight=0"],
+            "loss.classification_weight or loss.hycon_weight must be > 0, or nothing trains; got 0 for both",
+        ),
         (["--loss.name", "etf_dr"], "model.classifier must be etf with loss.name etf_dr; got normalised"),
         (["--loss.name", "nonl", "--model.classifier", "linear"], "must be normalised or etf with loss.name nonl"),
         (
@@ -134,7 +145,11 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
         (["--data.workers", "2"], "--data.workers would be ignored"),
         (["--resume"], "--resume needs --out DIR"),
         (["--config", "image_list.yaml"], "--config must be a YAML file or one of"),
-        (["stray"], "unrecognized arguments: stray"),
+        (
+            ["stray"],
+            "the first word must be a folder of images, a list of them or a file of arrays; got 'stray', which is",
+        ),
+        (["--seed", "1", "stray"], "unrecognized arguments: stray"),
     ],
 )
 def test_mistakes_are_answered_on_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +190,7 @@ def test_run_folders_are_new_unless_asked(tmp_path: Path, monkeypatch: pytest.Mo
     assert plan(["--seed", "3"])[1] == Path("runs/digits_lt-allnc-seed3")
     Path("runs/digits_lt-ce-seed0").mkdir(parents=True)
     assert plan(["--loss.name", "ce"])[1] == Path("runs/digits_lt-ce-seed0-2")
-    assert plan(["--out", "~/x"])[1:] == (tmp_path / "home" / "x", "new")
+    assert plan(["--out", "~/x"])[1:3] == (tmp_path / "home" / "x", "new")
     run = Path("mine")
     run.mkdir()
     assert plan(["--out", "mine"])[1] == run
@@ -185,9 +200,9 @@ def test_run_folders_are_new_unless_asked(tmp_path: Path, monkeypatch: pytest.Mo
         plan(["--out", "mine"])
     with pytest.raises(ValueError, match="has none yet: --overwrite starts the run again"):
         plan(["--out", "mine", "--resume"])
-    assert plan(["--out", "mine", "--overwrite"])[1:] == (run, "overwrite")
+    assert plan(["--out", "mine", "--overwrite"])[1:3] == (run, "overwrite")
     (run / "checkpoint.json").write_text(json.dumps(Manifest(epoch=3, config=config, files={}).to_json()))
-    assert plan(["--resume", "--out=mine"]) == (dataclasses.replace(config, out="mine"), run, "resume")
+    assert plan(["--resume", "--out=mine"])[:3] == (dataclasses.replace(config, out="mine"), run, "resume")
 
 
 def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
@@ -226,8 +241,9 @@ def test_ignored_options_are_real_options() -> None:
         assert set(ignored_options(config)) <= set(option_names())
     assert "loss.focal_gamma" not in ignored_options(configs[1]) and "loss.gamma" in ignored_options(configs[1])
     assert "train.milestones" not in ignored_options(configs[3])
-    read = {f"loss.{name}" for name in ("name", "hycon_weight", "temperature", "tau", "ema_momentum", "backend")}
-    assert {name for name in option_names() if name.startswith("loss.")} - set(ignored_options(configs[4])) == read
+    names = ("name", "hycon_weight", "classification_weight", "temperature", "tau", "ema_momentum", "backend")
+    loss_options = {name for name in option_names() if name.startswith("loss.")}
+    assert loss_options - set(ignored_options(configs[4])) == {f"loss.{name}" for name in names}
     assert "model.projection_dim" not in ignored_options(configs[4])
 
 

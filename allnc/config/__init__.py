@@ -43,7 +43,8 @@ class Config:
         loss: the loss.
         train: the optimisation.
         seed: seed of the weights, the batches and the augmentation, in [0, 2**32).
-        out: run folder; None makes runs/RECIPE-LOSS-seedSEED, with a number behind it if that exists.
+        out: run folder; None makes runs/RECIPE-LOSS-OPTIONS-seedSEED, OPTIONS being those of the command line, with a
+            number behind it if that exists.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -72,6 +73,16 @@ class Config:
             )
         if self.model.classifier == "etf" and (self.model.name == "linear" or self.model.tune == "head"):
             raise ValueError("model.classifier etf needs an encoder that trains, as it does not; got a frozen one")
+        if self.loss.name in CONTRASTIVE and self.loss.classification_weight == 0:
+            if self.loss.hycon_weight == 0:
+                raise ValueError(
+                    "loss.classification_weight or loss.hycon_weight must be > 0, or nothing trains; got 0 for both"
+                )
+            if self.train.retrain_epochs == 0:
+                raise ValueError(
+                    "loss.classification_weight 0 needs train.retrain_epochs >= 1, as the classifier then trains in "
+                    "the second stage alone; got 0"
+                )
         if self.train.mixup > 0 and self.loss.name in COMPARING:
             raise ValueError(
                 f"train.mixup needs a loss of logits and labels alone; got loss.name {self.loss.name}, which compares "
@@ -92,11 +103,13 @@ class Config:
             )
         if self.train.patience is not None and self.data.validation == 0:
             raise ValueError(
-                f"train.patience needs validation images; got {self.train.patience} without any: set data.validation, such "
-                "as 0.1"
+                f"train.patience needs validation images; got {self.train.patience} without any: set data.validation, "
+                "such as 0.1"
             )
         if self.train.retrain_epochs and self.model.classifier == "etf":
             raise ValueError("train.retrain_epochs needs a model.classifier that trains, linear or normalised; got etf")
+        if self.model.pretrained and self.data.channels != 3:
+            raise ValueError("data.channels must be 3 with model.pretrained, whose weights are of colour images; got 1")
         if (self.data.name == "features") != (self.model.name in FEATURE_MODELS):
             raise ValueError(
                 f"model.name must be {' or '.join(FEATURE_MODELS)} with data.name features, and only then; got "

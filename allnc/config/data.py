@@ -158,9 +158,13 @@ class DataConfig:
                 f"data.index and data.in_memory are read by own only; got data.name {self.name}: use data.name own"
             )
         if self.channels != 3 and self.name not in ("image_list", "image_folder", "own"):
-            raise ValueError(f"data.channels must be 3 with data.name {self.name}, which has its own; got {self.channels}")
+            raise ValueError(
+                f"data.channels must be 3 with data.name {self.name}, which has its own; got {self.channels}"
+            )
         if self.fit == "whole" and self.test_crops != 1:
-            raise ValueError(f"data.test_crops must be 1 with data.fit whole, which cuts nothing; got {self.test_crops}")
+            raise ValueError(
+                f"data.test_crops must be 1 with data.fit whole, which cuts nothing; got {self.test_crops}"
+            )
         if self.name == "features" and self.augmentation != "none":
             raise ValueError(
                 f"data.augmentation must be none with data.name features; got {self.augmentation}: features are stored "

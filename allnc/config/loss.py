@@ -15,6 +15,7 @@ REWEIGHTED = ("ce", "focal", "ldam", "mse")  # the losses that deferred re-weigh
 
 _NOT_NEGATIVE = (
     "hycon_weight",
+    "classification_weight",
     "alpha",
     "mean_weight",
     "p2p_means",
@@ -36,6 +37,8 @@ class LossConfig:
             supcon (beside ce), bcl and proco (beside logit_adjusted).
         hycon: form of HyCon: softmax (projected, with negatives), cosine (positives only) or none.
         hycon_weight: weight of HyCon beside P2P on the means, or of the contrast of supcon, bcl and proco, >= 0.
+        classification_weight: weight of the classification loss of supcon, bcl and proco beside the contrast, >= 0; 0:
+            the encoder learns by the contrast alone, and the classifier in the second stage (train.retrain_epochs).
         alpha: weight of HyCon and P2P on the means against classification, >= 0.
         temperature: temperature of softmax HyCon, or of the contrast of supcon, bcl and proco, > 0.
         mean_weight: weight of the own class mean among the positives of softmax HyCon, >= 0.
@@ -78,6 +81,7 @@ class LossConfig:
     ] = "allnc"
     hycon: Literal["softmax", "cosine", "none"] = "softmax"
     hycon_weight: float = 1.0
+    classification_weight: float = 1.0
     alpha: float = 1.0
     temperature: float = 0.1
     mean_weight: float = 1.0

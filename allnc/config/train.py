@@ -119,8 +119,8 @@ class TrainConfig:
             check_interval("train.patience", self.patience, 1, math.inf)
             if self.retrain_epochs:
                 raise ValueError(
-                    f"train.patience must be null with train.retrain_epochs; got {self.patience}: a run that stops early "
-                    "would never train its second stage"
+                    f"train.patience must be null with train.retrain_epochs; got {self.patience}: a run that stops "
+                    "early would never train its second stage"
                 )
         check_interval("train.collapse_every", self.collapse_every, 0, math.inf)
         if (self.schedule == "step") != bool(self.milestones):

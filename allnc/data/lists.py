@@ -267,10 +267,20 @@ def _wrong_line(file: str, number: int, line: bytes) -> str:
     if "\0" in text:
         return f"{place} must be text; got a NUL character: save the list as UTF-8, not as UTF-16"
     label = text.split(" ")[-1].split("\t")[-1]
+    for mark in ",;":
+        before, _, after = text.rpartition(mark)
+        if before and after.strip() and "." not in after and " " not in after.strip():
+            return (
+                f"{place} must be `relative/path label` with a blank or a tab between them; got {_short(text)!r}: "
+                f"replace the {mark!r}, or train on the list as it is by python -m allnc.train {shown(file)}"
+            )
     if label.isascii() and label.isdigit() and len(label) > LONGEST_LABEL and label != text:
         return f"{place} must have a label below 10^{LONGEST_LABEL}; got {label}"
-    text = text if len(text) <= 100 else text[:60] + " ... " + text[-30:]
-    return f"{place} must be `relative/path label`, the label a number from 0; got {text!r}"
+    return f"{place} must be `relative/path label`, the label a number from 0; got {_short(text)!r}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:60] + " ... " + text[-30:]
 
 
 def _number_of_classes(train: ImageList) -> int:
@@ -278,9 +288,14 @@ def _number_of_classes(train: ImageList) -> int:
     largest = int(train.labels.argmax())
     present = np.unique(train.labels)
     if len(present) <= train.labels[largest]:
+        remedy = ""
+        if len(present) == present[-1] and present[0] == 1:
+            remedy = (
+                f": subtract 1 from each, or train on the list as it is by python -m allnc.train {shown(train.file)}"
+            )
         missing = int(np.flatnonzero(np.append(present, -1) != np.arange(len(present) + 1))[0])
         raise ValueError(
             f"{train.option} must number the classes from 0 without a gap; got labels up to {train.labels[largest]} "
-            f"({train.place(largest)}) and no image of class {missing}"
+            f"({train.place(largest)}) and no image of class {missing}{remedy}"
         )
     return len(present)

@@ -4,7 +4,8 @@
     bcl       CE, log prior  + w BCL: against all others and a learned prototype of each class, classes averaged
     proco     CE, log prior  + w ProCo: against the distribution of each class, estimated from running means
 
-`log prior` is logit adjustment of strength τ (loss.tau), w loss.hycon_weight.
+`log prior` is logit adjustment of strength τ (loss.tau), w loss.hycon_weight. The classification loss itself weighs
+loss.classification_weight, which is 1.
 
 Legend: N activations, F features, D columns of the projection, C classes; n_c activations of class c in the batch.
 """
@@ -55,8 +56,8 @@ class Contrastive(nn.Module):
     Args:
         class_counts: [C] training images of each class, >= 0.
         projection_dim: D, width of the projections z; needed unless `config.hycon_weight` is 0.
-        config: `name` is supcon, bcl or proco; hycon_weight, temperature, tau, and ema_momentum (proco) and backend
-            (supcon, proco) are read.
+        config: `name` is supcon, bcl or proco; hycon_weight, classification_weight, temperature, tau, and ema_momentum
+            (proco) and backend (supcon, proco) are read.
         group: the batch is that of all ranks of this process group, as in `AllNC`.
 
     Raises:
@@ -144,8 +145,10 @@ class Contrastive(nn.Module):
 
             width = None if z is None else z.shape[1]
             ranks = Ranks(self.group, check, lambda: len(uniform[0]), lambda: {"D": width})
-        total = self.classification(*uniform)
-        parts = {"cls": total.detach(), "uniform": total.detach()}
+        value = self.classification(*uniform)
+        parts = {"cls": value.detach(), "uniform": value.detach()}
+        # Of weight 0 too: under DistributedDataParallel every parameter must have a gradient.
+        total = self.config.classification_weight * value
         if contrast is not None:
             if ranks is None:
                 contrast.check(z, labels, prototypes, least_rows=1)

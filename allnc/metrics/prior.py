@@ -23,7 +23,8 @@ def adjust_prior(logits: Tensor, assumed: Tensor, wanted: Tensor) -> Tensor:
         ValueError: shapes that do not fit, or priors out of their range.
 
     Source: Saerens et al., Adjusting the Outputs of a Classifier to New a Priori Probabilities, Neural Computation
-        2002, equation 2.4; Menon et al., Long-tail learning via logit adjustment, ICLR 2021, section 4.1 (wanted uniform).
+        2002, equation 2.4; Menon et al., Long-tail learning via logit adjustment, ICLR 2021, section 4.1 (wanted
+        uniform).
 
     Example:
         >>> import torch

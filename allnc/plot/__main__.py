@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from allnc.plot.runs import check_runs, labels_of, measured, records_of
+    from allnc.plot.named import check_runs, labels_of
     from allnc.trainer.folder import check_place
 
     kinds = list(dict.fromkeys(options.kind or DEFAULT))
@@ -68,6 +68,8 @@ def _plot(options: argparse.Namespace) -> None:
     check_place(options.out)
     check_runs(options.runs)
     labels = labels_of(options.runs, options.labels)
+    from allnc.plot.runs import measured, records_of  # after the mistakes: it imports torch
+
     records = {
         label: records_of(folder)
         for label, folder in zip(labels, options.runs, strict=True)

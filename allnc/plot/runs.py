@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from allnc.metrics.plots import ClassVectors, Scene
 from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.collapse_report import ENCODER, measure_layers
-from allnc.trainer.folder import METRICS, is_run
+from allnc.trainer.folder import METRICS
 from allnc.trainer.measure import outputs
 from allnc.trainer.run import Run
 from allnc.trainer.runlog import Record, read_lines
@@ -69,33 +69,6 @@ def blocks_of(encoder: nn.Module) -> list[str]:
 def _short(layer: str) -> str:
     """The name of a layer in a picture."""
     return "features" if layer == ENCODER else layer.removeprefix(f"{ENCODER}.")
-
-
-def check_runs(folders: Sequence[Path]) -> None:
-    """Raise ValueError unless each is the folder of a run."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"RUN must be the folder of a run; got {folder}, which is no folder")
-        if not is_run(folder):
-            raise ValueError(f"RUN must be the folder of a run; got {folder}, which has no config.yaml of a run")
-
-
-def labels_of(folders: Sequence[Path], labels: Sequence[str] | None) -> list[str]:
-    """Return the names of the runs in the pictures: those given, or of the folders, whole where they would be the same.
-
-    Raises:
-        ValueError: another number of names than of runs, or the same name twice.
-    """
-    if labels is None:
-        names = [folder.resolve().name for folder in folders]
-        labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-        if len(set(labels)) < len(labels):
-            raise ValueError("RUN must be different folders; got one twice")
-    if len(labels) != len(folders):
-        raise ValueError(f"--labels must name each of the {len(folders)} runs; got {len(labels)} names")
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"--labels must be different names; got {' '.join(labels)}")
-    return list(labels)
 
 
 def records_of(folder: Path) -> list[Record]:

@@ -48,7 +48,7 @@ def rows_of(results: Sequence[Result], baseline: str, data: Sequence[str], metho
     """
     cells = {(r.data, r.method, r.seed): r.summary for r in results}
     for name in data:
-        _check_images(name, [r for r in results if r.data == name])
+        check_images(name, [r for r in results if r.data == name])
     rows = []
     for name in data:
         by_method = {m: {s: c for (d, of, s), c in cells.items() if (d, of) == (name, m)} for m in methods}
@@ -126,7 +126,8 @@ def _over_data(cells: dict[tuple[str, str, int], dict[str, Any]], data: Sequence
     return merged
 
 
-def _check_images(data: str, results: Sequence[Result]) -> None:
+def check_images(data: str, results: Sequence[Result]) -> None:
+    """Raise ValueError unless all runs of a data set were trained and measured on the same images."""
     seen = {str(r.summary["images"]): r for r in results}
     if len(seen) > 1:
         one, other = list(seen.values())[:2]

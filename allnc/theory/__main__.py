@@ -1,4 +1,4 @@
-"""Check the theory of neural collapse: `python -m allnc.theory landscape` or `minority`, predicted against found."""
+"""Check the theory of neural collapse: `python -m allnc.theory landscape`, `minority` or `losses`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     minority.add_argument("--starts", type=int, default=5, help="random starts of each row with P2P; default 5")
     minority.add_argument("--cells", type=int, default=12, help="of the phase diagram's sides; default 12")
+    losses = commands.add_parser("losses", help="whether losses end at the same accuracy, over width and length")
+    losses.add_argument(
+        "sweep",
+        metavar="DIR",
+        type=Path,
+        nargs="*",
+        default=[Path("benchmarks/results/losses")],
+        help="folders of sweeps over model.width and train.epochs; default benchmarks/results/losses",
+    )
+    losses.add_argument("--baseline", default="ce", help="method that the others are compared with; default ce")
+    losses.add_argument(
+        "--margin", type=float, default=1.0, help="points of accuracy that count as no difference; default 1"
+    )
     for command in (landscape, minority):
         command.add_argument("--seed", type=int, default=0, help="of the random starts; default 0")
+    for command in (landscape, minority, losses):
         command.add_argument("--out", metavar="DIR", type=Path, help="folder for results.json, CSV files and a picture")
     options = parser.parse_args(arguments)
 
     def body() -> None:
+        if options.command == "losses":
+            from allnc.theory.equality_report import run_losses
+
+            run_losses(options)
+            return
         from allnc.theory.commands import run_landscape, run_minority
 
         {"landscape": run_landscape, "minority": run_minority}[options.command](options)

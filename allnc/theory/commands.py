@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
-from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from rich.console import Console
@@ -22,8 +21,8 @@ from allnc.theory.imbalance import (
     with_root,
 )
 from allnc.theory.landscape import focal_bistability, landscape_problems, survey
-from allnc.theory.model import Problem
-from allnc.theory.report import number, print_table, small, write_results
+from allnc.theory.model import P2PTarget, Problem
+from allnc.theory.report import make_folder, number, print_table, small, write_results
 
 _GAMMA = 3.0  # of the focal loss, as in the source
 _MOST_VARIABLES = 5000  # of a Hessian as a matrix: 200 MB in float64, and a minute for its eigenvalues
@@ -42,7 +41,7 @@ def run_landscape(options: argparse.Namespace) -> None:
             f"--classes x ((1 + --samples) x --dim + 1) must be at most {_MOST_VARIABLES}, because the Hessian is a "
             f"matrix, and --focal_classes at most 100; got {variables} and {options.focal_classes}"
         )
-    _make(options.out)
+    make_folder(options.out)
     console = Console(width=190)
     window = focal_window(options.focal_classes, _GAMMA)
     if window is None:
@@ -119,14 +118,6 @@ def run_landscape(options: argparse.Namespace) -> None:
         plot_landscape(points, focal, options.focal_classes, _GAMMA, options.out / "landscape.png")
 
 
-def _make(folder: Path | None) -> None:
-    """Make the folder of the results before anything is computed for it."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"--out must be a folder that can be written to; got {folder}")
-
-
 def run_minority(options: argparse.Namespace) -> None:
     """Thresholds, the limit of no penalty, groups of classes, P2P, and the phase diagram."""
     check_integer("--cells", options.cells, minimum=2)
@@ -138,7 +129,7 @@ def run_minority(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--counts must be of 3 to 30 classes, two of them the smallest, which may then merge; got {counts}"
         )
-    _make(options.out)
+    make_folder(options.out)
     console = Console(width=190)
     K = len(counts)
     base = Problem(loss="ce", counts=counts, dim=K, rows="classes", lambda_w=0.02, lambda_h=0.005)
@@ -208,8 +199,10 @@ def _with_p2p(base: Problem, options: argparse.Namespace, console: Console) -> t
         for loss in ("ce", "logit_adjusted"):
             adjusted = replace(problem, loss=loss)
             simplices.append(best_simplex(adjusted, seed=options.seed))
-            for p2p in weights:
-                rows.append(regularised(replace(adjusted, p2p=p2p), starts=options.starts, seed=options.seed))
+            for target in get_args(P2PTarget):
+                for p2p in weights if target == "etf" else weights[1:]:  # of weight 0 the target does not matter
+                    with_p2p = replace(adjusted, p2p=p2p, p2p_target=target)
+                    rows.append(regularised(with_p2p, starts=options.starts, seed=options.seed))
         equal = replace(problem, counts=(sum(base.counts) // len(base.counts),) * len(base.counts))
         simplices.append(best_simplex(equal, seed=options.seed))
     labels = [f"{c}, {loss}" for c in ("linear", "normalised") for loss in ("ce", "logit_adjusted", "ce, equal counts")]
@@ -230,7 +223,8 @@ def _with_p2p(base: Problem, options: argparse.Namespace, console: Console) -> t
         [
             ("classifier", lambda r: r.classifier),
             ("loss", lambda r: r.loss),
-            ("P2P means, weights, duality", lambda r: " ".join(f"{w:g}" for w in r.p2p)),
+            ("P2P's target", lambda r: r.p2p_target if any(r.p2p) else "-"),
+            ("means, weights, duality", lambda r: " ".join(f"{w:g}" for w in r.p2p)),
             ("value", lambda r: number(r.value, 6)),
             ("means off", lambda r: small(r.means_off)),
             ("weights off", lambda r: small(r.weights_off)),

@@ -194,6 +194,7 @@ class Regularised:
     loss: str
     classifier: str
     p2p: tuple[float, float, float]
+    p2p_target: str
     value: float
     gradient_norm: float
     means_off: float  # largest abs(cos + 1/(K-1)) of two centred class means
@@ -240,6 +241,7 @@ def regularised(problem: Problem, *, starts: int, seed: int = 0) -> Regularised:
         loss=problem.loss,
         classifier=problem.classifier,
         p2p=problem.p2p,
+        p2p_target=problem.p2p_target,
         value=float(found.value[at]),
         gradient_norm=float(found.gradient_norm[at]),
         means_off=float(((A @ A.T)[pairs] + 1 / (K - 1)).abs().max()),

@@ -31,6 +31,7 @@ from allnc.ops.p2p import p2p_reference
 LossName = Literal["ce", "ls", "fl", "mse", "logit_adjusted", "supcon"]
 Rows = Literal["samples", "classes"]
 Classifier = Literal["linear", "normalised"]
+P2PTarget = Literal["etf", "softmax"]
 CONVEX: tuple[LossName, ...] = ("ce", "ls", "mse", "logit_adjusted")  # in the logits
 
 
@@ -70,7 +71,9 @@ class Problem:
         relu: features h >= 0. They are squares, h = x², which reach the same set as relu(x) without its dead half.
         classifier: "linear", or "normalised" for logits scale · cos(w_k, h_i).
         scale: s > 0 of the normalised classifier.
-        p2p: weights w_mm, w_ww, w_mw >= 0 of P2P (target etf) of class means, classifier vectors, and both.
+        p2p: weights w_mm, w_ww, w_mw >= 0 of P2P of class means, classifier vectors, and both.
+        p2p_target: "etf" (squared distance of the cosines to a simplex's) or "softmax" (separation).
+        p2p_temperature: > 0, of the target "softmax".
 
     Raises:
         TypeError, ValueError: a value out of its range, or one that another makes meaningless.
@@ -93,11 +96,14 @@ class Problem:
     classifier: Classifier = "linear"
     scale: float = 16.0
     p2p: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    p2p_target: P2PTarget = "etf"
+    p2p_temperature: float = 0.1
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, get_args(LossName))
         check_choice("rows", self.rows, get_args(Rows))
         check_choice("classifier", self.classifier, get_args(Classifier))
+        check_choice("p2p_target", self.p2p_target, get_args(P2PTarget))
         if len(self.counts) < 2:
             raise ValueError(f"counts must hold at least two classes; got {self.counts}")
         for count in self.counts:
@@ -108,6 +114,7 @@ class Problem:
         check_interval("tau", self.tau, 0)
         check_interval("temperature", self.temperature, 0, open_low=True)
         check_interval("scale", self.scale, 0, open_low=True)
+        check_interval("p2p_temperature", self.p2p_temperature, 0, open_low=True)
         for weight in self.p2p:
             check_interval("p2p", weight, 0)
         if self.lambda_b is not None:
@@ -240,9 +247,8 @@ class Problem:
             W, H = F.normalize(W, dim=1), F.normalize(H, dim=1)
         means = H if self.rows == "classes" else class_means(H, self.labels, self.num_classes)
         pairs = ((means, None), (W, None), (means, W))
-        terms = [
-            weight * p2p_reference(x, y, target="etf") for weight, (x, y) in zip(self.p2p, pairs, strict=True) if weight
-        ]
+        form = {"target": self.p2p_target, "temperature": self.p2p_temperature}
+        terms = [weight * p2p_reference(x, y, **form) for weight, (x, y) in zip(self.p2p, pairs, strict=True) if weight]
         return torch.stack(terms).sum()
 
     def random_starts(self, number: int, *, seed: int = 0, size: float = 1.0) -> Tensor:

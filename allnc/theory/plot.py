@@ -11,6 +11,7 @@ from torch import Tensor
 from allnc.metrics.plots import appearance, new_figure, save
 from allnc.metrics.plots.style import BLUE, GREEN, RED
 from allnc.theory.closed_form import focal_convex_from, focal_family, focal_window
+from allnc.theory.equality import DIFFERENT, EQUAL, Comparison
 from allnc.theory.imbalance import Regularised
 from allnc.theory.landscape import CriticalPoint, Window
 
@@ -93,7 +94,7 @@ def plot_minority(
         panels: by title, cosines [len(roots), len(ratios)] and the predicted threshold at each ratio, or None.
         ratios: samples of a majority class for one of a minority class.
         roots: sqrt(λ_W λ_H).
-        rows: of `regularised`; those with three equal weights are drawn.
+        rows: of `regularised`; those with three equal weights and the squared target are drawn.
         path: PNG file to write.
     """
     figure = new_figure(13, 7.6)
@@ -123,7 +124,9 @@ def plot_minority(
             drawn = [
                 (row.p2p[0], getattr(row, f"{part}_off"))
                 for row in rows
-                if row.classifier == classifier and row.loss == loss and len(set(row.p2p)) == 1 and row.p2p[0] > 0
+                if (row.classifier, row.loss, row.p2p_target) == (classifier, loss, "etf")
+                and len(set(row.p2p)) == 1
+                and row.p2p[0] > 0
             ]
             number = ("ce", "logit_adjusted").index(loss)
             axis.plot(
@@ -140,6 +143,55 @@ def plot_minority(
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot_equality(rows: Sequence[Comparison], baseline: str, margin: float, path: Path) -> None:
+    """Draw |difference to the baseline| over width and epochs, a line of panels for a data set, a panel for a loss.
+
+    In a cell stand the difference with its sign, and below it `=` where it is equal to the baseline within the margin,
+    or `≠` where it is not; neither where it is open.
+
+    Args:
+        rows: of `compare`; those of means over cells are left out.
+        baseline: the loss that the others are compared with.
+        margin: in points.
+        path: PNG or SVG file to write.
+    """
+    rows = [row for row in rows if row.width is not None and row.loss != baseline]
+    data, losses = (list(dict.fromkeys(names)) for names in ([r.data for r in rows], [r.loss for r in rows]))
+    figure = new_figure(2.2 * max(2, len(losses)) + 1.6, 2.5 * max(1, len(data)) + 0.4)
+    panels = figure.subplots(max(1, len(data)), max(1, len(losses)), squeeze=False)
+    top = max([margin, *(abs(row.difference) for row in rows)])
+    marks = {EQUAL: "\n=", DIFFERENT: "\n≠"}
+    image = None
+    for name, line in zip(data, panels, strict=False):
+        own = [row for row in rows if row.data == name]
+        widths, epochs = sorted({row.width or 0 for row in own}), sorted({row.epochs or 0 for row in own})
+        for loss, axes in zip(losses, line, strict=True):
+            cells = {(row.width or 0, row.epochs or 0): row for row in own if row.loss == loss}
+            sizes = [[abs(cells[w, e].difference) if (w, e) in cells else np.nan for e in epochs] for w in widths]
+            image = axes.imshow(sizes, cmap="cividis", vmin=0, vmax=top, origin="lower", aspect="auto")
+            axes.set_facecolor("0.8")
+            for (width, length), row in cells.items():
+                axes.text(
+                    epochs.index(length),
+                    widths.index(width),
+                    f"{round(row.difference, 1) + 0.0:+.1f}{marks.get(row.verdict or '', '')}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if abs(row.difference) < 0.5 * top else "black",
+                )
+            axes.set_title(loss if len(data) == 1 else f"{name}: {loss}", fontsize=9)
+            axes.set_xticks(range(len(epochs)), [str(e) for e in epochs])
+            axes.set_yticks(range(len(widths)), [str(w) for w in widths])
+            axes.set_xlabel("epochs", fontsize=8)
+        line[0].set_ylabel("width", fontsize=8)
+    if image is not None:
+        bar = figure.colorbar(image, ax=panels, fraction=0.03)
+        bar.set_label(f"|accuracy - {baseline}'s|, points", fontsize=8)
+        bar.ax.axhline(margin, color=RED, linewidth=2)
     save(figure, path)
 
 

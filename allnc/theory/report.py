@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 Column = tuple[str, Callable[[Any], str]]  # heading, and the cell of a record
+
+
+def make_folder(folder: Path | None) -> None:
+    """Make the folder of the results before anything is computed for it."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--out must be a folder that can be written to; got {folder}")
 
 
 def print_table(console: Console, title: str, columns: Sequence[Column], records: Sequence[Any]) -> None:
@@ -44,7 +53,7 @@ def write_results(folder: Path, tables: Mapping[str, Sequence[Any]]) -> None:
     for name, records in plain.items():
         single = [{k: v for k, v in record.items() if not isinstance(v, list) or len(v) < 20} for record in records]
         with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(single[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, list(single[0]) if single else [], lineterminator="\n")
             writer.writeheader()
             writer.writerows(single)
 

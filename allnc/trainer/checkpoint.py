@@ -126,6 +126,8 @@ def save(
         files[BEST], sums[BEST] = files[WEIGHTS], sums[WEIGHTS]
     elif (before := read_manifest(folder)) is not None and BEST in before.files:
         sums[BEST] = before.files[BEST]
+    if not best:
+        temporary_of(folder / BEST).unlink(missing_ok=True)  # of an epoch that died before it counted
     for name, data in files.items():
         write_temporary(folder / name, data)
     sync(folder)

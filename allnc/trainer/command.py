@@ -21,10 +21,11 @@ from allnc.config import SECTIONS, Config
 from allnc.trainer import launcher, own
 from allnc.trainer.folder import CONFIG, Mode, check_folder, new_folder
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
-from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
+from allnc.trainer.options import OF_A_MACHINE, dotted, from_dict, ignored_options, option_names, to_dict
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits_lt"
+MOST_TOLD = 4  # options in the name of a run folder
 FLAGS: dict[str, str] = {
     "resume": "continue the run in --out DIR with its own configuration; train.* and where the files lie may change",
     "overwrite": "start again in --out DIR, deleting the files of the run that is there",
@@ -81,7 +82,7 @@ def plan(words: Sequence[str]) -> Plan:
     config, index = settled(config, words, functools.partial(print, flush=True))
     if config.out is None:
         name = Path(config.data.train_list or config.data.root or recipe).stem if recipe == own.RECIPE else recipe
-        folder = new_folder(f"{name}-{config.loss.name}-seed{config.seed}")
+        folder = new_folder("-".join([name, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
         return Plan(dataclasses.replace(config, out=str(folder)), folder, "new", index)
     folder = path_of(config.out)
     return Plan(dataclasses.replace(config, out=str(folder)), folder, mode, index)
@@ -98,12 +99,13 @@ def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config,
     config = _with_whole_paths(config)
     if config.data.name != "own" or config.data.index is not None:
         return config, None
-    given = {*given_options(words)}
+    typed = given_options(words)
+    given = {*typed}
     for name in take(words, "config")[0]:
         values = yaml.safe_load(_recipe_path(name).read_text(encoding="utf-8-sig")) if name != own.RECIPE else {}
         given |= {f"{section}.{option}" for section in SECTIONS for option in values.get(section) or ()}
-    config, index = own.settle(config, given, say)
-    _refuse_ignored(config, given_options(words))
+    config, index = own.settle(config, given, typed, say)
+    _refuse_ignored(config, typed)
     return config, index
 
 
@@ -121,9 +123,24 @@ def look_only(words: Sequence[str]) -> None:
     config, _ = parse(words)
     if settled(config, words, functools.partial(print, flush=True))[1] is None:
         raise ValueError(
-            "--dry_run looks at a folder or a list of images: give it as the first word (--print_config prints what other "
-            "runs would do)"
+            "--dry_run looks at a folder or a list of images: give it as the first word (--print_config prints what "
+            "other runs would do)"
         )
+
+
+def _told_apart(config: Config, words: Sequence[str]) -> list[str]:
+    """Return what the name of a run folder says of the options that were given, the first four of them."""
+    values = dotted(config)
+    silent = {"loss.name", "seed", "out", "train.device", "data.download", *OF_A_MACHINE}
+    if values["data.name"] in ("own", "arrays"):  # whose file or folder is told
+        silent.add("data.name")
+    told = [name for name in dict.fromkeys(given_options(words)) if name in values and name not in silent]
+    parts = [f"{name.split('.')[1]}={_in_a_name(values[name])}" for name in told[:MOST_TOLD]]
+    return [*parts, "etc"] if len(told) > MOST_TOLD else parts
+
+
+def _in_a_name(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9.+_]+", "_", str(value))[:24]
 
 
 def print_config(words: Sequence[str]) -> None:
@@ -184,8 +201,12 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
     )
     if program is TRAIN:
         parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
-        parser.add_argument("--dry_run", action="store_true", help="look at the images of DIR, say what is planned, stop")
-    parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-seedSEED")
+        parser.add_argument(
+            "--dry_run", action="store_true", help="look at the images of DIR, say what is planned, stop"
+        )
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-OPTIONS-seedSEED"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
     for option, meaning in program.options.items():
         parser.add_argument(f"--{option}", help=meaning)

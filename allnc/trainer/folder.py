@@ -33,7 +33,7 @@ from allnc.config import SECTIONS
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, STATE, BEST = "checkpoint.json", "last.safetensors", "state.pt", "best.safetensors"
 PREDICTIONS, CLASSES = "predictions.npz", "classes.csv"
-PLOTS, ANGLES, CURVES = "plots", "plots/angles.png", "plots/curves.png"
+PLOTS, ANGLES, CURVES, CONFUSION = "plots", "plots/angles.png", "plots/curves.png", "plots/confusion.png"
 EVENTS, LOCK, COLLAPSE, INDEX = "events.out.tfevents.*", ".lock", "collapse.json", "images.tsv"
 EXPORTS = ("model.safetensors", "model.json", "model.pt2", "model.onnx")  # of `allnc.export`
 # Written beside their place, then moved there.
@@ -145,7 +145,7 @@ def own_files(path: Path, *, leftovers: bool = False) -> list[Path]:
     """Return the files in a folder that a run has written there; of a killed run's leftovers alone if asked."""
     names = [LOCK, *(f".{name}.tmp" for name in _WHOLE)]
     if not leftovers:
-        names += [*_WHOLE, ANGLES, CURVES]
+        names += [*_WHOLE, ANGLES, CURVES, CONFUSION]
     files = [path / name for name in names] + ([] if leftovers else sorted(path.glob(EVENTS)))
     return [file for file in files if file.is_file() or file.is_symlink()]
 

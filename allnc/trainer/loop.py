@@ -14,9 +14,22 @@ from rich.console import Console
 from allnc.config import Config
 from allnc.data import load
 from allnc.data.own import Index
-from allnc.metrics.plots import ClassVectors, plot_angles, plot_curves
+from allnc.metrics.plots import MOST_CLASSES, ClassVectors, plot_angles, plot_confusion, plot_curves
 from allnc.trainer import checkpoint, own
-from allnc.trainer.folder import ANGLES, CONFIG, CURVES, INDEX, PLOTS, SUMMARY, Mode, RunFolder, write_json, write_whole
+from allnc.trainer.board import finish_board
+from allnc.trainer.folder import (
+    ANGLES,
+    CONFIG,
+    CONFUSION,
+    CURVES,
+    INDEX,
+    PLOTS,
+    SUMMARY,
+    Mode,
+    RunFolder,
+    write_json,
+    write_whole,
+)
 from allnc.trainer.manifest import read_manifest
 from allnc.trainer.mixing import batches
 from allnc.trainer.optim import learning_rate
@@ -284,6 +297,11 @@ def _finish(
     vectors = ClassVectors(means, weight, class_counts=run.counts, many=data.many, few=data.few)
     plot_angles([vectors], files / ANGLES)
     plot_curves(records, files / CURVES)
+    if len(run.counts) <= MOST_CLASSES:
+        told, names = run.predictions, run.measured_set.classes
+        assert told is not None  # measured above
+        plot_confusion(told.labels, told.predicted, files / CONFUSION, class_counts=run.counts, classes=names)
+    finish_board(files.path, config, summary)
     console.print(
         f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s in training; all of it in {files}",
         soft_wrap=True,

@@ -146,21 +146,25 @@ def features_by_class(
 def neural_collapse(
     model: LongTailModel, train: ImageSet, config: DataConfig, device: torch.device, processes: Processes
 ) -> tuple[dict[str, float], Tensor]:
-    """Return the collapse metrics of the training set and its class means [C, F]."""
+    """Return the collapse metrics of the training set, with train_accuracy in percent, and its class means [C, F]."""
+    right = torch.zeros((), dtype=torch.int64)
     accumulator = CollapseAccumulator(train.num_classes, model.feature_dim, class_counts=train.class_counts)
     own = _own(train, processes)
     again = isinstance(own, FeatureSet)  # a second pass is cheap then, and keeping float32 copies of all is not
     for output, labels in outputs(model, own, config, device):
         # On the CPU: the features are kept for NC4, and hundreds of thousands of them would crowd a GPU.
-        logits = None if again else output.logits_rebalance.cpu()
-        accumulator.update(output.features.cpu(), labels.cpu(), logits)
+        logits, labels = output.logits_rebalance.cpu(), labels.cpu()
+        accumulator.update(output.features.cpu(), labels, None if again else logits)
+        right += (logits.argmax(1) == labels).sum()
     if processes.size > 1:
         accumulator = _merged(accumulator, train, processes)
     if again:
         for output, _ in outputs(model, own, config, device):
             accumulator.count_disagreement(output.features.cpu(), predictions_of(output.logits_rebalance).cpu())
         accumulator.nearest = sum(processes.gather(accumulator.nearest), torch.zeros_like(accumulator.nearest))
-    return accumulator.compute(model.predicting_vectors.detach().cpu()), accumulator.means
+    share = float(sum(processes.gather(right), torch.zeros_like(right))) / len(train)
+    measures = accumulator.compute(model.predicting_vectors.detach().cpu())
+    return {**measures, "train_accuracy": 100 * share}, accumulator.means
 
 
 def _own(images: ImageSet, processes: Processes) -> ImageSet:

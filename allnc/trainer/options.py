@@ -27,9 +27,9 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "focal": ("focal_gamma", "drw"),
     "ldam": ("drw",),
     "mse": ("drw",),
-    "supcon": ("hycon_weight", "temperature", "backend"),
-    "bcl": ("hycon_weight", "temperature", "tau"),
-    "proco": ("hycon_weight", "temperature", "tau", "ema_momentum", "backend"),
+    "supcon": ("hycon_weight", "classification_weight", "temperature", "backend"),
+    "bcl": ("hycon_weight", "classification_weight", "temperature", "tau"),
+    "proco": ("hycon_weight", "classification_weight", "temperature", "tau", "ema_momentum", "backend"),
 }
 
 
@@ -64,6 +64,7 @@ def ignored_options(config: Config) -> dict[str, str]:
             f"the loss has no softmax HyCon ({loss.name}, {loss.hycon})",
         )
     if loss.name == "allnc":
+        drop("loss", "classification_weight", "loss.name is allnc, which weighs its contrast by alpha")
         drop("loss", "drw", "loss.name is allnc, which re-balances by its schedule")
         if loss.rebalance != "focal":
             drop("loss", "focal_gamma", "no branch has the focal loss")

@@ -27,6 +27,7 @@ EPOCHS, EPOCHS_PRETRAINED = (20, 200), (10, 40)  # least and most
 LARGEST_BATCH = 64
 MEMORY = 2 * 2**30  # bytes of images that are held in memory
 PHOTOGRAPH = 160  # pixels: median of the shorter side from which on images are seen at 224, else at 128
+PRETRAINED = 224  # pixels: what most pretrained networks were trained at
 Say = Callable[[str], None]
 
 
@@ -41,8 +42,8 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     place, rest = os.path.abspath(os.path.expanduser(words[0])), list(words[1:])
     if not os.path.exists(place):
         raise ValueError(
-            f"the first word must be a folder of images, a list of them or a file of arrays; got {words[0]!r}, which is "
-            "missing (a recipe is given by --config, a run to continue by --resume --out)"
+            f"the first word must be a folder of images, a list of them or a file of arrays; got {words[0]!r}, which "
+            "is missing (a recipe is given by --config, a run to continue by --resume --out)"
         )
     recipe = [] if any(word == "--config" or word.startswith("--config=") for word in rest) else ["--config", RECIPE]
     if os.path.isdir(place):
@@ -50,19 +51,26 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     if place.lower().endswith((".npz", ".safetensors")):
         return [*recipe, "--data.name=arrays", f"--data.root={place}", *rest]
     if place.lower().endswith(LIST_ENDINGS):
-        return [*recipe, "--data.name=own", f"--data.root={os.path.dirname(place)}", f"--data.train_list={place}", *rest]
+        return [
+            *recipe,
+            "--data.name=own",
+            f"--data.root={os.path.dirname(place)}",
+            f"--data.train_list={place}",
+            *rest,
+        ]
     raise ValueError(
-        f"the first word must be a folder of images, a list of them ({' '.join(LIST_ENDINGS)}) or a file of arrays (.npz "
-        f".safetensors); got the file {words[0]!r}"
+        f"the first word must be a folder of images, a list of them ({' '.join(LIST_ENDINGS)}) or a file of arrays "
+        f"(.npz .safetensors); got the file {words[0]!r}"
     )
 
 
-def settle(config: Config, given: Collection[str], say: Say) -> tuple[Config, Index]:
+def settle(config: Config, given: Collection[str], typed: Collection[str], say: Say) -> tuple[Config, Index]:
     """Look at the images of data.root, choose what was not given, and say so in a few lines.
 
     Args:
         config: with data.name own and without data.index.
         given: dotted options that stay as they are.
+        typed: those of them that stand on the command line, and are refused where they would do nothing.
         say: called with each line.
 
     Returns:
@@ -77,9 +85,9 @@ def settle(config: Config, given: Collection[str], say: Say) -> tuple[Config, In
     data = config.data
     say(f"looking at the images of {data.train_list or data.root}")
     index = scan(data, teller("looked at"))
-    if "data.test_share" in given and {TEST, VALIDATION} & {*index.given}:
+    if "data.test_share" in typed and {TEST, VALIDATION} & {*index.given}:
         raise ValueError("--data.test_share would be ignored: the images have a test set of their own; remove it")
-    if data.validation > 0 and VALIDATION in index.given and TEST in index.given and "data.validation" in given:
+    if data.validation > 0 and VALIDATION in index.given and TEST in index.given and "data.validation" in typed:
         raise ValueError(
             "--data.validation would be ignored: there are validation images already; remove it, or give 0 to measure "
             "on the test images"
@@ -127,10 +135,11 @@ def with_index(config: Config, folder: Path) -> Config:
 def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, Any]:
     """Return what the images ask for, as dotted options; those that were given are taken into account."""
     data, model = config.data, config.model
-    size = data.image_size if "data.image_size" in given else _image_size(index)
+    seen_at = _image_size(index)
+    size = data.image_size if "data.image_size" in given else PRETRAINED if model.pretrained else seen_at
     number = len(index.of(TRAIN))
     channels = 1 if index.all_grey and not model.pretrained else 3
-    small = size <= SMALL
+    small = min(size, seen_at) <= SMALL
     bytes_in_memory = channels * size**2 * sum(1 for row in index.rows if row.split)
     augmentation = data.augmentation if "data.augmentation" in given else "shift_rotate" if small else "resized_crop"
     whole = small or augmentation in ("shift_rotate", "crop_flip_cutout", "autoaugment")
@@ -140,17 +149,19 @@ def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, 
     epochs = min(most, max(least, round(STEPS / max(1, number // batch))))
     epochs = config.train.epochs if "train.epochs" in given else epochs
     validation = len(index.of(VALIDATION))
-    network = "resnet20" if small else "timm:resnet18"
+    network = "resnet8" if size <= SMALL else "timm:resnet18"
+    width = 16 if len(index.classes) <= 100 else 32  # features are 4 x as many: room between the classes
     return {
         "data.image_size": size,
         "data.fit": "whole" if whole else "crop",
         "data.channels": channels,
-        "data.in_memory": small and whole and bytes_in_memory <= MEMORY,
+        "data.in_memory": size <= SMALL and bytes_in_memory <= MEMORY,
         "data.augmentation": augmentation,
         "data.flip": not index.all_grey,
         "data.workers": min(data.workers, len(os.sched_getaffinity(0))),
         "data.validation": data.validation or (round(validation / (validation + number), 4) if validation else 0.0),
         "model.name": "timm:resnet50" if model.pretrained else network,
+        "model.width": width,
         "train.batch_size": batch,
         "train.epochs": epochs,
         "train.lr": (0.02 if model.pretrained else 0.1) * batch / LARGEST_BATCH,
@@ -177,14 +188,13 @@ def _description(config: Config, index: Index) -> list[str]:
     pixels = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
     modes = ", ".join(f"{number:,} {mode}" for mode, number in Counter(row.mode for row in rows).most_common(4))
     lines = [
-        f"{os.path.basename(data.train_list or data.root or '')}: {len(rows):,} images of {len(counts)} classes, {pixels} "
-        f"pixels ({modes}); {most:,} to {least:,} training images a class, ratio {most / least:.3g}"
+        f"{os.path.basename(data.train_list or data.root or '')}: {len(rows):,} images of {len(counts)} classes, "
+        f"{pixels} pixels ({modes}); {most:,} to {least:,} training images a class, ratio {most / least:.3g}"
     ]
     numbers = {split: len(index.of(split)) for split in (TRAIN, VALIDATION, TEST)}
     split = ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
-    how = "as given" if TEST in index.given or VALIDATION in index.given else (
-        f"{data.test_share:.0%} of each class, the same with every data.subset_seed {data.subset_seed}"
-    )
+    drawn = f"{data.test_share:.0%} of each class, drawn by data.subset_seed {data.subset_seed}"
+    how = "as given" if {TEST, VALIDATION} & {*index.given} else drawn
     lines.append(f"split: {split} images ({how}), written into {INDEX} of the run folder")
     lines += [f"note: {note}" for note in index.notes]
     mirrored = data.augmentation not in ("none", "shift_rotate") and data.flip

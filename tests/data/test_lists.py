@@ -121,7 +121,17 @@ def test_home_is_expanded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("x" * 5000 + " 0\n", r"x, which is missing \(.*train\.txt:1\)"),
         ("a.png 0\nb.png 3000000000\n", r"labels up to 3000000000 \(.*train\.txt:2\) and no image of class 1"),
         ("a.png 0\n\nb.png " + "9" * 30 + "\n", r"train\.txt:3 must have a label below 10\^18; got 9999"),
-        ("a.png 1\nb.png 2\n", r"from 0 without a gap; got labels up to 2 \(.*train\.txt:2\) and no image of class 0"),
+        (
+            "a.png 1\nb.png 2\n",
+            r"got labels up to 2 \(.*train\.txt:2\) and no image of class 0: subtract 1 from each, or train on",
+        ),
+        ("a.png 0\nb.png 2\n", r"from 0 without a gap; got labels up to 2 \(.*train\.txt:2\) and no image of class 1$"),
+        (
+            "a.png,0\nb.png,1\n",
+            r"train\.txt:1 must be .* a blank or a tab between them; got 'a\.png,0': replace the ','",
+        ),
+        ("a.png;cat\n", r"got 'a\.png;cat': replace the ';', or train on the list as it is by python -m allnc\.train"),
+        ("a,b.png -1\n", r"train\.txt:1 must be .* a number from 0; got 'a,b\.png -1'"),
         ("a.png 0\n\nb.png 1\na.png 1\n", r"a\.png must have one label; got 0 in .*\.txt:1 and 1 in .*\.txt:4"),
         ("sub/c.png 0\n./sub//x/../c.png 1\n", r"c\.png must have one label; got 0 in .*:1 and 1 in .*:2"),
     ],

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from allnc.data.views import PADDING, Draws, augment_batch, image_transforms, normalise
+from allnc.data.views import PADDING, Draws, augment_batch, image_transforms, normalise, whole
 
 MEAN, STD = (0.5, 0.25), (0.5, 0.25)
 
@@ -139,3 +139,62 @@ def test_a_part_of_the_rows_sees_what_it_would_in_the_whole(kind: str) -> None:
     images, rows = pictures(7), torch.tensor([5, 0, 3])
     whole = augment_batch(images, kind, MEAN, STD, Draws(random(2), 7))
     assert torch.equal(augment_batch(images[rows], kind, MEAN, STD, Draws(random(2), 7, rows)), whole[rows])
+
+
+def halves(channels: int = 3, size: int = 32) -> torch.Tensor:
+    """White on the left, black on the right."""
+    image = torch.zeros(channels, size, size, dtype=torch.uint8)
+    image[..., : size // 2] = 255
+    return image
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("kind", ["crop_flip_cutout", "autoaugment", "resized_crop", "crop_flip", "randaugment"])
+def test_nothing_is_mirrored_without_flip(kind: str, flip: bool) -> None:
+    """Mirrored views are darker on the left; what else is done to colours keeps the order of the halves' means."""
+    if kind == "crop_flip_cutout":
+        images = halves().expand(64, -1, -1, -1)
+        views = augment_batch(images, kind, (0.0,) * 3, (1.0,) * 3, Draws(random(), 64), flip=flip)
+    else:
+        how = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "train": True, "flip": flip, "crop_scale": 0.8}
+        second = image_transforms(kind, 32, **how)[1]  # without AutoAugment's and RandAugment's inversions
+        views = torch.stack([second(halves()) for _ in range(64)]).float()
+    darker = views[..., :8].mean((1, 2, 3)) < views[..., -8:].mean((1, 2, 3))
+    assert (int(darker.sum()) > 10) is flip and (flip or not darker.any())
+
+
+def test_a_crop_has_its_least_share_of_the_area() -> None:
+    """Of a ramp from 0 to 255, the range that is left tells the width."""
+    ramp = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256).contiguous()
+    for scale in (0.08, 0.9):
+        crop, _ = image_transforms("crop_flip", 256, (0.0,) * 3, (1.0,) * 3, train=True, crop_scale=scale)
+        widths = [int(view.amax()) - int(view.amin()) for view in (crop(ramp) for _ in range(64))]
+        assert (min(widths) > 256 * 0.8) is (scale == 0.9)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["none", "shift_rotate", "resized_crop", "crop_flip", "randaugment"])
+def test_grey_and_coloured_files_keep_their_channels(kind: str, channels: int) -> None:
+    picture = Image.new("L" if channels == 1 else "RGB", (40, 30), 128)
+    for fit in ("whole",) if kind == "shift_rotate" else ("crop", "whole"):
+        for pipeline in image_transforms(kind, 16, (0.5,) * channels, (0.5,) * channels, train=True, fit=fit):
+            for _ in range(8):
+                assert pipeline(picture).shape == (channels, 16, 16)
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (7, 7), (16, 16), (3000, 1), (1, 1)])
+def test_a_whole_image_is_centred_and_its_border_repeated(size: tuple[int, int]) -> None:
+    picture = Image.new("L", size, 90)
+    picture.putpixel((size[0] // 2, size[1] // 2), 90)
+    fitted = whole(picture, 16)
+    assert fitted.size == (16, 16) and {*np.asarray(fitted).ravel().tolist()} == {90}
+    tensor = torch.from_numpy(np.array(picture))[None]
+    assert whole(tensor, 16).shape == (1, 16, 16)
+    assert (whole(picture, 16) is picture) is (size == (16, 16))
+
+
+def test_the_plain_view_of_a_whole_image_cuts_nothing() -> None:
+    image = pictures(1, 32, 3)[0]
+    for train in (True, False):
+        for pipeline in image_transforms("none", 32, (0.5,) * 3, (0.5,) * 3, train=train, fit="whole"):
+            assert torch.equal(pipeline(image), image)

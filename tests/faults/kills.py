@@ -24,7 +24,11 @@ from allnc.trainer import checkpoint, loop, run
 from allnc.trainer.manifest import read_manifest
 from tests.faults.runs import TINY, quiet
 
-CONFIG = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, epochs=2))
+CONFIG = dataclasses.replace(
+    TINY,
+    data=dataclasses.replace(TINY.data, validation=0.3),  # so that there is a best epoch, too
+    train=dataclasses.replace(TINY.train, epochs=2, eval_every=1),
+)
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate")
 KILLED = 9
@@ -76,12 +80,14 @@ def result(folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     _, epoch, weights = checkpoint.load_weights(folder)
+    best = checkpoint.load_weights(folder, "best")[2]
     timed = ("seconds", "images_per_second", "loader_wait")
     return {
         "records": [{k: v for k, v in record.items() if k not in timed} for record in records],
         "summary": {k: v for k, v in summary.items() if k not in timed},
         "epoch": epoch,
         "weights": {name: value.double().sum().item() for name, value in weights.items()},
+        "best": {name: value.double().sum().item() for name, value in best.items()},
         "files": sorted(path.name for path in folder.rglob("*") if "tfevents" not in path.name),
     }
 
@@ -92,7 +98,7 @@ def main() -> None:
     images = load(CONFIG.data)  # once: the forks shall train, not import and draw
     run.load = lambda _, tested=False: images
     loop.git_commit = lambda: None
-    loop.plot_angles = loop.plot_curves = lambda *_, **__: None
+    loop.plot_angles = loop.plot_curves = loop.plot_confusion = lambda *_, **__: None
     assert forked(lambda: loop.train(CONFIG, root / "straight", quiet())) == 0
     wanted = result(root / "straight")
     epochs: dict[str, int] = {}
@@ -111,6 +117,7 @@ def main() -> None:
         epochs[str(point)] = 0 if manifest is None else manifest.epoch
         if manifest is not None:  # what others read, before anybody has resumed
             assert checkpoint.load_weights(folder)[1] == manifest.epoch, point
+            assert checkpoint.load_weights(folder, "best")[1] <= manifest.epoch, point
         mode = "new" if not (folder / "config.yaml").is_file() else "overwrite" if manifest is None else "resume"
         assert forked(lambda m=mode, f=folder: loop.train(CONFIG, f, quiet(), mode=m)) == 0, (point, mode)
         assert result(folder) == wanted, point

@@ -16,8 +16,10 @@ import pytest
 import torch
 import yaml
 
+from allnc.train import main
 from allnc.trainer import folder as folders
 from allnc.trainer import loop
+from allnc.trainer.command import plan
 from allnc.trainer.folder import (
     CHECKPOINT,
     LOCK,
@@ -91,8 +93,25 @@ def test_default_names_are_taken_once(tmp_path: Path, monkeypatch: pytest.Monkey
     processes = [start(*WORDS, "--train.epochs", "1") for _ in range(3)]
     assert [process.wait(120) for process in processes] == [0, 0, 0]
     names = {path.name for path in Path("runs").iterdir() if path.name.startswith("digits_lt")}
-    assert names == {"digits_lt-allnc-seed0", "digits_lt-allnc-seed0-2", "digits_lt-allnc-seed0-3"}
+    stem = "digits_lt-allnc-width=4-max_per_class=40-epochs=1-eval_every=9-seed0"
+    assert names == {stem, f"{stem}-2", f"{stem}-3"}
     assert all((Path("runs") / name / "summary.json").is_file() for name in names)
+
+
+def test_default_names_tell_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where files lie, and never more than a name can hold."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--loss.name", "ce", "--train.lr=0.05", "--train.threads", "1", "--seed", "3"]
+    assert plan(words).folder == Path("runs/digits_lt-ce-lr=0.05-seed3")
+    statistics = ["--data.mean", "[0.5]", "--data.std", "[0.5]"]
+    assert plan(statistics).folder.name == "digits_lt-allnc-mean=_0.5_-std=_0.5_-seed0"
+    many = ["--train.lr", "1", "--train.epochs", "9", "--loss.tau", "2", "--loss.gamma", "1", "--model.width", "8"]
+    assert plan(many).folder.name == "digits_lt-allnc-lr=1.0-epochs=9-tau=2.0-gamma=1.0-etc-seed0"
+
+
+def test_a_place_that_holds_no_files_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", "/proc/x"]) == 2
+    assert "/proc/x" in one_line(capsys.readouterr().err)
 
 
 def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
@@ -100,7 +119,7 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     loop.train(TINY, run, quiet())
     ours = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert {str(path.relative_to(run)) for path in own_files(run)} == ours
-    mine = ("notes.txt", "events.csv", "plots/mine.png", "events.log", "best.safetensors", ".hidden")
+    mine = ("notes.txt", "events.csv", "plots/mine.png", "events.log", "mine.safetensors", ".hidden")
     for name in mine:
         (run / name).write_text("mine")
     with RunFolder(run, "overwrite") as files:

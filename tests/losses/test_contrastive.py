@@ -149,6 +149,19 @@ def test_gradients(name: str, labels: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_the_classification_weighs_what_it_should(name: str, weight: float) -> None:
+    """Of weight 0 its value is still told, and logits have a gradient, as wrapped networks need: zero."""
+    rows, whole = _Rows(), _Rows().call(build(name))
+    output = rows.call(build(name, classification_weight=weight))
+    assert output.parts.keys() == whole.parts.keys()
+    assert all(torch.equal(value, whole.parts[part]) for part, value in output.parts.items())
+    assert_near(output.total, weight * output.parts["cls"] + output.parts["contrast"])
+    (grad,) = torch.autograd.grad(output.total, rows.logits)
+    assert bool(grad.any()) == (weight > 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_contrast_of_weight_zero_is_not_computed(name: str) -> None:
     config = LossConfig(name=name, hycon_weight=0.0)  # pyright: ignore[reportArgumentType]
     assert LOSSES[name].head(config) is None

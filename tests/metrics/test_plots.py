@@ -124,6 +124,15 @@ def test_curves(tmp_path: Path, figures: list[Figure]) -> None:
     assert len(lines["Accuracy"]) == 1
 
 
+def test_the_share_of_a_branch_is_on_no_axis_of_losses(tmp_path: Path, figures: list[Figure]) -> None:
+    records = [{"epoch": e, "loss": 5.0 / e, "eta": 1 - e / 4} for e in (1, 2, 3)]
+    plot_curves(records, tmp_path / "curves.png")
+    left, right = figures[0].axes
+    assert left.get_title() == "Training loss" and len(left.lines) == 1
+    assert np.asarray(right.lines[0].get_ydata()).tolist() == [0.75, 0.5, 0.25]
+    assert right.get_ylim() == (0, 1.05) and right.get_ylabel().startswith("η")
+
+
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="records must hold a number to draw; got 1 records"):
         plot_curves([{"epoch": 1, "lr": 0.1}], tmp_path / "curves.png")

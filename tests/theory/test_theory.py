@@ -266,8 +266,10 @@ def test_p2p_has_no_gradient_at_a_simplex(target: Target) -> None:
 def test_p2p_brings_the_minimiser_nearer_to_the_simplex() -> None:
     problem = with_root(imbalanced(), 0.3 * math.sqrt(10) / 220)
     plain, weak, strong = (regularised(replace(problem, p2p=(w,) * 3), starts=2) for w in (0.0, 1.0, 10.0))
+    separating = regularised(replace(problem, p2p=(1.0,) * 3, p2p_target="softmax"), starts=2)
     assert plain.weights_off > weak.weights_off > 4 * strong.weights_off > 1e-3
-    for row in (plain, weak, strong):
+    assert weak.weights_off > 2 * separating.weights_off > 1e-3  # the nearer of both at the same weights
+    for row in (plain, weak, strong, separating):
         assert row.curvature > -1e-8
         assert row.zeros == row.zeros_predicted == 6
         assert row.worst < 1e-10
@@ -284,6 +286,8 @@ def test_simplex_is_the_closed_form() -> None:
     ("changes", "message"),
     [
         ({"loss": "hinge"}, "loss must be one of"),
+        ({"p2p_target": "auto"}, "p2p_target must be one of"),
+        ({"p2p_temperature": 0.0}, "p2p_temperature must be > 0"),
         ({"lambda_w": 0.0}, "lambda_w must be > 0"),
         ({"classifier": "normalised"}, "lambda_w must be 0 where only directions count"),
         ({"loss": "fl"}, "rows must be 'samples'"),

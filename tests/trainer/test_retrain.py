@@ -29,6 +29,9 @@ SETTINGS: dict[str, Config] = {
         model={"heads": "separate", "classifier": "normalised"},
         data={"rebalance_sampler": "reversed"},
     ),
+    "the contrast alone": changed(
+        DECOUPLED, loss={"name": "supcon", "classification_weight": 0.0}, train={"weight_decay": 0.0}
+    ),
     "learned prototypes": changed(DECOUPLED, loss={"name": "bcl", "backend": "eager"}),
     "moving average, from class means, in parts": changed(
         DECOUPLED,
@@ -97,6 +100,16 @@ def test_only_the_classifier_moves(name: str, straight: dict[str, Any]) -> None:
         assert torch.equal(between[key], value) != moves and torch.equal(after[key], between[key]) != moves, key
     own = [record for record in straight[name]["records"] if record["epoch"] > 2]
     assert all(record["loss"] == record["loss_uniform"] and "loss_hycon" not in record for record in own)
+
+
+def test_of_a_contrast_alone_the_classifier_waits(straight: dict[str, Any]) -> None:
+    """In the first stage it stays what it was, whatever the encoder does."""
+    first, second = (straight["the contrast alone"]["weights"][epoch] for epoch in (1, 2))
+    moved = {name for name, value in second.items() if not torch.equal(value, first[name])}
+    assert any(name.startswith("encoder.") for name in moved)
+    assert not any(name.startswith("classifier.") for name in moved)
+    own = straight["the contrast alone"]["records"]
+    assert own[-1]["loss"] < own[1]["loss_cls"]
 
 
 def test_the_classifier_is_new_and_batches_are_balanced() -> None:

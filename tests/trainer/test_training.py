@@ -96,10 +96,10 @@ def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:
 def test_a_record_without_its_checkpoint_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = loop.Run.save
 
-    def killed(run: loop.Run, folder: Path) -> None:
+    def killed(run: loop.Run, folder: Path, *, best: bool) -> None:
         if run.epoch == 3:
             raise KeyboardInterrupt
-        save(run, folder)
+        save(run, folder, best=best)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.Run, "save", killed)
@@ -278,3 +278,15 @@ def test_a_run_resumes_on_the_images_it_began_with(tmp_path: Path) -> None:
         loop.train(more, tmp_path / "run", quiet(), mode="resume")
     np.savez(tmp_path / "own.npz", images=noise, **arrays)
     assert loop.train(more, tmp_path / "run", quiet(), mode="resume")["epochs"] == 2
+
+
+def test_training_accuracy_is_that_of_plain_images() -> None:
+    """Of every training image once, without augmentation, in evaluation mode."""
+    run = loop.Run(TINY)
+    run.model.eval()
+    images, data = run.train_set.images, run.train_set
+    assert images is not None
+    with torch.no_grad():
+        pixels = (images.float() / 255 - data.mean[0]) / data.std[0]
+        right = run.model(pixels).logits_rebalance.argmax(1) == data.labels
+    assert run.measure_collapse()[0]["train_accuracy"] == pytest.approx(100 * right.float().mean().item())

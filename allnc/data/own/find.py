@@ -61,7 +61,7 @@ def find_images(root: str) -> Found:
     splits = {folder: SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS}
     found = reader.found
     if TRAIN in splits.values():
-        for folder, split in splits.items():
+        for folder, split in sorted(splits.items(), key=lambda pair: (TRAIN, VALIDATION, TEST).index(pair[1])):
             reader.classes(folder, split)
         for other in folders:
             if other not in splits:
@@ -91,11 +91,10 @@ def _check_classes(root: str, found: Found, stray: list[str]) -> None:
         inner = os.path.join(root, os.path.dirname(os.path.dirname(found.entries[0].path)))
         hint = f": the classes seem to be in {shown(inner)}, give that folder" if below else ""
         raise ValueError(f"{shown(root)} must hold at least two classes; got one, {shown(min(labels))}{hint}")
-    others = "; " + found.notes[-1] if found.notes else ""
-    beside = f", and {_count(len(stray), 'image')} beside them" if stray else ""
+    beside = f", and {_count(len(stray), 'image')} beside them" if stray else "".join(f"; {n}" for n in found.notes[:1])
     raise ValueError(
         f"{shown(root)} must hold a folder for each class, with images ({' '.join(IMAGE_ENDINGS)}); got none"
-        f"{beside}{others}: move the images of each class into a folder, or give a list (a CSV file with the columns "
+        f"{beside}: move the images of each class into a folder, or give a list (a CSV file with the columns "
         "path and label)"
     )
 
@@ -124,7 +123,8 @@ class _Reader:
                 self.found.notes.append(f"{shown(os.path.join(self.root, folder, label))} has no image: no class")
         if self.others:
             self.found.notes.append(
-                f"{_count(len(self.others), 'file')} without an image's ending left out, such as {shown(self.others[0])}"
+                f"{_count(len(self.others), 'file')} without an image's ending left out, such as "
+                f"{shown(self.others[0])}"
             )
             self.others = []
 

@@ -1,8 +1,8 @@
 """The table of a set of images of one's own: images.tsv, which a run keeps.
 
-A line for each image: path (from data.root), class, split (train, validation, test, or nothing for what was left out),
-width, height, mode, copy_of (the first file with the same bytes), reason (why it was left out). Whoever has the table has
-the same split for ever, wherever the folder moves.
+A line for each image: path (from data.root), class, split (train, validation, test, or nothing for what was left
+out), width, height, mode, copy_of (the first file with the same bytes), reason (why it was left out). Whoever has the
+table has the same split for ever, wherever the folder moves.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def scan(config: DataConfig, tell: Tell | None = None) -> Index:
     rows += [Row(entry.path, entry.label, "", 0, 0, "", "", reason) for entry, reason in found.bad]
     if bad:
         notes = [f"{_many(len(bad), 'file')} left out that cannot be read, such as {_example(bad)}", *notes]
-    notes = [*found.notes, *notes, *_copy_notes(rows), *_sixteen_bit_note(rows)]
+    notes = [*found.notes, *notes, *_copy_notes(rows), *_dark_note(seen)]
     if strangers:
         notes.append(
             f"{_many(strangers.total(), 'image')} left out of classes without a training image, such as "
@@ -176,8 +176,8 @@ def _check_bad(bad: list[tuple[Entry, str]], number: int, config: DataConfig) ->
         return
     allowed = f"data.max_bad allows {config.max_bad}" if config.max_bad else "none may be"
     raise ValueError(
-        f"{len(bad):,} of {_many(number, 'image')} cannot be read, and {allowed}, such as {_example(bad)}: mend or remove "
-        f"them, or leave them out with --data.max_bad {len(bad)}"
+        f"{len(bad):,} of {_many(number, 'image')} cannot be read, and {allowed}, such as {_example(bad)}: mend or "
+        f"remove them, or leave them out with --data.max_bad {len(bad)}"
     )
 
 
@@ -257,19 +257,21 @@ def _copy_notes(rows: Sequence[Row]) -> list[str]:
         if pairs:
             one, other = pairs[0]
             notes.append(
-                f"{_many(len(pairs), 'image')} {words}, such as {shown(one.path)} and {shown(other.path)}: remove one of "
-                "the two"
+                f"{_many(len(pairs), 'image')} {words}, such as {shown(one.path)} and {shown(other.path)}: remove one "
+                "of the two"
             )
     return notes
 
 
-def _sixteen_bit_note(rows: Sequence[Row]) -> list[str]:
-    number = sum(row.mode.startswith("I") for row in rows)
-    return (
-        [f"{_many(number, 'image')} of 16 bits: their upper 8 are seen; scale values that do not reach 65,535"]
-        if number
-        else []
-    )
+def _dark_note(seen: Sequence[Seen]) -> list[str]:
+    """Say when images of 16 bits use few of them, as those of cameras with 12 bits do."""
+    deep = [one.brightest for one in seen if one.mode.startswith("I") and not one.fault]
+    if not deep or max(deep) >= 128:
+        return []
+    return [
+        f"{_many(len(deep), 'image')} of 16 bits with no value above {256 * max(deep) + 255:,} of 65,535: only the "
+        "upper 8 bits are seen, nearly black here; scale them to the whole range"
+    ]
 
 
 def _many(number: int, one: str, several: str | None = None) -> str:

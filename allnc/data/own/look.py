@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from allnc.data.images import ORIENTATION, read_image, readable_formats
@@ -30,6 +31,7 @@ class Seen(NamedTuple):
     Args:
         width, height: in pixels, as EXIF turns it.
         mode: PIL's; a palette of greys counts as L.
+        brightest: of 16 bits, the largest value as 8 bits show it; else 255.
         key: number of bytes and sum of the last ones; copies have the same.
         fault: why it cannot be read; "" where it can.
     """
@@ -37,6 +39,7 @@ class Seen(NamedTuple):
     width: int = 0
     height: int = 0
     mode: str = ""
+    brightest: int = 255
     key: tuple[int, bytes] = (0, b"")
     fault: str = ""
 
@@ -62,6 +65,8 @@ def look(paths: Sequence[str], tell: Tell | None = None) -> list[Seen]:
             seen.append(one)
             if tell is not None and len(seen) % 64 == 0:
                 tell(len(seen), len(paths))
+    if tell is not None:
+        tell(len(paths), len(paths))
     return seen
 
 
@@ -86,9 +91,10 @@ def teller(word: str) -> Tell:
     def tell(done: int, total: int) -> None:
         nonlocal shown_at
         now = time.monotonic()
-        if sys.stderr.isatty() and now - shown_at > 0.2:
+        if sys.stderr.isatty() and (now - shown_at > 0.2 or done == total):
             shown_at = now
-            print(f"\r{word} {done:,} of {total:,} images\x1b[K", end="\r", file=sys.stderr, flush=True)
+            line = f"{word} {done:,} of {total:,} images" if done < total else ""
+            print(f"\r{line}\x1b[K", end="\r", file=sys.stderr, flush=True)
 
     return tell
 
@@ -109,9 +115,13 @@ def _look(path: str) -> Seen:
             file.seek(max(0, status.st_size - TAIL))
             tail = file.read()
         ended = tail.rstrip(b"\0").endswith(_ENDS.get(kind, b""))
+        brightest = 255
         if not ended or max(width, height) <= SMALL or mode == "F" or mode.startswith("I"):
-            read_image(path)
-        return Seen(width, height, mode, (status.st_size, hashlib.blake2b(tail, digest_size=16).digest()))
+            pixels = read_image(path)
+            if mode.startswith("I"):
+                brightest = int(np.asarray(pixels).max())
+        key = (status.st_size, hashlib.blake2b(tail, digest_size=16).digest())
+        return Seen(width, height, mode, brightest, key)
     except Exception:  # PIL's readers raise whatever a damaged file drives them to
         return Seen(fault=_fault(path))
 

@@ -62,8 +62,8 @@ def _check_there(paths: list[str], root: str) -> None:
     looked = paths[:: max(1, len(paths) // 100)]
     if not any(map(os.path.exists, looked)):
         raise ValueError(
-            f"data.root must be the folder of the images; got {shown(root)}, in which {shown(looked[0])} and others are "
-            "missing: give the folder by --data.root"
+            f"data.root must be the folder of the images; got {shown(root)}, in which {shown(looked[0])} and others "
+            "are missing: give the folder by --data.root"
         )
 
 

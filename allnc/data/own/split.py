@@ -20,7 +20,7 @@ def held_out(labels: Sequence[str], groups: Sequence[int], share: float, seed: i
     Returns:
         Positions of the chosen images. Every class keeps an image.
     """
-    order = np.random.RandomState(seed).permutation(len(labels)).tolist()  # frozen stream, as of the subsets
+    order: list[int] = np.random.RandomState(seed).permutation(len(labels)).tolist()  # frozen stream, as of the subsets
     members: dict[int, list[int]] = {}
     left: dict[str, int] = {}
     for position in order:

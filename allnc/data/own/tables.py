@@ -13,7 +13,19 @@ from allnc.data.images import shown
 from allnc.data.own.find import SPLITS, Entry, Found
 
 # Names of columns, the better ones first: a list with the number and the name of the class has both.
-PATHS = ("path", "image_path", "filepath", "file_path", "fpath", "filename", "file_name", "file", "im_path", "image", "img")
+PATHS = (
+    "path",
+    "image_path",
+    "filepath",
+    "file_path",
+    "fpath",
+    "filename",
+    "file_name",
+    "file",
+    "im_path",
+    "image",
+    "img",
+)
 PATHS += ("image_name", "image_id", "img_id", "id")
 LABELS = ("class_name", "classname", "category_name", "label_name", "class", "category", "species", "label", "labels")
 LABELS += ("target", "class_id", "category_id", "label_id", "y")
@@ -76,8 +88,10 @@ def _rows(file: str, text: str) -> tuple[tuple[int, int, int | None], list[_Line
     if columns is not None:
         return columns, rows[1:]
     if _looks_like_image(rows[0].values[0]) or len(head) == 2:
-        if not any(map(_looks_like_image, rows[0].values)) and len(rows) > 1 and any(
-            map(_looks_like_image, rows[1].values)
+        if (
+            not any(map(_looks_like_image, rows[0].values))
+            and len(rows) > 1
+            and any(map(_looks_like_image, rows[1].values))
         ):
             raise ValueError(_unnamed(rows[0], head))
         at = next((i for i, value in enumerate(rows[0].values) if _looks_like_image(value)), 0)
@@ -101,15 +115,17 @@ def _unnamed(row: _Line, head: list[str]) -> str:
 
 
 def _split_lines(file: str, text: str) -> tuple[list[_Line], str | None]:
-    """Part the lines into values, by the one delimiter that parts all of the first ones alike; None: by blanks."""
+    """Part the lines into values, by the delimiter that parts most of the first ones alike; None: by blanks."""
     for delimiter in ("\t", ",", ";"):
         try:
             reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
-            rows = [_Line(values, f"{shown(file)}:{reader.line_num}") for values in reader if any(map(str.strip, values))]
+            rows = [
+                _Line(values, f"{shown(file)}:{reader.line_num}") for values in reader if any(map(str.strip, values))
+            ]
         except csv.Error:
             continue
         width = len(rows[0].values) if rows else 0
-        if width >= 2 and all(len(row.values) == width for row in rows[:20]):
+        if width >= 2 and 2 * sum(len(row.values) == width for row in rows[:20]) > len(rows[:20]):
             wrong = next((row for row in rows if len(row.values) != width), None)
             if wrong is not None:
                 raise ValueError(f"{wrong.place} must have {width} values as the first line; got {len(wrong.values)}")
@@ -134,7 +150,7 @@ def _looks_like_image(value: str) -> bool:
 
 
 def _json(file: str, text: str) -> tuple[tuple[int, int, int | None], list[_Line]]:
-    """Read a list of objects, or the `annotations` of BBN's and COCO's files, whose images and categories are joined."""
+    """Read a list of objects, or the `annotations` of BBN's and COCO's files, with their images and categories."""
     try:
         if file.lower().endswith(".jsonl"):
             values: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -152,7 +168,7 @@ def _json(file: str, text: str) -> tuple[tuple[int, int, int | None], list[_Line
     objects = list(_objects(values))
     if not objects or not isinstance(values, list) or len(objects) != len(values):
         raise ValueError(
-            f'{shown(file)} must be a list of objects with a path and a label, or hold one as "annotations"; it does not'
+            f'{shown(file)} must be a list of objects with a path and a label, or hold it as "annotations"; it does not'
         )
     lines = []
     for number, one in enumerate(objects):
@@ -170,14 +186,13 @@ def _objects(values: Any) -> Iterable[Mapping[str, Any]]:
     return (value for value in values if isinstance(value, Mapping)) if isinstance(values, list) else ()
 
 
-def _entries(
-    file: str, root: str, split: str, columns: tuple[int, int, int | None], lines: list[_Line]
-) -> Found:
+def _entries(file: str, root: str, split: str, columns: tuple[int, int, int | None], lines: list[_Line]) -> Found:
     path_at, label_at, part_at = columns
     found, seen, again = Found(), {}, 0
-    ending = _ending(root, [line.values[path_at].strip() for line in lines[:20]])
-    for line in lines:
-        path, label = line.values[path_at].strip(), line.values[label_at].strip()
+    paths = _own_separators(root, [line.values[path_at].strip() for line in lines])
+    ending = _ending(root, paths[:20])
+    for line, path in zip(lines, paths, strict=True):
+        label = line.values[label_at].strip()
         if not path or not label:
             raise ValueError(f"{line.place} must have a path and a class; got {path!r} and {label!r}")
         part = "" if part_at is None else line.values[part_at].strip().lower()
@@ -206,12 +221,19 @@ def _entries(
 
 
 def _inside(path: str, root: str) -> str:
-    """Return a path from the root where it lies there, in its shortest form; Windows' separators are understood."""
-    if "\\" in path and os.sep == "/" and not os.path.exists(os.path.join(root, path)):
-        path = path.replace("\\", "/")
+    """Return a path from the root where it lies there, in its shortest form."""
     path = os.path.normpath(path)
     inside = os.path.join(root, "")
     return path[len(inside) :] if path.startswith(inside) else path
+
+
+def _own_separators(root: str, paths: list[str]) -> list[str]:
+    """Return the paths of a list that was written under Windows with the separators of this machine."""
+    if os.sep == "\\" or not all("\\" in path for path in paths[:20]):
+        return paths
+    if any(os.path.exists(os.path.join(root, path)) for path in paths[:20]):
+        return paths
+    return [path.replace("\\", "/") for path in paths]
 
 
 def _ending(root: str, paths: list[str]) -> str:

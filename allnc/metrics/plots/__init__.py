@@ -5,6 +5,7 @@ share (a colour scale, an axis) is one for all of them. Figures are drawn withou
 global state is touched.
 """
 
+from allnc.metrics.plots.confusion import MOST_CLASSES, plot_confusion
 from allnc.metrics.plots.curves import COSINES, DUALITY, GEOMETRY, compare_curves, plot_curves, plot_layers
 from allnc.metrics.plots.heatmaps import plot_angles
 from allnc.metrics.plots.simplex import Scene, animate_scenes, plot_scenes
@@ -16,6 +17,7 @@ __all__ = [
     "COSINES",
     "DUALITY",
     "GEOMETRY",
+    "MOST_CLASSES",
     "ClassVectors",
     "Scene",
     "animate_scenes",
@@ -24,6 +26,7 @@ __all__ = [
     "new_figure",
     "plot_angles",
     "plot_class_sizes",
+    "plot_confusion",
     "plot_curves",
     "plot_layers",
     "plot_scenes",

@@ -25,6 +25,7 @@ class Panel(NamedTuple):
     factor: float = 1.0
 
 
+_LOSS = Panel("Training loss", "mean over the epoch")
 # Panels of one run, with their lines: a key of the records, a label, a colour and a marker each.
 _OF_ONE: dict[Panel, tuple[tuple[str, str, str, str], ...]] = {
     Panel("Accuracy", "%"): (
@@ -33,7 +34,7 @@ _OF_ONE: dict[Panel, tuple[tuple[str, str, str, str], ...]] = {
         ("medium", "medium-shot", ORANGE, "s"),
         ("few", "few-shot", RED, "v"),
     ),
-    Panel("Training loss", "mean over the epoch"): (("loss", "total", BLACK, "o"), ("eta", "η", ORANGE, "")),
+    _LOSS: (("loss", "total", BLACK, "o"),),
     Panel("NC1: spread within classes (ideal 0)", "ratio, log scale", logarithmic=True): (
         ("nc1", r"tr($\Sigma_W\,\Sigma_B^+$)/C", BLUE, "o"),
         ("trace_ratio", r"tr $\Sigma_W$ / tr $\Sigma_B$", ORANGE, "s"),
@@ -96,9 +97,10 @@ def plot_curves(records: Sequence[Record], path: str | os.PathLike[str]) -> None
     figure, axes = _grid(len(panels))
     for axis, (panel, lines) in zip(axes, panels.items(), strict=True):
         for key, label, colour, marker in lines:
-            line = {"color": colour, "marker": marker or None, "linestyle": "--" if key == "eta" else "-"}
-            _draw(axis, panel, records, key, label=label, **line)
+            _draw(axis, panel, records, key, label=label, color=colour, marker=marker)
         _finish(axis, panel)
+        if panel is _LOSS:
+            _draw_share(axis, records)
         if len(axis.lines) > 1:
             axis.legend(fontsize=9, framealpha=0.8)
     save(figure, path)
@@ -205,6 +207,16 @@ def _draw(axis: Axes, panel: Panel, records: Sequence[Record], key: str, **line:
         return
     every = max(1, len(epochs) // 10) if line["marker"] else None
     axis.plot(epochs, [panel.factor * v for v in values], markevery=every, markersize=5, linewidth=1.6, **line)
+
+
+def _draw_share(axis: Axes, records: Sequence[Record]) -> None:
+    """Draw η, the share of the uniform branch, on an axis of its own at the right: it is no loss."""
+    epochs, values = _series(records, "eta")
+    if epochs:
+        right = axis.twinx()
+        right.plot(epochs, values, color=ORANGE, linestyle="--", linewidth=1.6)
+        right.set_ylim(0, 1.05)
+        right.set_ylabel("η, share of the uniform branch", color=ORANGE)
 
 
 def _finish(axis: Axes, panel: Panel) -> None:
