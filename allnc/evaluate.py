@@ -151,7 +151,8 @@ def _measure_run(options: argparse.Namespace, console: Console) -> None:
         model=dataclasses.replace(model, weights=options.weights or model.weights),
         train=dataclasses.replace(config.train, device=options.device),
     )
-    check_root(config.data)
+    if options.root is None:
+        check_root(config.data)
     if not options.collapse and not options.predictions and has_test_images_alone(config, options.on):
         _say(console, "note: the training images are not there: accuracy alone is measured")
         run = _restored(options, options.root)

@@ -41,8 +41,8 @@ def check_root(data: DataConfig) -> None:
     """Raise ValueError where the images' place is a relative one that is not there, with the reason and the remedy."""
     if data.root and not os.path.isabs(data.root) and not os.path.exists(os.path.expanduser(data.root)):
         raise ValueError(
-            f"data.root must lead to the images; got {data.root}, which starts from the folder that the run was started "
-            "in and is not found from here: give its place by --data.root, or other images by --data"
+            f"data.root must lead to the images; got {data.root}, which starts from the folder that the run was "
+            "started in and is not found from here: give its place by --data.root, or other images by --data"
         )
 
 
