@@ -61,7 +61,7 @@ def _tell(
     if margin < error:
         lines.append(f"--margin {margin:g} is below that: such a difference is one of these images, not of the loss.")
     if grid.left_out:
-        lines.append(f"{grid.left_out} runs are left out, whose loss or baseline lacks the seed in their cell.")
+        lines.append(f"{grid.left_out} runs are left out, whose seed another loss lacks in the same cell.")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
     print_table(
         console,
