@@ -24,6 +24,12 @@ def run_losses(options: argparse.Namespace) -> None:
                 f"them by python -m allnc.sweep benchmarks/sweeps/losses.yaml --out {folder}"
             )
         results += found
+    if options.methods is not None:
+        known = dict.fromkeys(result.method for result in results)
+        for method in options.methods:
+            if method not in known:
+                raise ValueError(f"--methods must be of the sweep ({', '.join(known)}); got {method}")
+        results = [result for result in results if result.method in (*options.methods, options.baseline)]
     grids = read_grids(results, options.baseline)
     make_folder(options.out)
     console = Console(width=190)

@@ -160,6 +160,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with (out / "equality.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["verdict"] for row in rows if row["loss"] == "ls"] == ["open", "different"]
+    assert main(["losses", *map(str, folders), "--baseline", "ls", "--methods", "ls"]) == 0
+    assert "ce" not in capsys.readouterr().out.split()
+    assert main(["losses", str(folders[0]), "--methods", "ls", "lse"]) == 2
+    assert "--methods must be of the sweep (ce, ls); got lse" in capsys.readouterr().err
     assert main(["losses", str(folders[0]), "--baseline", "mse"]) == 2
     assert "must have a run of the baseline mse" in capsys.readouterr().err
     assert main(["losses", str(folders[0]), "--margin", "0"]) == 2
