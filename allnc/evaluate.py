@@ -131,7 +131,7 @@ def _measure(options: argparse.Namespace, run: Restored, images: ImageSet, measu
 def _measure_run(options: argparse.Namespace, console: Console) -> None:
     """Print accuracy and collapse, of the run's own images."""
     from allnc.inference.labelled import has_test_images_alone, test_images
-    from allnc.inference.places import placed
+    from allnc.inference.places import check_root, placed
     from allnc.trainer.checkpoint import load_weights
     from allnc.trainer.classes import class_table
     from allnc.trainer.folder import CLASSES, PREDICTIONS
@@ -151,6 +151,8 @@ def _measure_run(options: argparse.Namespace, console: Console) -> None:
         model=dataclasses.replace(model, weights=options.weights or model.weights),
         train=dataclasses.replace(config.train, device=options.device),
     )
+    if options.root is None:
+        check_root(config.data)
     if not options.collapse and not options.predictions and has_test_images_alone(config, options.on):
         _say(console, "note: the training images are not there: accuracy alone is measured")
         run = _restored(options, options.root)

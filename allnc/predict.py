@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from allnc._command import Parser, answer
 from allnc.inference.formats import FORMATS, Writer
 
+if TYPE_CHECKING:
+    from allnc.inference.predict import Done
+
+EVERY = 10  # seconds between lines on how far it is
 UNREAD = 1  # exit status: an image or more could not be read
 
 
@@ -83,9 +88,25 @@ def _predict(options: argparse.Namespace) -> int:
         raise ValueError(f"--top must be <= {len(predictor.classes)}, the number of classes; got {options.top}")
     paths = image_paths(options.images)
     with _opened(options.out) as stream:
-        done = predict_files(predictor, paths, Writer(stream, options.format, options.top), workers=options.workers)
-    print(f"{done.images:,} images in {done.seconds:.1f} s{done.unread_text}", file=sys.stderr)
+        writer = Writer(stream, options.format, options.top)
+        done = predict_files(predictor, paths, writer, workers=options.workers, said=_teller(options))
+    print(done, file=sys.stderr)
     return done.unread
+
+
+def _teller(options: argparse.Namespace) -> Callable[[Done], None] | None:
+    """Return what tells a person at a terminal, every few seconds, how far a file has come."""
+    if options.out is None or not sys.stderr.isatty():
+        return None
+    last = time.monotonic()
+
+    def tell(done: Done) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            print(done, file=sys.stderr)
+
+    return tell
 
 
 @contextmanager

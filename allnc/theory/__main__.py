@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folders of sweeps over model.width and train.epochs; default benchmarks/results/losses",
     )
     losses.add_argument("--baseline", default="ce", help="method that the others are compared with; default ce")
+    losses.add_argument("--methods", nargs="+", metavar="NAME", help="compare these alone with it; default all")
     losses.add_argument(
         "--margin", type=float, default=1.0, help="points of accuracy that count as no difference; default 1"
     )

@@ -105,7 +105,8 @@ def plan(words: Sequence[str]) -> Plan:
         check_folder(path_of(config.out), mode)  # before minutes of looking at images
     config, index = settled(config, words, functools.partial(print, flush=True))
     if config.out is None:
-        name = Path(config.data.train_list or config.data.root or recipe).stem if recipe == own.RECIPE else recipe
+        place = Path(config.data.train_list or config.data.root or recipe)
+        name = recipe if recipe != own.RECIPE else place.name if place.is_dir() else place.stem
         folder = new_folder("-".join([name, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
         return Plan(dataclasses.replace(config, out=str(folder)), folder, "new", index)
     folder = path_of(config.out)
@@ -156,6 +157,8 @@ def _told_apart(config: Config, words: Sequence[str]) -> list[str]:
     """Return what the name of a run folder says of the options that were given, the first four of them."""
     values = dotted(config)
     silent = {"loss.name", "seed", "out", "train.device", "data.download", *OF_A_MACHINE}
+    if values["data.name"] in ("own", "arrays"):  # whose file or folder is told
+        silent.add("data.name")
     told = [name for name in dict.fromkeys(given_options(words)) if name in values and name not in silent]
     parts = [f"{name.split('.')[1]}={_in_a_name(values[name])}" for name in told[:MOST_TOLD]]
     return [*parts, "etc"] if len(told) > MOST_TOLD else parts
