@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print accuracy by shot and collapse of a checkpoint; return 0, or 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.evaluate", description=__doc__, allow_abbrev=False)
+    parser = Parser("allnc.evaluate", __doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, with last.safetensors")
     parser.add_argument(
         "--data",

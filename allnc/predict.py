@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 from allnc.inference.formats import FORMATS, Writer
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ UNREAD = 1  # exit status: an image or more could not be read
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write class names and probabilities of images; return 0, 1 if one could not be read, or 2 for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.predict", description=__doc__)
+    parser = Parser("allnc.predict", __doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, or one with its last.safetensors")
     parser.add_argument(
         "images",
