@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 ENDINGS = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export, compare with the run, and say how close; return 0, or 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.export", description=__doc__)
+    parser = Parser("allnc.export", __doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, or one with its last.safetensors")
     parser.add_argument(
         "--format",

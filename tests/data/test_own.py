@@ -143,16 +143,20 @@ def test_what_cannot_be_read_stops_or_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "b" / "empty.png").touch()
     (tmp_path / "b" / "text.PNG").write_text("no image")
+    for ending in ("tif", "bmp", "webp"):
+        file = picture(tmp_path / "b" / f"cut.{ending}", 6, size=(200, 200))
+        file.write_bytes(file.read_bytes()[:-50])
     (tmp_path / "b" / "lost.png").symlink_to("nowhere.png")
-    with pytest.raises(ValueError, match=r"4 of 11 images cannot be read, and none may be, .*--data.max_bad 4$"):
+    with pytest.raises(ValueError, match=r"7 of 14 images cannot be read, and none may be, .*--data.max_bad 7$"):
         looked(tmp_path)
-    with pytest.raises(ValueError, match=r"data.max_bad allows 3"):
-        looked(tmp_path, max_bad=3)
-    index = looked(tmp_path, max_bad=4)
+    with pytest.raises(ValueError, match=r"data.max_bad allows 6"):
+        looked(tmp_path, max_bad=6)
+    index = looked(tmp_path, max_bad=7)
     out = {row.path: row.reason for row in index.rows if not row.split}
-    assert {*out} == {"a/cut.jpg", "b/empty.png", "b/text.PNG", "b/lost.png"}
+    bad = ("empty.png", "text.PNG", "lost.png", "cut.tif", "cut.bmp", "cut.webp")
+    assert {*out} == {"a/cut.jpg", *(f"b/{name}" for name in bad)}
     assert "truncated" in out["a/cut.jpg"] and out["b/lost.png"] == "a link that leads nowhere"
-    assert any(note.startswith("4 files left out that cannot be read, such as") for note in index.notes)
+    assert any(note.startswith("7 files left out that cannot be read, such as") for note in index.notes)
 
 
 @needs_root

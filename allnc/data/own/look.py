@@ -21,7 +21,8 @@ SMALL = 64  # pixels: longest side of images that are decoded whole, which takes
 THREADS = 8  # readers of headers: they wait for the disk most of the time
 TAIL = 4096  # bytes at the end of a file, by which files of one size are told apart before all of them is read
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # of a file that was written to its end
+# How a file ends that was written to its end; WebP tells when it is opened.
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
 Tell = Callable[[int, int], None]
 
 
@@ -51,8 +52,8 @@ class Seen(NamedTuple):
 def look(paths: Sequence[str], tell: Tell | None = None) -> list[Seen]:
     """Look at every image.
 
-    Small images are decoded whole; of larger ones the header is read and, for JPEG and PNG, whether the file has its
-    end: one that has not is decoded, too.
+    Small images are decoded whole, and so are larger ones, except JPEG, PNG and WebP files that have their end: of
+    these the header is read.
 
     Args:
         paths: of the files.
@@ -114,7 +115,7 @@ def _look(path: str) -> Seen:
                 kind = image.format or ""
             file.seek(max(0, status.st_size - TAIL))
             tail = file.read()
-        ended = tail.rstrip(b"\0").endswith(_ENDS.get(kind, b""))
+        ended = kind in _ENDS and tail.rstrip(b"\0").endswith(_ENDS[kind])
         brightest = 255
         if not ended or max(width, height) <= SMALL or mode == "F" or mode.startswith("I"):
             pixels = read_image(path)
