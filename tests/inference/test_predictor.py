@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 import allnc
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig
 from allnc.inference.places import placed
+from allnc.inference.predictor import rebuild
+from allnc.models import build_model
 from allnc.trainer import measure
 from allnc.trainer.card import Card
 from allnc.trainer.checkpoint import Weights, save
@@ -166,3 +168,13 @@ def test_relative_places_are_found_from_another_folder(tmp_path: Path, monkeypat
     assert placed(config, Path("elsewhere/one")).data.root == "data"  # the run was moved alone
     (tmp_path / "data").mkdir()
     assert placed(config, Path("project/runs/one")).data.root == "data"  # as it says, where it is there
+
+
+def test_a_timm_network_of_a_fixed_size_is_rebuilt_for_its_images() -> None:
+    config = Config(model=ModelConfig(name="timm:vit_tiny_patch16_224"), loss=LossConfig(name="ce"))
+    model = build_model(config.model, in_channels=3, num_classes=2, image_size=(32, 32)).eval()
+    card = Card(None, (3, 2), (0.5,) * 3, (0.5,) * 3, 3, (3, 32, 32))
+    again = rebuild(config, card, Weights(model.state_dict()))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(images).logits_rebalance, model(images).logits_rebalance)
