@@ -5,12 +5,17 @@ Only the standard library is imported, so that Ctrl-C is answered from the first
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import io
 import os
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 130
 _SPEAKING = 10  # seconds: a launcher ends all its processes when the first one ends, which must be the one that speaks
@@ -18,6 +23,58 @@ _SPEAKING = 10  # seconds: a launcher ends all its processes when the first one 
 
 class SaidElsewhereError(ValueError):
     """A mistake that another process of the same launcher says; this one has nothing to add."""
+
+
+def typed(module: str) -> str:
+    """Return what a person types to start a program: `allnc train` or `python -m allnc.train`, as this time.
+
+    Args:
+        module: name of the program, such as allnc.train.
+    """
+    return _spoken(module) if _by_entry_point() else f"python -m {module}"
+
+
+def _spoken(module: str) -> str:
+    """Return the name before a message: `allnc train` or `allnc.train`."""
+    return module.replace(".", " ") if _by_entry_point() else module
+
+
+def _by_entry_point() -> bool:
+    started = Path(sys.argv[0])
+    return started.name == "allnc" or (started.name == "__main__.py" and started.parent.name == "allnc")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes take one line, with the nearest option.
+
+    Args:
+        module: name of the program, such as allnc.evaluate; None for a subcommand, whose `prog` argparse knows.
+        description: what it does.
+        options: as of argparse.
+    """
+
+    def __init__(self, module: str | None = None, description: str | None = None, **options: Any) -> None:
+        if description:
+            description = re.sub(r"python -m (allnc[.\w]*)", lambda found: typed(found[1]), description)
+        own = {} if module is None else {"prog": typed(module)}
+        super().__init__(description=description, **{"formatter_class": _wide, **own, **options})
+        self.module = module or self.prog
+
+    def error(self, message: str) -> NoReturn:
+        """Say the mistake on one line and end with status 2."""
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized arguments: -"):
+            commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+            parsers = [self, *(parser for named in commands for parser in named.values())]
+            known = [option for parser in parsers for option in parser._option_string_actions]
+            near = difflib.get_close_matches(words[0].split("=")[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            message = f"{words[0]} is not an option{hint}; --help lists them"
+        sys.exit(_mistake(self.module, message))
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=30, width=112)
 
 
 def answer(program: str, body: Callable[[], None]) -> int:
@@ -54,7 +111,7 @@ def answer(program: str, body: Callable[[], None]) -> int:
         smaller = "lower train.batch_size, data.views, data.image_size or the model's size"
         return _mistake(program, f"not enough memory: {smaller} ({str(error) or type(error).__name__})")
     except KeyboardInterrupt as stop:
-        print(f"{program}: {stop if stop.args else 'stopped'}", file=sys.stderr)
+        print(f"{_spoken(program)}: {stop if stop.args else 'stopped'}", file=sys.stderr)
         return INTERRUPTED
     return DONE
 
@@ -80,5 +137,5 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _mistake(program: str, message: str) -> int:
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{_spoken(program)}: error: {' '.join(message.split())}", file=sys.stderr)
     return MISTAKE

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print accuracy by shot and collapse of a checkpoint; return 0, or 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.evaluate", description=__doc__, allow_abbrev=False)
+    parser = Parser("allnc.evaluate", __doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, with last.safetensors")
     parser.add_argument(
         "--data",
@@ -131,7 +131,7 @@ def _measure(options: argparse.Namespace, run: Restored, images: ImageSet, measu
 def _measure_run(options: argparse.Namespace, console: Console) -> None:
     """Print accuracy and collapse, of the run's own images."""
     from allnc.inference.labelled import has_test_images_alone, test_images
-    from allnc.inference.places import placed
+    from allnc.inference.places import check_root, placed
     from allnc.trainer.checkpoint import load_weights
     from allnc.trainer.classes import class_table
     from allnc.trainer.folder import CLASSES, PREDICTIONS
@@ -151,6 +151,8 @@ def _measure_run(options: argparse.Namespace, console: Console) -> None:
         model=dataclasses.replace(model, weights=options.weights or model.weights),
         train=dataclasses.replace(config.train, device=options.device),
     )
+    if options.root is None:
+        check_root(config.data)
     if not options.collapse and not options.predictions and has_test_images_alone(config, options.on):
         _say(console, "note: the training images are not there: accuracy alone is measured")
         run = _restored(options, options.root)

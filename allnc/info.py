@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from allnc import _extension
+from allnc._command import Parser, answer
 from allnc._version import __version__
-from allnc.ops._common import has_triton, resolve_backend, triton_interprets
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # What each op has besides "eager".
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -35,6 +34,10 @@ def missing_reason(op: str, backend: str) -> str | None:
 
     Asks the function the ops themselves ask, so that the answer is what a user would meet.
     """
+    import torch
+
+    from allnc.ops._common import resolve_backend
+
     device = torch.device(DEVICES[backend])
     try:
         resolve_backend(backend, op=op, device=device, dtype=torch.float32, supported=BACKENDS[op])  # type: ignore[arg-type]
@@ -47,6 +50,8 @@ def missing_reason(op: str, backend: str) -> str | None:
 
 def extension_lines() -> Iterator[tuple[str, str]]:
     """What the compiled extension is, or why there is none."""
+    from allnc import _extension
+
     module = _extension.extension()
     if module is None:
         yield "allnc._C", f"{_extension.extension_error()}. Build it with `pip install -v -e .`"
@@ -77,6 +82,10 @@ def newer_source(built: str | None) -> bool:
 
 def version_lines() -> Iterator[tuple[str, str]]:
     """Versions of allnc, Python, torch, Triton and CUDA, and the devices."""
+    import torch
+
+    from allnc.ops._common import has_triton, triton_interprets
+
     yield "allnc", f"{__version__} ({Path(__file__).parent})"
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
@@ -93,6 +102,11 @@ def version_lines() -> Iterator[tuple[str, str]]:
 
 def backend_table() -> tuple[Table, list[str]]:
     """Ops by backend, what "auto" chooses, and one line for each reason why a backend cannot run."""
+    import torch
+    from rich.table import Table
+
+    from allnc.ops._common import resolve_backend
+
     table = Table(title="Backends (float32)", title_justify="left")
     for heading in ("op", "eager", *DEVICES, "auto on CPU", "on GPU"):
         table.add_column(heading, no_wrap=True)
@@ -115,8 +129,17 @@ def backend_table() -> tuple[Table, list[str]]:
     return table, list(reasons)
 
 
-def main() -> None:
-    """Print the report."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; return 0, or 2 for a mistake of the user."""
+    Parser("allnc.info", __doc__).parse_args(arguments)
+    return answer("allnc.info", _report)
+
+
+def _report() -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     console = Console()
     for title, lines in (("Versions", version_lines()), ("Extension", extension_lines())):
         grid = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -132,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

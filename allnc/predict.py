@@ -5,20 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 from allnc.inference.formats import FORMATS, Writer
 
+if TYPE_CHECKING:
+    from allnc.inference.predict import Done
+
+EVERY = 10  # seconds between lines on how far it is
 UNREAD = 1  # exit status: an image or more could not be read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write class names and probabilities of images; return 0, 1 if one could not be read, or 2 for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.predict", description=__doc__)
+    parser = Parser("allnc.predict", __doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run, or one with its last.safetensors")
     parser.add_argument(
         "images",
@@ -83,9 +88,25 @@ def _predict(options: argparse.Namespace) -> int:
         raise ValueError(f"--top must be <= {len(predictor.classes)}, the number of classes; got {options.top}")
     paths = image_paths(options.images)
     with _opened(options.out) as stream:
-        done = predict_files(predictor, paths, Writer(stream, options.format, options.top), workers=options.workers)
-    print(f"{done.images:,} images in {done.seconds:.1f} s{done.unread_text}", file=sys.stderr)
+        writer = Writer(stream, options.format, options.top)
+        done = predict_files(predictor, paths, writer, workers=options.workers, said=_teller(options))
+    print(done, file=sys.stderr)
     return done.unread
+
+
+def _teller(options: argparse.Namespace) -> Callable[[Done], None] | None:
+    """Return what tells a person at a terminal, every few seconds, how far a file has come."""
+    if options.out is None or not sys.stderr.isatty():
+        return None
+    last = time.monotonic()
+
+    def tell(done: Done) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            print(done, file=sys.stderr)
+
+    return tell
 
 
 @contextmanager

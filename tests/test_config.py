@@ -57,9 +57,9 @@ def test_no_argument_is_the_digits_recipe() -> None:
     assert (recipe, config.data.name, config.data.imbalance_ratio) == ("digits_lt", "digits", 20)
 
 
-def test_help_lists_options_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_help_lists_options_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
+        main(["--help-all"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     for name in option_names():
@@ -149,7 +149,22 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
             ["stray"],
             "the first word must be a folder of images, a list of them or a file of arrays; got 'stray', which is",
         ),
-        (["--seed", "1", "stray"], "unrecognized arguments: stray"),
+        (["--train.epochs", "5", "stray"], "every value needs the name of its option before it"),
+        (["--lr", "1"], "--lr is not an option; did you mean --train.lr?"),
+        (["--epochs", "1"], "did you mean --train.epochs?"),
+        (["--data.rot", "x"], "did you mean --data.root?"),
+        (["--batch-size", "8"], "did you mean --train.batch_size?"),
+        (["--batch=8"], "did you mean --train.batch_size?"),
+        (["--num-workers", "8"], "did you mean --data.workers?"),
+        (["--name", "ce"], "did you mean --data.name, --model.name or --loss.name?"),
+        (["--print-config"], "did you mean --print_config?"),
+        (["--zzzz", "8"], "--zzzz is not an option; --help-all lists them"),
+        (["--model", "resnet20"], "--model must be a YAML file or a mapping of its options; got 'resnet20'; did you"),
+        (["--loss.class_weights", "auto"], "--loss.class_weights would be ignored: loss.name is allnc"),
+        (["--loss.name=ce", "--loss.class_weights=aut"], "must be of type auto or {name: number} or null; got aut"),
+        (["--loss.name=ce", '--loss.class_weights={"a": -1}'], "loss.class_weights of 'a' must be >= 0; got -1"),
+        (["--loss.name=ce", "--loss.class_weights=auto", "--loss.drw=0.5"], "loss.drw and loss.class_weights exclude"),
+        (["--model.name", "resnet50"], "--model.name resnet50 would be the CIFAR ResNet of depth 50, 0.8 M parameters"),
     ],
 )
 def test_mistakes_are_answered_on_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "allnc.info")  # as in a fresh `python -m`
-    runpy.run_module("allnc.info", run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["allnc.info"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("allnc.info", run_name="__main__")
+    assert stopped.value.code == 0
     said = capsys.readouterr().out
     for expected in (__version__, torch.__version__, "allnc._C", *info.BACKENDS):
         assert expected in said, expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from allnc._checks import check_interval
@@ -58,6 +58,10 @@ class LossConfig:
         focal_gamma: exponent of the focal loss, wherever it is used, >= 0.
         drw: share of training, in [0, 1), after which classes weigh by the inverse of their effective number of images
             (deferred re-weighting), for ce, focal, ldam and mse; None: never.
+        class_weights: weights of the classes in the loss, for ce, focal, ldam and mse, instead of drw: auto, the
+            inverse of the class's number of images; or {name: weight}, >= 0, such as {"lynx": 3}, 1 for classes that
+            are not named. The mean is over the weights, so that only their ratios matter. (class_balanced, the
+            published form, weighs by effective numbers of images.) None: all alike.
         gamma: exponent of the schedule: eta = 1 - min(1, progress / horizon) ** gamma, > 0.
         horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 0: from the
             start.
@@ -98,6 +102,7 @@ class LossConfig:
     label_smoothing: float = 0.0
     focal_gamma: float = 2.0
     drw: float | None = None
+    class_weights: Literal["auto"] | dict[str, float] | None = field(default=None, hash=False)  # a dict has no hash
     gamma: float = 2.0
     horizon: float = 0.3
     backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
@@ -119,6 +124,9 @@ class LossConfig:
         return means, weights, duality
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_weights, dict):  # YAML reads the name 3 as a number
+            named = {str(name) if type(name) is int else name: w for name, w in self.class_weights.items()}
+            object.__setattr__(self, "class_weights", named)
         check_fields("loss", self)
         for name in _NOT_NEGATIVE:
             if getattr(self, name) is not None:
@@ -130,3 +138,11 @@ class LossConfig:
         check_interval("loss.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
         if self.drw is not None:
             check_interval("loss.drw", self.drw, 0, 1, open_high=True)
+            if self.class_weights is not None:
+                raise ValueError(
+                    f"loss.drw and loss.class_weights exclude each other: both weigh the classes; got drw {self.drw}: "
+                    "set loss.drw null or loss.class_weights null"
+                )
+        if isinstance(self.class_weights, dict):
+            for name, weight in self.class_weights.items():
+                check_interval(f"loss.class_weights of {name!r}", weight, 0, math.inf)

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from allnc.data.loader import Batch, TrainLoader, plain_batches
     from allnc.data.longtail import class_sizes, subset
     from allnc.data.mixing import Mixture, mixtures, remix_labels
-    from allnc.data.samplers import class_probabilities
+    from allnc.data.samplers import BalancedSampler, class_probabilities
     from allnc.data.sources import ImageSet, load
 
 __all__ = [
+    "BalancedSampler",
     "Batch",
     "FeatureSet",
     "ImageSet",
@@ -38,7 +39,7 @@ _MODULES = {
     "loader": ("Batch", "TrainLoader", "plain_batches"),
     "longtail": ("class_sizes", "subset"),
     "mixing": ("Mixture", "mixtures", "remix_labels"),
-    "samplers": ("class_probabilities",),
+    "samplers": ("BalancedSampler", "class_probabilities"),
     "sources": ("ImageSet", "load"),
 }
 

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -94,6 +95,8 @@ def from_workers(
             few files for the workers.
     """
     ahead = 2 + -(-batch_size // (PART * workers)) if workers else None
+    # torch warns of more workers than cores, twice: images from a slow disk are a reason to have them.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     loader = DataLoader(
         views,
         batch_sampler=parts,  # pyright: ignore[reportArgumentType]

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from allnc._version import __version__
+from allnc.config import Config
 from allnc.inference.network import PlainNetwork
 from allnc.inference.predictor import Predictor
 from allnc.trainer.folder import sync, temporary_of, write_json
@@ -120,9 +121,19 @@ def describe(predictor: Predictor, network: PlainNetwork) -> dict[str, Any]:
         "crops": 1 if network.size is None else 5,
         "epoch": predictor.epoch,
         "allnc": __version__,
-        "config": to_dict(predictor.config),
+        "config": _without_places(predictor.config),
     }
     return described
+
+
+def _without_places(config: Config) -> dict[str, Any]:
+    """Return a run's configuration without where its files lie, which is nobody else's business."""
+    values = to_dict(config)
+    values["out"] = None
+    for name in ("root", "train_list", "test_list", "index"):
+        values["data"][name] = None
+    values["model"]["weights"] = None
+    return values
 
 
 def _steps(predictor: Predictor) -> list[str]:

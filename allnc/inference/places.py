@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from allnc.config import Config
+from allnc.config import Config, DataConfig
 
 
 def placed(config: Config, folder: Path) -> Config:
@@ -35,6 +35,15 @@ def placed(config: Config, folder: Path) -> Config:
 
     data = moved(config.data, "root", "train_list", "test_list")
     return dataclasses.replace(config, data=data, model=moved(config.model, "weights"))
+
+
+def check_root(data: DataConfig) -> None:
+    """Raise ValueError where the images' place is a relative one that is not there, with the reason and the remedy."""
+    if data.root and not os.path.isabs(data.root) and not os.path.exists(os.path.expanduser(data.root)):
+        raise ValueError(
+            f"data.root must lead to the images; got {data.root}, which starts from the folder that the run was "
+            "started in and is not found from here: give its place by --data.root, or other images by --data"
+        )
 
 
 def _started_in(out: str | None, folder: Path) -> Path | None:

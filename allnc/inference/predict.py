@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,19 @@ class Done:
     unread: int = 0
     seconds: float = 0.0
 
-    @property
-    def unread_text(self) -> str:
-        return f"; {self.unread:,} could not be read" if self.unread else ""
+    def __str__(self) -> str:
+        unread = f"; {self.unread:,} could not be read" if self.unread else ""
+        return f"{self.images:,} images in {self.seconds:.1f} s{unread}"
 
 
-def predict_files(predictor: Predictor, paths: Iterable[str], writer: Writer, *, workers: int | None = None) -> Done:
+def predict_files(
+    predictor: Predictor,
+    paths: Iterable[str],
+    writer: Writer,
+    *,
+    workers: int | None = None,
+    said: Callable[[Done], None] | None = None,
+) -> Done:
     """Write the most probable classes of each file, in order.
 
     Args:
@@ -34,6 +41,7 @@ def predict_files(predictor: Predictor, paths: Iterable[str], writer: Writer, *,
         paths: the files, read as they are needed.
         writer: where to; `writer.top` classes of each.
         workers: processes that decode; None chooses.
+        said: called with what is done so far, after every part.
 
     Returns:
         How many there were. A file that cannot be read is a row with the reason.
@@ -46,10 +54,12 @@ def predict_files(predictor: Predictor, paths: Iterable[str], writer: Writer, *,
         writer.write(_rows(predictor, part, writer.top))
         done.images += len(part.names)
         done.unread += len(part.errors)
+        done.seconds = time.perf_counter() - started
+        if said is not None:
+            said(done)
     if not done.images:
         raise ValueError("IMAGES must name at least one image; got none")
     writer.finish()
-    done.seconds = time.perf_counter() - started
     return done
 
 

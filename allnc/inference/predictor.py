@@ -230,6 +230,7 @@ def rebuild(config: Config, card: Card, weights: Weights) -> LongTailModel:
             config.model,
             in_channels=card.channels,
             num_classes=len(card.class_counts),
+            image_size=tuple(card.shape[1:]),
             head=entry.head(config.loss),
             two_branches=entry.two_branches,
             class_counts=torch.tensor(card.class_counts).clamp(min=1),

@@ -1,7 +1,7 @@
 """AllNC, its parts and the long-tail baselines as modules. They hold state; the ops do the work."""
 
 from allnc.losses.allnc import AllNC
-from allnc.losses.base import ClassMeans, LossOutput
+from allnc.losses.base import ClassMeans, LossOutput, class_weights
 from allnc.losses.build import Classification, build_loss
 from allnc.losses.contrastive import Contrastive
 from allnc.losses.gbbn import GBBN
@@ -31,5 +31,6 @@ __all__ = [
     "P2PTerms",
     "PrototypeContrast",
     "build_loss",
+    "class_weights",
     "long_tail_loss",
 ]

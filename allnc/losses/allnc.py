@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from allnc._checks import check_integer
 from allnc.config import LossConfig
-from allnc.losses.base import IGNORE_INDEX, ClassMeans, LossOutput, backend_for, checked_counts, checked_logits
+from allnc.losses.base import (
+    IGNORE_INDEX,
+    ClassMeans,
+    LossOutput,
+    backend_for,
+    check_branch,
+    check_config,
+    checked_counts,
+    checked_logits,
+)
 from allnc.losses.gbbn import GBBN
 from allnc.losses.longtail import long_tail_loss
 from allnc.ops._common import check_floating, check_labels, check_shape, validated_labels
@@ -79,7 +88,8 @@ class AllNC(nn.Module):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        config = config or LossConfig()
+        config = LossConfig() if config is None else config
+        check_config(config, ("allnc",))
         num_classes = len(checked_counts(class_counts))
         check_integer("feature_dim", feature_dim, minimum=1)
         self.config, self.group, self.num_classes = config, group, num_classes
@@ -115,7 +125,11 @@ class AllNC(nn.Module):
         self.projection_means = None
         if config.contrast == "softmax":
             if projection_dim is None:
-                raise ValueError("projection_dim must be given with hycon='softmax'; got None. It is the width of z")
+                raise ValueError(
+                    "projection_dim must be given with hycon='softmax'; got None. It is the width of z; "
+                    "LossConfig(hycon='none') has no contrast, and reads no z"
+                )
+            check_integer("projection_dim", projection_dim, minimum=1)
             self.projection_means = class_means(projection_dim)
 
     def trains_uniform(self, progress: float) -> bool:
@@ -159,12 +173,15 @@ class AllNC(nn.Module):
         config = self.config
 
         def check() -> None:
+            check_branch("uniform", uniform)
+            check_branch("rebalance", rebalance)
             self._check(features, labels, weight, z, h)
             self.gbbn.eta(progress)
             if self.group is not None:  # found later, these would leave the other ranks waiting
                 if config.contrast == "cosine":
                     check_views(labels, num_views)
-                validated_labels(labels, self.num_classes, IGNORE_INDEX)
+                views = num_views if config.contrast == "cosine" else 1
+                validated_labels(labels, self.num_classes, IGNORE_INDEX, views)
                 checked_logits(*uniform, self.num_classes)
                 checked_logits(*rebalance, self.num_classes)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, get_args
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allnc._checks import check_choice, check_integer, check_interval
+from allnc.config import LossConfig
 from allnc.ops._common import (
     Backend,
     accumulation_dtype,
@@ -173,16 +175,83 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float =
     return ((1 - beta) / (1 - beta ** checked_counts(class_counts))).float()
 
 
-def checked_logits(logits: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Logits in their accumulation type and labels, after checking both.
+def class_weights(
+    weights: Literal["auto"] | Mapping[str, float], class_counts: Tensor | Sequence[int], classes: Sequence[str]
+) -> Tensor:
+    """Weights of the classes for a loss that takes a `class_weight`, as float32 [C].
+
+    Args:
+        weights: auto, the inverse of the class's number of images, C classes of which have the mean 1; or the weight
+            >= 0 of classes by name, 1 for those that are not named.
+        class_counts: [C] training images of each class, >= 0.
+        classes: the C names.
 
     Raises:
-        TypeError, ValueError: logits not [N, num_classes] floating, or labels not [N] int64 in range.
+        TypeError, ValueError: a name that no class has, a weight that is no number >= 0, or zeros alone.
+
+    Example:
+        >>> class_weights("auto", [3, 1], ["cat", "lynx"]).tolist()
+        [0.5, 1.5]
+        >>> class_weights({"lynx": 2}, [3, 1], ["cat", "lynx"]).tolist()
+        [1.0, 2.0]
+    """
+    counts = checked_counts(class_counts)
+    if isinstance(weights, str):
+        check_choice("class_weights", weights, ("auto",))
+        return (1 / counts / (1 / counts).mean()).float()
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"class_weights must be auto or a weight for each name of a class; got {weights!r}")
+    if len(classes) != len(counts):
+        raise ValueError(f"classes must be the names of {len(counts)} classes; got {len(classes)}")
+    place = {name: index for index, name in enumerate(classes)}
+    found = torch.ones(len(counts))
+    for name, weight in weights.items():
+        if name not in place:
+            near = difflib.get_close_matches(str(name), classes, n=1)
+            hint = (
+                f"; did you mean {near[0]!r}?"
+                if near
+                else f": the classes are {', '.join(classes[:10])}" + (" ..." if len(classes) > 10 else "")
+            )
+            raise ValueError(f"class_weights must name classes of the training images; got {name!r}{hint}")
+        check_interval(f"class_weights of {name!r}", weight, 0)
+        found[place[name]] = weight
+    if not bool((found > 0).any()):
+        raise ValueError("class_weights must be > 0 for one class at least; got zeros only")
+    return found
+
+
+def check_branch(name: str, branch: object) -> None:
+    """Raise TypeError unless a branch of the classification is a pair of logits and labels."""
+    if not isinstance(branch, (tuple, list)) or len(branch) != 2:
+        got = f"{len(branch)} values" if isinstance(branch, (tuple, list)) else type(branch).__name__
+        raise TypeError(f"{name} must be a pair (logits [N, C], labels [N]); got {got}")
+
+
+def check_config(config: object, names: Sequence[str]) -> None:
+    """Raise TypeError or ValueError unless a loss's settings are a `LossConfig` of one of these names."""
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config must be an allnc.config.LossConfig; got {type(config).__name__}")
+    if config.name not in names:
+        raise ValueError(f"config.name must be {' or '.join(names)}; got {config.name}, which build_loss builds")
+
+
+def checked_logits(
+    logits: Tensor, labels: Tensor, num_classes: int, class_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits in their accumulation type and labels, after checking both, and the weights of the classes if given.
+
+    Raises:
+        TypeError, ValueError: logits not [N, num_classes] floating, labels not [N] int64 in range, or class_weight not
+            [num_classes] floating.
     """
     check_floating("logits", logits)
     check_shape("logits", logits, ("N", num_classes))
     check_labels(labels, logits.shape[0])
-    check_same_device(logits=logits, labels=labels)
+    if class_weight is not None:
+        check_floating("class_weight", class_weight)
+        check_shape("class_weight", class_weight, (num_classes,))
+    check_same_device(logits=logits, labels=labels, class_weight=class_weight)
     labels = validated_labels(labels, num_classes, IGNORE_INDEX)
     return logits.to(accumulation_dtype(logits.dtype)), labels
 
@@ -197,9 +266,16 @@ def checked_counts(class_counts: Tensor | Sequence[int]) -> Tensor:
         TypeError, ValueError: not one-dimensional whole numbers >= 0, fewer than two classes, or no image
             at all.
     """
-    counts = torch.as_tensor(class_counts).detach().cpu()
+    try:
+        counts = torch.as_tensor(class_counts).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"class_counts must be the training images of each class, a list or a tensor [C]; got {class_counts!r}"
+        ) from None
     if counts.dim() != 1 or len(counts) < 2:
-        raise ValueError(f"class_counts must have shape [C] with C >= 2; got {list(counts.shape)}")
+        raise ValueError(
+            f"class_counts must have shape [C] with C >= 2, the training images of each class; got {list(counts.shape)}"
+        )
     if counts.is_complex() or counts.dtype == torch.bool:
         raise TypeError(f"class_counts must be whole numbers; got {counts.dtype}")
     values = counts.double()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from allnc._checks import check_interval
 from allnc.config import CONTRASTIVE, REWEIGHTED, LossConfig
 from allnc.losses.allnc import AllNC
-from allnc.losses.base import LossOutput, checked_logits, effective_number_weights
+from allnc.losses.base import LossOutput, check_branch, checked_logits, class_weights, effective_number_weights
 from allnc.losses.contrastive import Contrastive
 from allnc.losses.longtail import LONG_TAIL, long_tail_loss
 from allnc.losses.prototype_contrast import PrototypeContrast
@@ -28,6 +28,7 @@ class Classification(nn.Module):
 
     Args:
         loss: module called with (logits, labels).
+        class_weight: [C] floating, weights of the classes that `loss` is given from the start; None: none.
         drw: share of training, in [0, 1), after which `loss` is also given class weights by the inverse of the
             effective number of images (β = 0.9999); None: never. The source begins at 0.8.
         class_counts: [C] training images of each class; needed with `drw` only.
@@ -35,7 +36,7 @@ class Classification(nn.Module):
             DistributedDataParallel forms it, is that of one process with all rows.
 
     Raises:
-        TypeError, ValueError: drw out of its range, or without class counts.
+        TypeError, ValueError: drw out of its range, without class counts, or beside class weights.
 
     Source: deferred re-weighting: Cao et al. (LDAM-DRW), NeurIPS 2019.
 
@@ -50,23 +51,29 @@ class Classification(nn.Module):
         ['cls', 'uniform']
     """
 
-    class_weight: Tensor
+    class_weight: Tensor | None
 
     def __init__(
         self,
         loss: nn.Module,
         *,
+        class_weight: Tensor | None = None,
         drw: float | None = None,
         class_counts: Tensor | Sequence[int] | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.loss, self.drw, self.group = loss, drw, group
+        if not isinstance(loss, nn.Module):
+            raise TypeError(f"loss must be a module called with (logits, labels); got {type(loss).__name__}")
         if drw is not None:
             check_interval("drw", drw, 0, 1, open_high=True)
             if class_counts is None:
                 raise ValueError("class_counts must be given with drw; got None")
-            self.register_buffer("class_weight", effective_number_weights(class_counts))  # [C]
+            if class_weight is not None:
+                raise ValueError(f"class_weight and drw exclude each other: both weigh the classes; got drw {drw}")
+            class_weight = effective_number_weights(class_counts)
+        self.loss, self.drw, self.group = loss, drw, group
+        self.register_buffer("class_weight", class_weight)  # [C]
 
     def trains_uniform(self, progress: float) -> bool:
         """Whether the uniform branch has a part in the loss at this share of training: always."""
@@ -87,10 +94,17 @@ class Classification(nn.Module):
         num_views: int = 2,
     ) -> LossOutput:
         """Return the loss of the uniform branch, with parts "cls" and "uniform"."""
+
+        def check() -> None:
+            check_branch("uniform", uniform)
+            checked_logits(*uniform, len(weight))
+
+        if self.group is None:
+            check_branch("uniform", uniform)
+        else:  # a wrong argument on one rank is an error on all, instead of a wait
+            Ranks(self.group, check, lambda: len(uniform[0]), dict)
         logits, targets = uniform
-        if self.group is not None:  # a wrong argument on one rank is an error on all, instead of a wait
-            Ranks(self.group, lambda: checked_logits(logits, targets, len(weight)), lambda: len(logits), dict)
-        if self.drw is not None and progress >= self.drw:
+        if self.class_weight is not None and progress >= (self.drw or 0.0):
             total = self.loss(logits, targets, self.class_weight)
         else:
             total = self.loss(logits, targets)
@@ -106,6 +120,7 @@ class Setting(NamedTuple):
     projection_dim: int | None  # D
     classifier_scale: float | None  # factor of the cosines that are the logits, None for a linear classifier
     group: ProcessGroup | None
+    classes: Sequence[str] | None = None  # C names
 
     @property
     def num_classes(self) -> int:
@@ -122,7 +137,7 @@ class Entry(NamedTuple):
 
 
 def _allnc(config: LossConfig, setting: Setting) -> AllNC:
-    counts, features, projections, scale, group = setting
+    counts, features, projections, scale, group, _ = setting
     return AllNC(counts, features, projections, config, classifier_scale=scale, group=group)
 
 
@@ -161,8 +176,14 @@ def _dot_regression(config: LossConfig, setting: Setting) -> Classification:
 
 
 def _classification(loss: nn.Module, config: LossConfig, setting: Setting) -> Classification:
-    drw = config.drw if config.name in REWEIGHTED else None
-    return Classification(loss, drw=drw, class_counts=setting.class_counts, group=setting.group)
+    if config.name not in REWEIGHTED:
+        return Classification(loss, group=setting.group)
+    weight = None
+    if config.class_weights is not None:
+        names = setting.classes or tuple(map(str, range(setting.num_classes)))
+        weight = class_weights(config.class_weights, setting.class_counts, names)
+    counts, group = setting.class_counts, setting.group
+    return Classification(loss, class_weight=weight, drw=config.drw, class_counts=counts, group=group)
 
 
 def _contrastive(config: LossConfig, setting: Setting) -> Contrastive:
@@ -199,6 +220,7 @@ def build_loss(
     projection_dim: int | None = None,
     classifier_scale: float | None = None,
     group: ProcessGroup | None = None,
+    classes: Sequence[str] | None = None,
 ) -> AllNC | Classification | Contrastive:
     """Build the loss that a configuration names.
 
@@ -209,6 +231,7 @@ def build_loss(
         projection_dim: D, width of the projections z, for a loss that reads them.
         classifier_scale: factor of the cosines that are the logits; None for a linear classifier.
         group: the batch is that of all ranks of this process group, see `AllNC`.
+        classes: C names, by which `config.class_weights` may name classes; None: "0", "1", ...
 
     Returns:
         A module with `AllNC.forward`'s signature and output.
@@ -222,5 +245,7 @@ def build_loss(
         >>> build_loss(LossConfig(name="ce"), class_counts=counts, feature_dim=8).loss
         CrossEntropy()
     """
-    setting = Setting(class_counts, feature_dim, projection_dim, classifier_scale, group)
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config must be an allnc.config.LossConfig; got {type(config).__name__}")
+    setting = Setting(class_counts, feature_dim, projection_dim, classifier_scale, group, classes)
     return LOSSES[config.name].build(config, setting)

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from allnc._checks import check_integer
-from allnc.config import LossConfig
+from allnc.config import CONTRASTIVE, LossConfig
 from allnc.losses.base import (
     IGNORE_INDEX,
     ClassMeans,
     LossOutput,
     backend_for,
+    check_branch,
+    check_config,
     checked_counts,
     checked_logits,
     cross_entropy,
@@ -88,6 +90,7 @@ class Contrastive(nn.Module):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        check_config(config, CONTRASTIVE)
         self.config, self.group, self.num_classes = config, group, len(checked_counts(class_counts))
         if config.name == "supcon":
             self.classification: nn.Module = CrossEntropy(self.num_classes, group=group)
@@ -135,9 +138,12 @@ class Contrastive(nn.Module):
         """
         contrast = self.contrast
         ranks = None
-        if self.group is not None:
+        if self.group is None:
+            check_branch("uniform", uniform)
+        else:
 
             def check() -> None:
+                check_branch("uniform", uniform)
                 checked_logits(*uniform, self.num_classes)
                 if contrast is not None:
                     contrast.check(z, labels, prototypes, least_rows=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from allnc._checks import check_choice, check_interval
 from allnc.losses.base import IGNORE_INDEX, ClassMeans, MeanGradient, backend_for
-from allnc.ops._common import Backend
+from allnc.ops._common import Backend, check_floating, check_shape
 from allnc.ops.hycon import Balance, hycon
 from allnc.ops.hycon_cosine import hycon_cosine
 
@@ -74,6 +74,8 @@ class HyCon(ClassMeans):
         Returns:
             Scalar, float32 (float64 for float64 z).
         """
+        check_floating("z", z)
+        check_shape("z", z, ("N", self.dim))
         means, seen = self.update(z, labels)
         return hycon(
             z,
@@ -133,5 +135,8 @@ class HyConCosine(ClassMeans):
         Returns:
             Scalar, float32 (float64 for float64 inputs).
         """
+        for name, rows in (("h", h), ("f", f)):
+            check_floating(name, rows)
+            check_shape(name, rows, ("N", self.dim))
         means, seen = self.update(f.detach(), labels)
         return hycon_cosine(h, f, labels, means, num_views=num_views, seen=seen, ignore_index=IGNORE_INDEX)

@@ -63,7 +63,7 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N], weighed by class_weight [C] if given."""
-        logits, labels = checked_logits(logits, labels, self.num_classes)
+        logits, labels = checked_logits(logits, labels, self.num_classes, class_weight)
         options = {"class_weight": class_weight, "label_smoothing": self.label_smoothing}
         return cross_entropy(logits, labels, **options, group=self.group)
 
@@ -144,7 +144,7 @@ class Focal(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N], weighed by class_weight [C] if given."""
-        logits, labels = checked_logits(logits, labels, self.num_classes)
+        logits, labels = checked_logits(logits, labels, self.num_classes, class_weight)
         use = labels != IGNORE_INDEX  # [N]
         log_p = logits.log_softmax(1).gather(1, labels.where(use, 0)[:, None]).squeeze(1)  # [N]
         # The slope of (1 - p)^γ is infinite at p = 1 for γ < 1: stop one rounding step before.
@@ -234,7 +234,7 @@ class LDAM(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N], weighed by class_weight [C] if given."""
-        logits, labels = checked_logits(logits, labels, len(self.margin))
+        logits, labels = checked_logits(logits, labels, len(self.margin), class_weight)
         own = labels.where(labels != IGNORE_INDEX, 0)[:, None]  # [N, 1]
         margins = torch.zeros_like(logits).scatter(1, own, self.margin.to(logits.dtype)[own])  # [N, C]
         return cross_entropy(self.scale * (logits - margins), labels, class_weight=class_weight, group=self.group)
@@ -266,6 +266,8 @@ def long_tail_loss(
         TypeError, ValueError: an unknown name, or an argument out of its range.
     """
     check_choice("name", name, LONG_TAIL)
+    if classifier_scale is not None:
+        check_interval("classifier_scale", classifier_scale, 0, open_low=True)
     if name == "ce":
         return CrossEntropy(len(class_counts), label_smoothing=label_smoothing, group=group)
     if name == "focal":

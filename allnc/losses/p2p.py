@@ -11,7 +11,7 @@ from torch import Tensor
 
 from allnc._checks import check_choice, check_interval
 from allnc.losses.base import ClassMeans, MeanGradient, backend_for
-from allnc.ops._common import Backend
+from allnc.ops._common import Backend, check_floating, check_shape
 from allnc.ops.p2p import Target
 from allnc.ops.p2p.pairings import PAIRINGS, p2p_pairings
 
@@ -92,6 +92,10 @@ class P2P(ClassMeans):
         Returns:
             `P2PTerms` of scalars, float32 (float64 for float64 inputs).
         """
+        check_floating("features", features)
+        check_shape("features", features, ("N", self.dim))
+        check_floating("weight", weight)
+        check_shape("weight", weight, (self.num_classes, self.dim))
         means, seen = self.update(features, labels)
         return self.terms(means, seen, weight)
 

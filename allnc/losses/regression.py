@@ -60,7 +60,7 @@ class MeanSquaredError(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
         """Return the mean loss of logits [N, C] at labels [N], weighed by class_weight [C] if given."""
-        logits, labels = checked_logits(logits, labels, self.num_classes)
+        logits, labels = checked_logits(logits, labels, self.num_classes, class_weight)
         own = labels.where(labels != IGNORE_INDEX, 0)[:, None]  # [N, 1]
         target = torch.full_like(logits, self.other).scatter(1, own, self.own)  # [N, C]
         losses = (logits - target).square().mean(1)  # [N]

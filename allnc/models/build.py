@@ -161,6 +161,7 @@ def build_model(
     *,
     in_channels: int,
     num_classes: int,
+    image_size: tuple[int, ...] = (),
     head: Literal["projection", "predictor", "prototypes"] | None = None,
     two_branches: bool = True,
     class_counts: Tensor | None = None,
@@ -171,6 +172,7 @@ def build_model(
         config: encoder and heads.
         in_channels: channels of the images; the width of stored features.
         num_classes: number of classes C.
+        image_size: height and width of the images, for timm models of a fixed size; (): the model's own.
         head: the head that the loss reads (`LossConfig.head`).
         two_branches: whether the loss has two branches; with one, separate heads would leave one untrained.
         class_counts: [C] training images of each class, >= 1, for `config.posthoc` logit_adjusted.
@@ -180,7 +182,7 @@ def build_model(
             asked, or has no BatchNorm2d to put GroupNorm in its place.
     """
     if config.name.startswith("timm:"):
-        encoder, feature_dim = timm_encoder(config, in_channels)
+        encoder, feature_dim = timm_encoder(config, in_channels, image_size)
     elif config.name in FEATURE_MODELS:
         encoder, feature_dim = feature_encoder(config.name, in_channels, config.mlp_hidden), in_channels
     else:

@@ -3,41 +3,101 @@
 from __future__ import annotations
 
 import os
+import socket
+import urllib.request
 from typing import Any
+from urllib.parse import urlsplit
 
+import torch
 from torch import nn
 
 from allnc.config import ModelConfig
 
+_PATIENCE = 5.0  # seconds for a connection to the server of the weights
 
-def timm_encoder(config: ModelConfig, in_channels: int) -> tuple[nn.Module, int]:
+
+def timm_encoder(config: ModelConfig, in_channels: int, image_size: tuple[int, ...] = ()) -> tuple[nn.Module, int]:
     """Return a timm model without its classifier, and the width of its features.
 
     Args:
         config: name, pretrained and weights.
         in_channels: channels of the images; timm fits the first layer of pretrained weights to them.
+        image_size: height and width of the images, for which a model of another fixed size is built where it does not
+            take them as it is; timm then resamples the position embeddings of its weights. (): the model's own.
 
     Raises:
         ValueError: timm does not know the model, its weights cannot be got or read, or do not fit it.
     """
-    import timm
 
     name = _known(config)
     if config.pretrained and config.weights is not None:
-        encoder = _from_file(name, os.path.expanduser(config.weights), in_channels)
+        encoder = _from_file(name, os.path.expanduser(config.weights), in_channels, image_size)
     else:
+        if config.pretrained:
+            _check_reachable(name)
+        options = {"pretrained": config.pretrained, "num_classes": 0, "in_chans": in_channels}
         try:
-            encoder = timm.create_model(name, pretrained=config.pretrained, num_classes=0, in_chans=in_channels)
+            encoder = _create(name, image_size, options)
         except Exception as error:  # timm's downloads raise what its network libraries raise
             if not config.pretrained:
                 raise
-            raise ValueError(
-                f"model.pretrained could not get weights for {name}: {_line(error)}; name a file of them by "
-                "model.weights, or set model.pretrained false to start anew"
-            ) from error
+            raise _no_weights(name, error) from error
     # Some architectures keep a wide layer before the classifier even without one.
     width: Any = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     return encoder, int(width)
+
+
+def _create(name: str, image_size: tuple[int, ...], options: dict[str, Any]) -> nn.Module:
+    """Build a timm model that takes images of this size, if it can be built for them."""
+    import timm
+
+    encoder = timm.create_model(name, **options)
+    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own = published is None or not published.fixed_input_size or image_size in ((), tuple(published.input_size[1:]))
+    if own or _takes(encoder, options["in_chans"], image_size):
+        return encoder
+    try:
+        return timm.create_model(name, img_size=image_size, **options)
+    except (AssertionError, RuntimeError, TypeError, ValueError):  # what does not fit a window or a stride
+        return encoder
+
+
+@torch.no_grad()
+def _takes(encoder: nn.Module, channels: int, image_size: tuple[int, ...]) -> bool:
+    """Whether a model takes images of this size; models refuse them in many ways."""
+    training = encoder.training
+    try:
+        encoder.eval()(torch.zeros(1, channels, *image_size))
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    finally:
+        encoder.train(training)
+    return True
+
+
+def _check_reachable(name: str) -> None:
+    """Raise ValueError at once where weights are neither here nor to be had: the libraries try for a minute."""
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if published is None or not published.hf_hub_id or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    files = (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+    if any(isinstance(try_to_load_from_cache(published.hf_hub_id, file), str) for file in files if file):
+        return
+    server = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((server.hostname, server.port or 443), timeout=_PATIENCE).close()
+    except OSError as error:
+        raise _no_weights(name, f"no connection to {server.hostname} ({error})") from error
+
+
+def _no_weights(name: str, reason: object) -> ValueError:
+    return ValueError(
+        f"model.pretrained could not get weights for {name}: {_line(reason)}; name a file of them by model.weights, or "
+        "set model.pretrained false to start anew"
+    )
 
 
 def pixel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -75,7 +135,7 @@ def _known(config: ModelConfig) -> str:
     return name
 
 
-def _from_file(name: str, path: str, in_channels: int) -> nn.Module:
+def _from_file(name: str, path: str, in_channels: int, image_size: tuple[int, ...]) -> nn.Module:
     """Build a timm model with the weights of a file, each of which must have its place, and the other way round.
 
     timm is lenient about names as soon as the number of classes is not that of the weights. So the model is built with
@@ -98,10 +158,9 @@ def _from_file(name: str, path: str, in_channels: int) -> nn.Module:
     problem: Exception | None = None
     for number in options:
         overlay = {"file": path, "num_classes": number, "custom_load": False}
+        given = {"pretrained": True, "num_classes": number, "in_chans": in_channels, "pretrained_cfg_overlay": overlay}
         try:
-            encoder = timm.create_model(
-                name, pretrained=True, num_classes=number, in_chans=in_channels, pretrained_cfg_overlay=overlay
-            )
+            encoder = _create(name, image_size, given)
         except Exception as error:  # torch's names and shapes, or what a reader of foreign formats stumbles on
             problem = problem or error
             continue
@@ -119,7 +178,7 @@ def _classes_of(state: dict[str, Any], classifier: Any) -> int:
     return rows[0] if rows else 0
 
 
-def _line(error: Exception) -> str:
+def _line(error: object) -> str:
     """Return what went wrong on one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

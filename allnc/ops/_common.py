@@ -196,7 +196,7 @@ def _require_extension(present: bool, op: str, backend: str) -> None:
 
 
 @torch.library.custom_op("allnc::validated_labels", mutates_args=())
-def _validated_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def _validated_labels(labels: Tensor, num_classes: int, ignore_index: int, num_views: int) -> Tensor:
     valid = ((labels >= 0) & (labels < num_classes)) | (labels == ignore_index)
     message = f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index})"
     if labels.device.type == "cuda":
@@ -204,15 +204,26 @@ def _validated_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Te
     elif not bool(valid.all()):
         wrong = labels[~valid]
         raise ValueError(f"{message}; got {int(wrong[0])} ({wrong.numel()} of {labels.numel()} out of range)")
+    if num_views > 1 and len(labels):
+        by_view = labels.unflatten(0, (num_views, -1))
+        alike = (by_view == by_view[0]).all()
+        message = (
+            f"the {num_views} views of an image must have one label; got rows that differ. Rows are view-major: "
+            "stack all images of view 0, then all images of view 1, and so on"
+        )
+        if labels.device.type == "cuda":
+            torch._assert_async(alike, message)  # pyright: ignore[reportPrivateImportUsage]
+        elif not bool(alike):
+            raise ValueError(message)
     return labels.clone(memory_format=torch.contiguous_format)
 
 
 @_validated_labels.register_fake
-def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def _(labels: Tensor, num_classes: int, ignore_index: int, num_views: int) -> Tensor:
     return torch.empty_like(labels, memory_format=torch.contiguous_format)
 
 
-def validated_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def validated_labels(labels: Tensor, num_classes: int, ignore_index: int, num_views: int = 1) -> Tensor:
     """A contiguous copy of labels after checking that each is in [0, num_classes) or equals ignore_index.
 
     On the CPU a wrong label raises ValueError. On CUDA the check is asynchronous (no synchronisation): a wrong
@@ -222,11 +233,12 @@ def validated_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Ten
         labels: [N] int64.
         num_classes: C.
         ignore_index: label of rows that take no part.
+        num_views: V, a divisor of N; rows are view-major, and the views of an image must have one label.
 
     Returns:
         [N] int64.
     """
-    return _validated_labels(labels, num_classes, ignore_index)
+    return _validated_labels(labels, num_classes, ignore_index, num_views)
 
 
 @contextlib.contextmanager

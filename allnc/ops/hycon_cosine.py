@@ -103,7 +103,7 @@ def hycon_cosine(
         h: [N, F] float16, bfloat16, float32 or float64; the predictor's output, view-major (row v·B + b).
         f: [N, F] features, rows as in h. Its type may differ from h's.
         labels: [N] int64 in [0, C), or `ignore_index` for rows that take no part at all; the views of an image have
-            one label, which is checked on the CPU.
+            one label.
         means: [C, F] class means, any length.
         num_views: V >= 1, a divisor of N. The first term averages over the V - 1 other views; with V = 1 it
             is absent and h is not used.
@@ -135,8 +135,8 @@ def hycon_cosine(
     if seen is not None:
         check_seen(seen, len(means))
     check_same_device(h=h, f=f, labels=labels, means=means, seen=seen)
-    labels = validated_labels(labels, len(means), ignore_index)
     check_views(labels, num_views)
+    labels = validated_labels(labels, len(means), ignore_index, num_views)
 
     with torch.autocast(h.device.type, enabled=False):
         dtype = accumulation_dtype(torch.promote_types(h.dtype, f.dtype))
@@ -156,18 +156,10 @@ def hycon_cosine(
 
 
 def check_views(labels: Tensor, num_views: int) -> None:
-    """Raise ValueError unless labels [N] are view-major: of a multiple of num_views rows, and alike (on the CPU)."""
+    """Raise unless labels [N] are of a multiple of num_views rows; that views are alike `validated_labels` checks."""
     check_integer("num_views", num_views, minimum=1)
     if len(labels) % num_views:
         raise ValueError(
             f"h must have a multiple of num_views = {num_views} rows; got {len(labels)}. "
             "Stack all images of view 0, then all images of view 1, and so on"
-        )
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # looking would wait for the device
-    by_view = labels.unflatten(0, (num_views, len(labels) // num_views))
-    if bool((by_view != by_view[0]).any()):
-        raise ValueError(
-            f"the {num_views} views of an image must have one label; got rows that differ. Rows are view-major: "
-            "stack all images of view 0, then all images of view 1, and so on"
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 if TYPE_CHECKING:
     from allnc.plot.runs import MeasuredRun
@@ -31,14 +31,9 @@ DEFAULT = [kind for kind in KINDS if kind != "simplex"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pictures; return 0, 2 for a mistake of the user, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m allnc.plot",
-        description=__doc__,
-        epilog="Kinds: "
-        + "; ".join(f"{kind}: {text}" for kind, text in KINDS.items())
-        + ". Those of the last weights ("
-        f"{', '.join(FROM_WEIGHTS)}) measure them on the training images once more.",
-    )
+    kinds = "; ".join(f"{kind}: {text}" for kind, text in KINDS.items())
+    again = f"Those of the last weights ({', '.join(FROM_WEIGHTS)}) measure them on the training images once more."
+    parser = Parser("allnc.plot", __doc__, epilog=f"Kinds: {kinds}. {again}")
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--kind", metavar="KIND", nargs="+", choices=KINDS, help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--labels", metavar="NAME", nargs="+", help="names of the runs; default those of the folders")

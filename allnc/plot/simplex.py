@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 if TYPE_CHECKING:
     from allnc.data import ImageSet
@@ -34,7 +34,7 @@ _TRAINING = {"lr": 0.05, "grad_clip": 1.0, "device": "cpu", "precision": "fp32",
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write DIR/simplex.png and DIR/simplex.gif; return 0, 2 for a mistake of the user, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.plot.simplex", description=__doc__)
+    parser = Parser("allnc.plot.simplex", __doc__)
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("plots"), help="default plots")
     parser.add_argument("--features", type=int, choices=(2, 3), default=2, help="dimensions of the picture; default 2")
     parser.add_argument("--digits", type=int, nargs=3, choices=range(10), default=[3, 5, 8], help="default 3 5 8")

@@ -8,16 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 MARK = '<meta name="generator" content="allnc.report'  # by which a page of ours is known, that may be replaced
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page; return 0, 2 for a mistake of the user, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m allnc.report",
-        description=__doc__,
+    parser = Parser(
+        "allnc.report",
+        __doc__,
         epilog="The page holds everything in itself: it can be mailed and read without a network. The first run is the "
         "one that the others are compared with.",
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 if TYPE_CHECKING:
     from allnc.sweep.plan import Job, Sweep
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, write tables and the plot; return 0, 2 for a mistake, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.sweep", description=__doc__)
+    parser = Parser("allnc.sweep", __doc__)
     parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="methods, data sets and seeds")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of runs.jsonl, tables and runs/")
     parser.add_argument(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from allnc._command import answer
+from allnc._command import Parser, answer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute, print and, with --out, write tables and a picture; return 0, 2 for a mistake, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m allnc.theory", description=__doc__)
+    parser = Parser("allnc.theory", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     landscape = commands.add_parser("landscape", help="minimisers, saddles and their curvature for each loss")
     landscape.add_argument("--classes", type=int, default=4, help="K; default 4")
@@ -36,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folders of sweeps over model.width and train.epochs; default benchmarks/results/losses",
     )
     losses.add_argument("--baseline", default="ce", help="method that the others are compared with; default ce")
+    losses.add_argument("--methods", nargs="+", metavar="NAME", help="compare these alone with it; default all")
     losses.add_argument(
         "--margin", type=float, default=1.0, help="points of accuracy that count as no difference; default 1"
     )

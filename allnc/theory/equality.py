@@ -69,7 +69,7 @@ class Grid(NamedTuple):
     """The runs of one data set."""
 
     cells: dict[Cell, dict[str, dict[int, dict[str, Any]]]]  # cell -> loss -> seed -> summary; in order, overall last
-    left_out: int  # runs of losses that lack a seed of the baseline, and seeds that it lacks
+    left_out: int  # runs whose seed another loss of the cell lacks
     images: int  # on which accuracy was measured
     measured_on: str
 
@@ -77,7 +77,8 @@ class Grid(NamedTuple):
 def read_grids(results: Sequence[Result], baseline: str) -> dict[str, Grid]:
     """Sort runs into data sets, cells, losses and seeds.
 
-    A loss takes part in a cell where it has every seed of the baseline; in the mean over cells, where it does in all.
+    Of a cell count the seeds that all of its losses have, so that an unfinished sweep is compared where it is complete;
+    in the mean over cells, the losses and the seeds of all of them.
 
     Args:
         results: of sweeps over `model.width` and `train.epochs`; the last one of each data set, method and seed counts.
@@ -154,30 +155,30 @@ def _grid(name: str, cells: Mapping[Cell, Mapping[str, Mapping[int, Result]]], b
                 f"every width and number of epochs must have a run of the baseline {baseline}; {name}, width "
                 f"{cell[1]}, {cell[2]} epochs has {', '.join(losses)}"
             )
-        seeds = sorted(losses[baseline])
-        kept[cell] = {
-            loss: {seed: runs[seed].summary for seed in seeds}
-            for loss, runs in losses.items()
-            if set(seeds) <= set(runs)
-        }
+        seeds = sorted(set.intersection(*map(set, losses.values())))
+        if seeds:
+            kept[cell] = {loss: {seed: runs[seed].summary for seed in seeds} for loss, runs in losses.items()}
+    if not kept:
+        raise ValueError(f"losses must have a seed in common; those of {name} have none in any cell")
     number = sum(len(runs) for losses in kept.values() for runs in losses.values())
     if len(kept) > 1:
-        kept[name, None, None] = _overall(list(kept.values()), baseline)
+        kept |= _overall(name, list(kept.values()))
     summary = every[0].summary
     measured_on = summary["measured_on"]
     images = int(summary["images"][measured_on].split(" ")[0].replace(",", ""))
     return Grid(kept, len(every) - number, images, measured_on)
 
 
-def _overall(cells: Sequence[Mapping[str, Mapping[int, Any]]], baseline: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """Return the mean over cells of each loss that is in all of them, for the seeds that the baseline has in all."""
-    seeds = sorted(set.intersection(*(set(losses[baseline]) for losses in cells)))
-    everywhere = [loss for loss in cells[0] if all(loss in losses for losses in cells)] if seeds else []
+def _overall(data: str, cells: Sequence[Mapping[str, Mapping[int, Any]]]) -> dict[Cell, Any]:
+    """Return the mean over cells, of the losses and seeds that all of them have; nothing where there are none."""
+    everywhere = [loss for loss in cells[0] if all(loss in losses for losses in cells)]
+    seeds = sorted(set.intersection(*(set(runs) for losses in cells for runs in losses.values())))
     names = (SCORE, *COLLAPSE)
-    return {
+    means = {
         loss: {seed: {name: _mean([cell[loss][seed].get(name) for cell in cells]) for name in names} for seed in seeds}
         for loss in everywhere
     }
+    return {(data, None, None): means} if seeds else {}
 
 
 def _spread(cell: Cell, scores: Scores) -> Spread | None:

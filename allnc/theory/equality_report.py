@@ -24,6 +24,12 @@ def run_losses(options: argparse.Namespace) -> None:
                 f"them by python -m allnc.sweep benchmarks/sweeps/losses.yaml --out {folder}"
             )
         results += found
+    if options.methods is not None:
+        known = dict.fromkeys(result.method for result in results)
+        for method in options.methods:
+            if method not in known:
+                raise ValueError(f"--methods must be of the sweep ({', '.join(known)}); got {method}")
+        results = [result for result in results if result.method in (*options.methods, options.baseline)]
     grids = read_grids(results, options.baseline)
     make_folder(options.out)
     console = Console(width=190)
@@ -61,7 +67,7 @@ def _tell(
     if margin < error:
         lines.append(f"--margin {margin:g} is below that: such a difference is one of these images, not of the loss.")
     if grid.left_out:
-        lines.append(f"{grid.left_out} runs are left out, whose loss or baseline lacks the seed in their cell.")
+        lines.append(f"{grid.left_out} runs are left out, whose seed another loss lacks in the same cell.")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
     print_table(
         console,

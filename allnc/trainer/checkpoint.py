@@ -233,7 +233,8 @@ def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
             return data
         if candidate == path:
             fault = "is damaged, or of another epoch (its SHA-256 differs)"
-    raise ValueError(f"{path} {fault}; {CHECKPOINT} names the file of epoch {manifest.epoch}")
+    epoch = "the best epoch" if name == BEST else f"epoch {manifest.epoch}"
+    raise ValueError(f"{path} {fault}; {CHECKPOINT} names the file of {epoch}")
 
 
 def _model(folder: Path, name: str, data: bytes) -> tuple[Config, int, Weights]:

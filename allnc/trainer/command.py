@@ -6,10 +6,10 @@ Neither torch nor numpy is imported: mistakes are answered before they are.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from allnc._command import typed
 from allnc.config import SECTIONS, Config
 from allnc.trainer import launcher, own
 from allnc.trainer.folder import CONFIG, Mode, check_folder, new_folder
+from allnc.trainer.help import short_help, wrapped
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
+from allnc.trainer.names import nearest
 from allnc.trainer.options import OF_A_MACHINE, dotted, from_dict, ignored_options, option_names, to_dict
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits_lt"
 MOST_TOLD = 4  # options in the name of a run folder
 FLAGS: dict[str, str] = {
-    "resume": "continue the run in --out DIR with its own configuration; train.* and where the files lie may change",
-    "overwrite": "start again in --out DIR, deleting the files of the run that is there",
+    "resume": "continue the run in --out DIR as it was; train.* and where files lie may change",
+    "overwrite": "start again in --out DIR, deleting the run that is there",
 }
 
 
@@ -39,9 +42,29 @@ class Program(NamedTuple):
     does: str
     flags: dict[str, str]  # what each means
     options: dict[str, str]  # those with a value
+    shown: dict[str, tuple[str, ...]]  # what --help shows, under headings; --help-all shows all of it
+    examples: tuple[str, ...]  # what follows the program's name
 
 
-TRAIN = Program("allnc.train", "Train a model.", FLAGS, {})
+TRAIN = Program(
+    "allnc.train",
+    "Train an image classifier on DIR, a folder with a folder for each class, or on the data set of a recipe.",
+    FLAGS,
+    {},
+    {
+        "The run": ("config", "out", "seed", *FLAGS, "dry_run"),
+        "Images": ("data.name", "data.root", "data.validation", "data.image_size", "data.augmentation"),
+        "Network": ("model.name", "model.pretrained", "model.weights"),
+        "Loss": ("loss.name", "loss.class_weights"),
+        "Training": ("train.epochs", "train.batch_size", "train.lr", "train.patience", "train.device"),
+    },
+    (
+        "photos --out runs/1",
+        "--config digits_lt --loss.name ce --seed 1 --out runs/ce-1",
+        "--config cifar100_lt --data.root DIR --data.validation 0.2",
+        "--resume --out runs/ce-1 --train.epochs 90",
+    ),
+)
 
 
 class Plan(NamedTuple):
@@ -73,6 +96,7 @@ def plan(words: Sequence[str]) -> Plan:
     config, recipe = parse(words)
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
+    _check_depth(config.model.name)
     mode: Mode = "overwrite" if given else "new"
     if launcher.rank() > 0:
         config, index = settled(config, words, lambda _: None)
@@ -144,6 +168,16 @@ def _in_a_name(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.+_]+", "_", str(value))[:24]
 
 
+def _check_depth(name: str) -> None:
+    """Raise ValueError for a CIFAR ResNet that nobody means: one whose depth ImageNet's have, too."""
+    parameters = {"resnet50": 0.8, "resnet152": 2.4}.get(name)
+    if parameters:
+        raise ValueError(
+            f"--model.name {name} would be the CIFAR ResNet of depth {name[6:]}, {parameters} M parameters: give "
+            f"timm:{name} for ImageNet's, or resnet56 or resnet110 for small images"
+        )
+
+
 def print_config(words: Sequence[str]) -> None:
     """Print the whole configuration of a command line as YAML."""
     words = own.spelled_out([word for word in words if word != "--print_config"])
@@ -170,11 +204,17 @@ def parse(words: Sequence[str], program: Program = TRAIN) -> tuple[Config, str]:
     for recipe in recipes:
         _check_recipe(recipe)
     parser = _parser(recipes, program)
+    if "help-all" in given:
+        parser.print_help()
+        sys.exit(0)
+    if "help" in given or "-h" in words:
+        print(_short_help(names or [DEFAULT_RECIPE], recipes, program))
+        sys.exit(0)
     try:
         values = parser.parse_args(rest).as_dict()
     except ArgumentError as error:
         raise ValueError(_readable(error)) from None
-    config = from_dict({name: value for name, value in values.items() if name in (*SECTIONS, "seed", "out")})
+    config = _config_of(values)
     if config.data.name != "own" or config.data.index is not None:  # else what they are read for is not chosen yet
         _refuse_ignored(config, given)
     return config, "-".join(recipe.stem for recipe in recipes)
@@ -190,7 +230,7 @@ def _refuse_ignored(config: Config, given: Sequence[str]) -> None:
 def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
     """Return a parser whose defaults are those of the recipes, the last one first."""
     parser = ArgumentParser(
-        prog=f"python -m {program.name}",
+        prog=typed(program.name),
         description=f"{program.does} Every option of a configuration can be given by its dotted name.",
         exit_on_error=False,
         allow_abbrev=False,
@@ -218,6 +258,21 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
     return parser
 
 
+def _config_of(values: Mapping[str, Any]) -> Config:
+    """Return the configuration among what a parser has found."""
+    return from_dict({name: value for name, value in values.items() if name in (*SECTIONS, "seed", "out")})
+
+
+def _short_help(names: list[str], recipes: list[Path], program: Program) -> str:
+    known = typed(program.name)
+    place = "[DIR] " if program is TRAIN else ""
+    usage = f"{known} {place}[--config RECIPE] [--SECTION.OPTION VALUE ...] [--out RUN]"
+    defaults = dotted(_config_of(_parser(recipes, program).get_defaults().as_dict())) | {"config": " ".join(names)}
+    own = {**program.flags, **program.options}
+    shown = short_help(usage, program.does, program.shown, own, defaults, [f"{known} {e}" for e in program.examples])
+    return "\n".join([shown, *wrapped("Recipes:", ", ".join(recipe_names()), left=9)])
+
+
 def recipe_names() -> list[str]:
     """Return the names that --config knows without a path."""
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
@@ -225,11 +280,12 @@ def recipe_names() -> list[str]:
 
 def given_options(words: Sequence[str], program: Program = TRAIN) -> list[str]:
     """Return the options that were given, and refuse unknown ones with the nearest known name."""
-    known = [*option_names(), *SECTIONS, *program.flags, *program.options, "config", "help"]
+    known = [*option_names(), *SECTIONS, *program.flags, *program.options, "config", "help", "help-all"]
     given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
     for name in given:
         if name not in known:
-            raise ValueError(f"--{name} is not an option{_nearest(name, known, '--')}; --help lists them")
+            offered = [option for option in (*known, "print_config", "dry_run") if option not in SECTIONS]
+            raise ValueError(f"--{name} is not an option{nearest(name, offered, '--')}; --help-all lists them")
     return given
 
 
@@ -258,7 +314,7 @@ def _recipe_path(name: str) -> Path:
     if not Path(name).is_file():
         known = recipe_names()
         raise ValueError(
-            f"--config must be a YAML file or one of {', '.join(known)}; got {name!r}{_nearest(name, known)}"
+            f"--config must be a YAML file or one of {', '.join(known)}; got {name!r}{nearest(name, known)}"
         )
     return Path(name)
 
@@ -287,22 +343,25 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else repr(value)[:60]
 
 
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
 def _readable(error: ArgumentError) -> str:
     """Put the parser's message on one line in a reader's words; name the nearest option to an unknown key."""
     message = " ".join(str(error).split())
     unknown = re.search(r"Group '(\w+)' does not accept option '(\w+)'|Option '([\w.]+)' is not accepted", message)
     if unknown:
         name = unknown[3] or f"{unknown[1]}.{unknown[2]}"
-        return f"{name} is not an option{_nearest(name, option_names())}"
+        return f"{name} is not an option{nearest(name, option_names())}"
+    section = re.search(r'Parser key "(\w+)": Unable to load config [\'"](.*?)[\'"]', message)
+    if section:
+        likely = f"; did you mean --{section[1]}.name?" if section[1] != "train" else ""
+        return f"--{section[1]} must be a YAML file or a mapping of its options; got {section[2]!r}{likely}"
+    stray = re.search(r"unrecognized arguments: (.*)", message)
+    if stray:
+        return f"every value needs the name of its option before it, as --train.epochs 5; got {stray[1]} without one"
     wrong = re.search(r'key "([\w.]+)": Expected an? (.+)\. Got value: (.*)', message)
     union = re.search(r'key "([\w.]+)": .*Subtypes: (\[.*?\]) Errors:.*Given value: (.*)', message)
     if union:
-        types = " or ".join(re.findall(r"'(\w+)'", union[2])).replace("NoneType", "null")
+        found = re.findall(r"'(\w+)'|dict\[", union[2])
+        types = " or ".join(name or "{name: number}" for name in found).replace("NoneType", "null")
         return f"{union[1]} must be of type {types}; got {union[3]}"
     if wrong:
         wanted = re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2])

@@ -26,6 +26,16 @@ PROGRAM = Program(
         "passes": "passes over the training images: one without augmentation, the others augmented; default 1",
         "shard_rows": f"images of a file, default {SHARD_ROWS}",
     },
+    {
+        "What goes where": ("out", "resume", "passes", "shard_rows"),
+        "Model": ("config", "run", "model.name", "model.pretrained", "model.weights"),
+        "Images": ("data.name", "data.root", "data.image_size", "data.augmentation", "data.workers"),
+        "Machine": ("train.device",),
+    },
+    (
+        "--config imagenet_lt --model.name timm:resnet50 --model.pretrained true --out features",
+        "--run runs/trained --passes 3 --out features",
+    ),
 )
 # Every other option of a configuration is of the training that is to come.
 _READ = (
@@ -59,8 +69,9 @@ def plan(words: Sequence[str]) -> Plan:
     """
     if launcher.world_size() > 1:
         raise ValueError("allnc.features runs as one process: start it without a launcher such as torchrun")
-    if {"--help", "-h"} & {*words}:
-        parse(["--help"], PROGRAM)
+    for asked in ("--help", "-h", "--help-all"):
+        if asked in words:
+            parse([asked], PROGRAM)
     given = given_options(words, PROGRAM)
     outs, rest = take(words, "out")
     if not outs:

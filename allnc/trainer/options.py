@@ -22,11 +22,11 @@ OF_A_MACHINE = (
 )
 # The options of the loss that each baseline reads, beside its name.
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "ce": ("label_smoothing", "drw"),
+    "ce": ("label_smoothing", "drw", "class_weights"),
     "logit_adjusted": ("tau", "label_smoothing"),
-    "focal": ("focal_gamma", "drw"),
-    "ldam": ("drw",),
-    "mse": ("drw",),
+    "focal": ("focal_gamma", "drw", "class_weights"),
+    "ldam": ("drw", "class_weights"),
+    "mse": ("drw", "class_weights"),
     "supcon": ("hycon_weight", "classification_weight", "temperature", "backend"),
     "bcl": ("hycon_weight", "classification_weight", "temperature", "tau"),
     "proco": ("hycon_weight", "classification_weight", "temperature", "tau", "ema_momentum", "backend"),
@@ -65,7 +65,7 @@ def ignored_options(config: Config) -> dict[str, str]:
         )
     if loss.name == "allnc":
         drop("loss", "classification_weight", "loss.name is allnc, which weighs its contrast by alpha")
-        drop("loss", "drw", "loss.name is allnc, which re-balances by its schedule")
+        drop("loss", "drw class_weights", "loss.name is allnc, which re-balances by its schedule")
         if loss.rebalance != "focal":
             drop("loss", "focal_gamma", "no branch has the focal loss")
         if loss.rebalance != "logit_adjusted":

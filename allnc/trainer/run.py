@@ -91,6 +91,7 @@ class Run:
             config.model,
             in_channels=self.train_set.channels,
             num_classes=self.train_set.num_classes,
+            image_size=tuple(self.train_set.shape(config.data)[1:]),
             head=entry.head(config.loss),
             two_branches=entry.two_branches,
             class_counts=self.counts,
@@ -107,6 +108,7 @@ class Run:
             projection_dim=config.model.projection_dim,
             classifier_scale=None if config.model.classifier == "linear" else config.model.classifier_scale,
             group=self.processes.group,
+            classes=self.train_set.classes,
         ).to(self.device)
         self.average = _moving_average(self.model, config.train.ema_decay)
         self.optimizer = build_optimizer(self.model, config.train)

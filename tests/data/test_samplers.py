@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+
 import pytest
 import torch
+import torch.utils.data
 
+from allnc.data import BalancedSampler
 from allnc.data.samplers import class_probabilities, generator, rebalanced_order, uniform_order
 
 COUNTS = torch.tensor([16, 4, 1])
@@ -68,3 +73,51 @@ def test_streams_differ() -> None:
 def test_counts_of_which_nothing_can_be_drawn(counts: list[int]) -> None:
     with pytest.raises(ValueError, match="class_counts must be >= 0, one of them > 0"):
         class_probabilities(torch.tensor(counts, dtype=torch.int64), "reversed")
+
+
+@pytest.mark.parametrize("sampler", ["class_balanced", "square_root", "uniform"])
+def test_the_ranks_share_what_one_process_draws(sampler: str) -> None:
+    labels = torch.repeat_interleave(torch.arange(3), COUNTS)  # 21 images
+    alone = BalancedSampler(labels, sampler, seed=5)
+    shares = [BalancedSampler(labels, sampler, seed=5, rank=rank, world_size=2) for rank in range(2)]
+    for each in (alone, *shares):
+        each.set_epoch(4)
+    drawn = [list(each) for each in shares]
+    assert [len(each) for each in (alone, *shares)] == [21, 11, 11] == [21, *map(len, drawn)]
+    if sampler == "uniform":  # every image once, and one more so that all ranks have as many
+        together = [index for pair in zip(*drawn, strict=True) for index in pair]
+        assert together[:21] == list(alone) and sorted(together[:21]) == list(range(21))
+    again = BalancedSampler(labels, sampler, seed=5)
+    again.set_epoch(4)
+    assert list(again) == list(alone) and list(again) == list(again)
+    again.set_epoch(5)
+    assert list(again) != list(alone)
+
+
+def test_the_sampler_serves_a_loader() -> None:
+    labels = torch.repeat_interleave(torch.arange(3), COUNTS)
+    data = torch.utils.data.TensorDataset(labels)
+    loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=BalancedSampler(labels, size=6000))
+    seen = torch.bincount(torch.cat([batch for (batch,) in loader]), minlength=3) / 6000
+    torch.testing.assert_close(seen, torch.full((3,), 1 / 3), atol=0.03, rtol=0)  # four standard deviations: 0.024
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([0.5, 1.0], {}, "labels must be the class of each image"),
+        ([], {}, "labels must be the class"),
+        ([0, -1], {}, "labels must be the class"),
+        ([0, 1], {"sampler": "random"}, "sampler must be one of uniform, reversed"),
+        ([0, 1], {"sampler": "uniform", "size": 4}, "size must be >= 1, and None with sampler uniform; got 4"),
+        ([0, 1], {"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\); got 2"),
+    ],
+)
+def test_wrong_arguments_of_the_sampler(labels: list, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BalancedSampler(labels, **options)
+
+
+def test_the_example_of_the_sampler() -> None:
+    results = doctest.testmod(importlib.import_module("allnc.data.samplers"))
+    assert results.attempted > 0 and results.failed == 0

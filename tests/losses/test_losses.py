@@ -5,17 +5,32 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
 
 from allnc.config import LossConfig
-from allnc.losses import GBBN, P2P, AllNC, Focal, HyCon, HyConCosine, LogitAdjusted, build_loss
+from allnc.losses import (
+    GBBN,
+    P2P,
+    AllNC,
+    Classification,
+    Contrastive,
+    CrossEntropy,
+    Focal,
+    HyCon,
+    HyConCosine,
+    LogitAdjusted,
+    build_loss,
+    class_weights,
+)
 from allnc.losses.build import LOSSES
 from allnc.losses.longtail import LONG_TAIL
 from allnc.ops.hycon import hycon_reference
@@ -55,7 +70,19 @@ def _class_means(rows: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "module",
-    ["allnc", "build", "contrastive", "gbbn", "hycon", "longtail", "p2p", "prototype_contrast", "regression", "vmf"],
+    [
+        "allnc",
+        "base",
+        "build",
+        "contrastive",
+        "gbbn",
+        "hycon",
+        "longtail",
+        "p2p",
+        "prototype_contrast",
+        "regression",
+        "vmf",
+    ],
 )
 def test_docstring_examples(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"allnc.losses.{module}"))
@@ -333,6 +360,94 @@ def _call_without(form: str) -> None:
     batch = _Batch()
     loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form)).double()  # pyright: ignore[reportArgumentType]
     loss(batch.features, batch.labels, batch.weight, batch.uniform, batch.rebalance, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AllNC(None, 4, 4), "class_counts must be the training images of each class"),  # pyright: ignore[reportArgumentType]
+        (lambda: AllNC(3, 4, 4), r"class_counts must have shape \[C\] with C >= 2, the training images of each"),  # pyright: ignore[reportArgumentType]
+        (lambda: AllNC([3, 4], 4, "4"), "projection_dim must be an integer; got '4'"),  # pyright: ignore[reportArgumentType]
+        (lambda: AllNC([3, 4], 4, 4, {}), "config must be an allnc.config.LossConfig; got dict"),  # pyright: ignore[reportArgumentType]
+        (lambda: AllNC([3, 4], 4, 4, LossConfig(name="ce")), "config.name must be allnc; got ce, which build_loss"),
+        (lambda: AllNC([3, 4], 4, 4, classifier_scale=0.0), "classifier_scale must be > 0; got 0"),
+        (lambda: Contrastive([3, 4], 4, LossConfig()), "config.name must be supcon or bcl or proco; got allnc"),
+        (lambda: build_loss("ce", class_counts=COUNTS, feature_dim=4), "config must be an allnc.config.LossConfig"),  # pyright: ignore[reportArgumentType]
+        (lambda: Classification(3), "loss must be a module called with"),  # pyright: ignore[reportArgumentType]
+        (lambda: _call_with(uniform=torch.zeros(ROWS, C)), r"uniform must be a pair \(logits \[N, C\], labels \[N\]\)"),
+        (lambda: _call_with(rebalance=(torch.zeros(2, C),) * 3), "rebalance must be a pair .* got 3 values"),
+        (lambda: _call_with("ce", uniform=torch.zeros(ROWS, C)), "uniform must be a pair"),
+        (lambda: HyCon(C, 4)(torch.zeros(ROWS, DIM), _Batch().labels), r"z must have shape \[N, 4\]; got \[12, 6\]"),
+        (lambda: HyConCosine(C, 4)(torch.zeros(6, 4), torch.zeros(6, 5), _Batch().labels[:6]), "f must have shape"),
+        (lambda: P2P(C, 4)(torch.zeros(ROWS, DIM), _Batch().labels, torch.zeros(C, 4)), "features must have shape"),
+        (lambda: P2P(C, DIM)(torch.zeros(ROWS, DIM), _Batch().labels, torch.zeros(2, DIM)), "weight must have shape"),
+        (lambda: CrossEntropy(C)(torch.zeros(ROWS, C), _Batch().labels, [1.0] * C), "class_weight must be a torch"),  # pyright: ignore[reportArgumentType]
+        (lambda: Focal(C)(torch.zeros(ROWS, C), _Batch().labels, torch.ones(C - 1)), "class_weight must have shape"),
+    ],
+)
+def test_errors_name_what_the_caller_gave(build, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        build()
+
+
+def _call_with(name: Any = "allnc", **changed: Any) -> None:
+    batch = _Batch()
+    loss = build_loss(LossConfig(name=name), class_counts=COUNTS, feature_dim=WIDTH, projection_dim=DIM).double()
+    branches = {"uniform": batch.uniform, "rebalance": batch.rebalance, **changed}
+    loss(batch.features, batch.labels, batch.weight, **branches, progress=0.5, z=batch.z)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_interleaved_views_are_refused(compiled: bool) -> None:
+    """Rows 0 and 1 as the views of the first image: the cosine form would pair different classes."""
+    torch._dynamo.reset()  # of the other tests' modules
+    loss: Any = AllNC(COUNTS, WIDTH, config=LossConfig(hycon="cosine")).double()
+    loss = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    batch = _Batch()
+    interleaved = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 0, 0])
+    with pytest.raises(ValueError, match=r"the 2 views of an image must .* stack all images of view 0"):
+        loss(batch.features, interleaved, batch.weight, batch.uniform, batch.rebalance, 0.1, h=batch.h)
+
+
+def test_five_compiled_steps_make_three_graphs_at_most() -> None:
+    """The first step, then any progress, then the end of the uniform branch; never one graph for each value."""
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounter()
+    loss = torch.compile(AllNC(COUNTS, WIDTH, DIM).double(), fullgraph=True, backend=count)
+    for step in range(12):
+        _Batch(step).call(loss, step / 12)
+    assert count.frame_count <= 3
+
+
+def test_weights_of_classes_by_name_and_by_size() -> None:
+    names = ("cat", "dog", "lynx")
+    assert class_weights("auto", [3, 1, 0], names).tolist() == pytest.approx([3 / 7, 9 / 7, 9 / 7])  # 0 counts as 1
+    assert class_weights({"lynx": 3, "cat": 0}, [3, 1, 2], names).tolist() == [0.0, 1.0, 3.0]
+    config = LossConfig(name="ce", class_weights={"lynx": 3.0})
+    counts = torch.tensor([3, 1, 2])
+    loss = build_loss(config, class_counts=counts, feature_dim=2, classes=names)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
+    branch = (logits, labels)
+    total = loss(torch.zeros(6, 2), labels, torch.zeros(3, 2), branch, branch, 0.0).total
+    assert_near(total, F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 1.0, 3.0])))
+    unnamed = build_loss(LossConfig(name="ce", class_weights={2: 3.0}), class_counts=counts, feature_dim=2)  # pyright: ignore[reportArgumentType]
+    assert_near(unnamed(torch.zeros(6, 2), labels, torch.zeros(3, 2), branch, branch, 0.0).total, total)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"lynks": 3}, "class_weights must name classes of the training images; got 'lynks'; did you mean 'lynx'?"),
+        ({"x": 3}, "got 'x': the classes are cat, lynx"),
+        ({"lynx": -1}, "class_weights of 'lynx' must be >= 0; got -1"),
+        ({"lynx": 0, "cat": 0}, "class_weights must be > 0 for one class at least; got zeros only"),
+        ("balanced", "class_weights must be one of 'auto'; got 'balanced'"),
+        ([1, 2], "class_weights must be auto or a weight for each name"),
+    ],
+)
+def test_weights_that_fit_no_class(weights: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        class_weights(weights, [2, 1], ("cat", "lynx"))
 
 
 @pytest.mark.parametrize(

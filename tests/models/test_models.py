@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import time
+import urllib.request
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -103,6 +107,35 @@ def test_a_timm_encoder_takes_any_channels() -> None:
 def test_a_timm_encoder_with_a_wide_layer_before_the_classifier() -> None:
     model = build(ModelConfig(name="timm:mobilenetv3_small_050")).eval()
     assert model(torch.randn(2, 1, 32, 32)).features.shape == (2, model.feature_dim)
+
+
+def test_a_timm_encoder_of_a_fixed_size_is_built_for_the_images() -> None:
+    config = ModelConfig(name="timm:vit_tiny_patch16_224", projection_dim=6)
+    model = build_model(config, in_channels=1, num_classes=3, image_size=(32, 48))
+    assert model(torch.randn(2, 1, 32, 48)).features.shape == (2, 192)
+    assert model.encoder.pos_embed.shape == (1, 1 + 2 * 3, 192)
+    own = build_model(config, in_channels=1, num_classes=3, image_size=(224, 224))
+    assert own.encoder.pos_embed.shape == (1, 1 + 14 * 14, 192)
+
+
+def test_a_timm_encoder_that_takes_the_images_is_left_as_it_is() -> None:
+    """Checkpoints of runs with another size have the model's own position embeddings."""
+    config = ModelConfig(name="timm:test_vit")
+    state = build_model(config, in_channels=1, num_classes=3, image_size=(32, 32)).state_dict()
+    own = build_model(config, in_channels=1, num_classes=3).state_dict()
+    assert {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in own.items()}
+
+
+def test_weights_without_a_network_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"no connection to .* \(Network is unreachable\); name a file of"):
+        build(ModelConfig(name="timm:resnet10t", pretrained=True))
+    assert time.perf_counter() - start < 5
 
 
 def test_an_unknown_timm_model() -> None:

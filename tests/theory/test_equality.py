@@ -90,11 +90,19 @@ def test_holm_and_the_mean_over_cells() -> None:
     assert overall.p == pytest.approx(over_seeds.pvalue)
 
 
-def test_losses_without_all_seeds_are_left_out() -> None:
-    runs = results({"ce": [98.0, 97.0], "ls": [98.0, 97.5, 99.0], "focal": [98.0]})
-    runs += results({"ce": [98.0, 97.0], "ls": [97.0, 98.0]}, width=8)
+def test_an_unfinished_sweep_counts_where_it_is_complete() -> None:
+    runs = results({"ce": [98.0, 97.0, 96.0], "ls": [98.0, 97.5, 99.0], "focal": [98.0, 97.0]})
+    runs += results({"ce": [98.0, 97.0], "ls": [97.0]}, width=8)
+    runs += results({"ce": [98.0]}, width=16)
     (grid,) = read_grids(runs, "ce").values()
-    assert grid.left_out == 2 and all(list(losses) == ["ce", "ls"] for losses in grid.cells.values())
+    used = {cell[1]: {loss: list(seeds) for loss, seeds in losses.items()} for cell, losses in grid.cells.items()}
+    assert used == {
+        4: {"ce": [0, 1], "ls": [0, 1], "focal": [0, 1]},
+        8: {"ce": [0], "ls": [0]},
+        16: {"ce": [0]},
+        None: {"ce": [0]},
+    }
+    assert grid.left_out == 3
     (again,) = read_grids([*runs, result("ce", 0, 50.0)], "ce").values()  # the later record of a run counts
     assert again.cells["digits", 4, 35]["ce"][0]["balanced"] == 50.0
 
@@ -110,6 +118,7 @@ def test_where_nothing_can_be_said(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
+        ([result("ce", 0, 9.0), result("ls", 1, 9.0)], "losses must have a seed in common; those of digits have none"),
         ([result("ls", 0, 9.0)], "must have a run of the baseline ce; digits, width 4, 35 epochs has ls"),
         ([result("ce", 0, 9.0), result("ls", 0, 9.0, data="b")], "w4_e35 and b both have digits, width 4 and 35"),
         (
@@ -151,6 +160,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with (out / "equality.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["verdict"] for row in rows if row["loss"] == "ls"] == ["open", "different"]
+    assert main(["losses", *map(str, folders), "--baseline", "ls", "--methods", "ls"]) == 0
+    assert "ce" not in capsys.readouterr().out.split()
+    assert main(["losses", str(folders[0]), "--methods", "ls", "lse"]) == 2
+    assert "--methods must be of the sweep (ce, ls); got lse" in capsys.readouterr().err
     assert main(["losses", str(folders[0]), "--baseline", "mse"]) == 2
     assert "must have a run of the baseline mse" in capsys.readouterr().err
     assert main(["losses", str(folders[0]), "--margin", "0"]) == 2
