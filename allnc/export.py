@@ -59,9 +59,11 @@ def _export(options: argparse.Namespace) -> None:
     predictor = load(options.run, which=options.which, device="cpu", root=options.root, pretrained=options.pretrained)
     done = export(predictor, options.format, out, raw=options.raw)
     shape = ", ".join(map(str, predictor.card.shape))
+    takes = "features" if len(predictor.card.shape) == 1 else "uint8 images" if options.raw else "normalised images"
     size = sum(path.stat().st_size for path in done.files) / 1e6
     print(
-        f"{' and '.join(map(str, done.files))}: {size:.1f} MB, [N, {shape}] -> [N, {len(predictor.classes)}] logits; "
+        f"{' and '.join(map(str, done.files))}: {size:.1f} MB, {takes} [N, {shape}] -> logits "
+        f"[N, {len(predictor.classes)}]; "
         f"largest difference from the run {done.difference:.1e} ({done.relative:.1e} of the largest logit)"
     )
 

@@ -19,6 +19,7 @@ def _train(words: list[str]) -> None:
     from allnc.trainer import launcher
     from allnc.trainer.command import look_only, plan, print_config
 
+    reports, words = "--report" in words, [word for word in words if word != "--report"]
     if "--print_config" in words:
         return print_config(words)
     if "--dry_run" in words:
@@ -31,9 +32,16 @@ def _train(words: list[str]) -> None:
         raise SaidElsewhereError("the first process has the same words, and answers") from error
     from rich.console import Console
 
+    from allnc.trainer.folder import REPORT
     from allnc.trainer.loop import train
 
     train(config, folder, Console(), mode=mode, index=index)
+    if reports and launcher.rank() == 0:
+        from allnc.report.page import write_report
+
+        page = folder / REPORT
+        write_report([folder], page, labels=[folder.name], say=lambda line: print(line, flush=True))
+        print(page)
 
 
 if __name__ == "__main__":

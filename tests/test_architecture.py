@@ -29,7 +29,7 @@ DOORS: dict[str, set[str]] = {
     "trainer": {"_command", "_sealed", "ops", "losses", "metrics", "data", "models", "config", "_version"},
     "info": {"ops", "_command", "_extension", "_version"},
     "__main__": {"_command", "_version"},
-    "train": {"trainer", "_command"},
+    "train": {"trainer", "_command", "report"},
     "sweep": {"trainer", "metrics", "_command", "config"},
     "report": {"plot", "trainer", "metrics", "data", "_command", "_version", "config"},
     "plot": {"trainer", "metrics", "data", "_command", "config"},

@@ -33,6 +33,11 @@ FLAGS: dict[str, str] = {
     "resume": "continue the run in --out DIR as it was; train.* and where files lie may change",
     "overwrite": "start again in --out DIR, deleting the run that is there",
 }
+ACTIONS: dict[str, str] = {  # flags that `parse` does not know: allnc.train takes them first
+    "report": "when it is trained, write report.html into the run folder: a page about the run",
+    "dry_run": "look at the images of DIR, say what is planned, and stop",
+    "print_config": "print the whole configuration and stop",
+}
 
 
 class Program(NamedTuple):
@@ -52,7 +57,7 @@ TRAIN = Program(
     FLAGS,
     {},
     {
-        "The run": ("config", "out", "seed", *FLAGS, "dry_run"),
+        "The run": ("config", "out", "seed", *FLAGS, "report", "dry_run"),
         "Images": ("data.name", "data.root", "data.validation", "data.image_size", "data.augmentation"),
         "Network": ("model.name", "model.pretrained", "model.weights"),
         "Loss": ("loss.name", "loss.class_weights"),
@@ -241,10 +246,8 @@ def _parser(recipes: list[Path], program: Program) -> ArgumentParser:
         "--config", help=f"recipe ({known}) or YAML file, several one over the other; default {DEFAULT_RECIPE}"
     )
     if program is TRAIN:
-        parser.add_argument("--print_config", action="store_true", help="print the whole configuration and stop")
-        parser.add_argument(
-            "--dry_run", action="store_true", help="look at the images of DIR, say what is planned, stop"
-        )
+        for name, meaning in ACTIONS.items():
+            parser.add_argument(f"--{name}", action="store_true", help=meaning)
     parser.add_argument(
         "--out", type=str | None, default=None, help="run folder; default runs/RECIPE-LOSS-OPTIONS-seedSEED"
     )
@@ -268,7 +271,7 @@ def _short_help(names: list[str], recipes: list[Path], program: Program) -> str:
     place = "[DIR] " if program is TRAIN else ""
     usage = f"{known} {place}[--config RECIPE] [--SECTION.OPTION VALUE ...] [--out RUN]"
     defaults = dotted(_config_of(_parser(recipes, program).get_defaults().as_dict())) | {"config": " ".join(names)}
-    own = {**program.flags, **program.options}
+    own = {**program.flags, **program.options, **ACTIONS}
     shown = short_help(usage, program.does, program.shown, own, defaults, [f"{known} {e}" for e in program.examples])
     return "\n".join([shown, *wrapped("Recipes:", ", ".join(recipe_names()), left=9)])
 
@@ -284,7 +287,7 @@ def given_options(words: Sequence[str], program: Program = TRAIN) -> list[str]:
     given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
     for name in given:
         if name not in known:
-            offered = [option for option in (*known, "print_config", "dry_run") if option not in SECTIONS]
+            offered = [option for option in (*known, *ACTIONS) if option not in SECTIONS]
             raise ValueError(f"--{name} is not an option{nearest(name, offered, '--')}; --help-all lists them")
     return given
 
@@ -332,7 +335,7 @@ def _check_recipe(path: Path) -> None:
         raise ValueError(f"{path} must be YAML of sections and options; it is not: {error}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must hold sections ({', '.join(SECTIONS)}); got {_shown(values)}")
-    for flag in {*FLAGS, "config", "print_config", "dry_run"} & {*values}:
+    for flag in {*FLAGS, *ACTIONS, "config"} & {*values}:
         raise ValueError(f"{path}: {flag} is an option of the command line alone; remove it there and give --{flag}")
     for name in SECTIONS:
         if name in values and not isinstance(values[name], Mapping):

@@ -32,12 +32,15 @@ from allnc.config import SECTIONS
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, STATE, BEST = "checkpoint.json", "last.safetensors", "state.pt", "best.safetensors"
-PREDICTIONS, CLASSES = "predictions.npz", "classes.csv"
+PREDICTIONS, CLASSES, REPORT = "predictions.npz", "classes.csv", "report.html"
 PLOTS, ANGLES, CURVES, CONFUSION = "plots", "plots/angles.png", "plots/curves.png", "plots/confusion.png"
 EVENTS, LOCK, COLLAPSE, INDEX = "events.out.tfevents.*", ".lock", "collapse.json", "images.tsv"
 EXPORTS = ("model.safetensors", "model.json", "model.pt2", "model.onnx")  # of `allnc.export`
 # Written beside their place, then moved there.
-_WHOLE = (CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, BEST, COLLAPSE, INDEX, PREDICTIONS, CLASSES, *EXPORTS)
+_WHOLE = (
+    *(CONFIG, METRICS, SUMMARY, CHECKPOINT, WEIGHTS, STATE, BEST, COLLAPSE, INDEX),
+    *(PREDICTIONS, CLASSES, REPORT, *EXPORTS),
+)
 
 Mode = Literal["new", "resume", "overwrite"]
 

@@ -31,7 +31,6 @@ _MEANING: dict[str, tuple[str, str]] = {
     "train.lr": ("RATE", "peak learning rate"),
     "train.patience": ("N", "stop after so many epochs without a better balanced accuracy on validation images"),
     "train.device": ("", ""),
-    "dry_run": ("", "look at the images of DIR, say what is planned, and stop"),
     "run": ("DIR", ""),
     "passes": ("N", ""),
     "shard_rows": ("N", ""),

@@ -275,6 +275,7 @@ def test_numbers_as_names_of_classes_are_in_their_order(tmp_path: Path) -> None:
         ("list.csv", "\ufefflabel;filename\n{swapped;}"),
         ("list.csv", "{lines}"),
         ("list.tsv", "Image\tSpecies\n{lines\t}"),
+        ("list.csv", "fold,image_id,label\n{folds}"),
         ("list.txt", "{lines }"),
         ("list.txt", "{lines\t}"),
     ],
@@ -286,6 +287,7 @@ def test_lists_of_every_kind(tmp_path: Path, name: str, text: str) -> None:
     for mark in (",", ";", "\t", " "):
         text = text.replace(f"{{lines{mark if mark != ',' else ''}}}", "\n".join(map(mark.join, images)))
         text = text.replace(f"{{swapped{mark}}}", "\n".join(mark.join(pair[::-1]) for pair in images))
+    text = text.replace("{folds}", "\n".join(f"3,{','.join(pair)}" for pair in images))
     (tmp_path / name).write_text(text)
     index = looked(tmp_path, train_list=str(tmp_path / name))
     assert index.classes == ("1", "2") and numbers(index, "train") == {"1": 4, "2": 4}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -171,6 +173,12 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message.format(at=tmp_path) in error and error.count("\n") == 1
     assert not list(tmp_path.glob("*.html")) and (tmp_path / "photos" / "0.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mistakes_are_answered_before_torch_is_imported() -> None:
+    program = "import sys; from allnc.report.__main__ import main; main(['gone']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False" and "RUN must be the folder of a run" in done.stderr
 
 
 def test_an_earlier_report_is_replaced(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -13,23 +13,11 @@ from allnc.data.images import shown
 from allnc.data.own.find import SPLITS, Entry, Found
 
 # Names of columns, the better ones first: a list with the number and the name of the class has both.
-PATHS = (
-    "path",
-    "image_path",
-    "filepath",
-    "file_path",
-    "fpath",
-    "filename",
-    "file_name",
-    "file",
-    "im_path",
-    "image",
-    "img",
-)
+PATHS = tuple("path image_path filepath file_path fpath filename file_name file im_path image img".split())
 PATHS += ("image_name", "image_id", "img_id", "id")
-LABELS = ("class_name", "classname", "category_name", "label_name", "class", "category", "species", "label", "labels")
+LABELS = tuple("class_name classname category_name label_name class category species label labels".split())
 LABELS += ("target", "class_id", "category_id", "label_id", "y")
-PARTS = ("split", "subset", "set", "partition", "fold", "part")
+PARTS = ("split", "subset", "partition", "set")
 
 
 class _Line(NamedTuple):
@@ -79,43 +67,39 @@ def _text(file: str) -> str:
 
 
 def _rows(file: str, text: str) -> tuple[tuple[int, int, int | None], list[_Line]]:
-    """Return which columns are path, class and split, and the lines of a text."""
-    rows, delimiter = _split_lines(file, text)
+    """Return which columns are path, class and split, and the lines of a text without those that name the columns."""
+    rows = _split_lines(file, text)
     if not rows:
         return (0, 1, None), []
-    head = [value.strip().lower() for value in rows[0].values]
-    columns = _named(head)
+    columns = _named([value.strip().lower() for value in rows[0].values])
     if columns is not None:
         return columns, rows[1:]
-    if _looks_like_image(rows[0].values[0]) or len(head) == 2:
-        if (
-            not any(map(_looks_like_image, rows[0].values))
-            and len(rows) > 1
-            and any(map(_looks_like_image, rows[1].values))
-        ):
-            raise ValueError(_unnamed(rows[0], head))
-        at = next((i for i, value in enumerate(rows[0].values) if _looks_like_image(value)), 0)
-        if len(head) == 2:
-            return (at, 1 - at, None), rows
-        if len(head) == 3:  # path, class, split in this order, or another one that the values tell
-            for part in (2, 1):
-                if {row.values[part].strip().lower() for row in rows} <= set(SPLITS):
-                    return (0, 3 - part, part), rows
-    sort = "one" if delimiter is None else {",": "a comma", "\t": "a tab", ";": "a semicolon"}[delimiter]
-    if delimiter is None:
-        raise ValueError(f"{rows[0].place} must be `path label`; got {rows[0].values[0][:80]!r}")
-    raise ValueError(f"{_unnamed(rows[0], head)} (its columns are parted by {sort})")
+    has_names = any(any(map(_looks_like_image, row.values)) for row in rows[1:2])
+    has_names = has_names and not any(map(_looks_like_image, rows[0].values))
+    columns = None if has_names else _guessed(rows)
+    if columns is None:
+        raise ValueError(
+            f"{rows[0].place} must name its columns, one of {', '.join(PATHS[:6])} ... for the file and one of "
+            f"{', '.join(LABELS[:8])} ... for the class; got {', '.join(map(repr, rows[0].values))[:200]}"
+        )
+    return columns, rows
 
 
-def _unnamed(row: _Line, head: list[str]) -> str:
-    return (
-        f"{row.place} must name its columns, one of {', '.join(PATHS[:6])} ... for the file and one of "
-        f"{', '.join(LABELS[:8])} ... for the class; got {', '.join(map(repr, head))[:200]}"
-    )
+def _guessed(rows: list[_Line]) -> tuple[int, int, int | None] | None:
+    """Return the places of path, class and split by their values; None where these do not tell."""
+    first = rows[0].values
+    path = next((place for place, value in enumerate(first) if _looks_like_image(value)), 0)
+    others = [place for place in range(len(first)) if place != path]
+    if len(others) == 1:
+        return path, others[0], None
+    for part, label in (others[::-1], others) if len(others) == 2 else ():
+        if {row.values[part].strip().lower() for row in rows} <= set(SPLITS):
+            return path, label, part
+    return None
 
 
-def _split_lines(file: str, text: str) -> tuple[list[_Line], str | None]:
-    """Part the lines into values, by the delimiter that parts most of the first ones alike; None: by blanks."""
+def _split_lines(file: str, text: str) -> list[_Line]:
+    """Part the lines into values, by the delimiter that parts most of the first ones alike, or else by blanks."""
     for delimiter in ("\t", ",", ";"):
         try:
             reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
@@ -129,14 +113,14 @@ def _split_lines(file: str, text: str) -> tuple[list[_Line], str | None]:
             wrong = next((row for row in rows if len(row.values) != width), None)
             if wrong is not None:
                 raise ValueError(f"{wrong.place} must have {width} values as the first line; got {len(wrong.values)}")
-            return rows, delimiter
+            return rows
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             rows.append(_Line(line.strip().rsplit(None, 1), f"{shown(file)}:{number}"))
             if len(rows[-1].values) != 2:
                 raise ValueError(f"{rows[-1].place} must be a file and its class; got {line.strip()[:80]!r}")
-    return rows, None
+    return rows
 
 
 def _named(head: list[str]) -> tuple[int, int, int | None] | None:
