@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from allnc.__main__ import COMMANDS, main
-from allnc.trainer.command import TRAIN
+from allnc.trainer.command import ACTIONS, TRAIN
 from allnc.trainer.extract_command import PROGRAM
 from allnc.trainer.names import nearest
 from allnc.trainer.options import option_names
@@ -94,7 +94,7 @@ def test_a_program_says_the_name_that_was_typed(
 def test_the_short_help_shows_options_that_exist_with_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     for program in (TRAIN, PROGRAM):
         shown = {name for names in program.shown.values() for name in names}
-        assert shown <= {*option_names(), *program.flags, *program.options, "config", "dry_run"}
+        assert shown <= {*option_names(), *program.flags, *program.options, *ACTIONS, "config"}
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--config", "cifar100_lt", "--help"])
     said = capsys.readouterr().out

@@ -64,9 +64,8 @@ TRAIN = Program(
         "Training": ("train.epochs", "train.batch_size", "train.lr", "train.patience", "train.device"),
     },
     (
-        "photos --out runs/1",
-        "--config digits_lt --loss.name ce --seed 1 --out runs/ce-1",
-        "--config cifar100_lt --data.root DIR --data.validation 0.2",
+        "photos --out runs/1 --report",
+        "--config cifar100_lt --data.root DIR --loss.name ce --seed 1 --out runs/ce-1",
         "--resume --out runs/ce-1 --train.epochs 90",
     ),
 )
