@@ -106,9 +106,8 @@ class BalancedSampler(Sampler[int]):
     ) -> None:
         labels = torch.as_tensor(labels).cpu()
         if labels.dim() != 1 or not len(labels) or labels.is_floating_point() or int(labels.min()) < 0:
-            raise ValueError(
-                f"labels must be the class >= 0 of each image, [n]; got {list(labels.shape)} {labels.dtype}"
-            )
+            got = f"{labels.dtype} {list(labels.shape)}" + (f" from {labels.min()}" if labels.numel() else "")
+            raise ValueError(f"labels must be the class of each image, [n] whole numbers >= 0; got {got}")
         class_probabilities(torch.ones(1, dtype=torch.int64), sampler)
         if size is not None and (sampler == "uniform" or size < 1):
             raise ValueError(f"size must be >= 1, and None with sampler uniform; got {size}")

@@ -274,7 +274,8 @@ def checked_counts(class_counts: Tensor | Sequence[int]) -> Tensor:
         ) from None
     if counts.dim() != 1 or len(counts) < 2:
         raise ValueError(
-            f"class_counts must have shape [C] with C >= 2, the training images of each class; got {list(counts.shape)}"
+            f"class_counts must have shape [C] with C >= 2; got {list(counts.shape)}. "
+            "It holds the training images of each class"
         )
     if counts.is_complex() or counts.dtype == torch.bool:
         raise TypeError(f"class_counts must be whole numbers; got {counts.dtype}")

@@ -173,7 +173,7 @@ def test_relative_places_are_found_from_another_folder(tmp_path: Path, monkeypat
 def test_a_timm_network_of_a_fixed_size_is_rebuilt_for_its_images() -> None:
     config = Config(model=ModelConfig(name="timm:vit_tiny_patch16_224"), loss=LossConfig(name="ce"))
     model = build_model(config.model, in_channels=3, num_classes=2, image_size=(32, 32)).eval()
-    card = Card(None, (3, 2), (0.5,) * 3, (0.5,) * 3, 3, (3, 32, 32))
+    card = Card(classes=None, class_counts=(3, 2), mean=(0.5,) * 3, std=(0.5,) * 3, channels=3, shape=(3, 32, 32))
     again = rebuild(config, card, Weights(model.state_dict()))
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():

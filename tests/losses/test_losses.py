@@ -366,7 +366,7 @@ def _call_without(form: str) -> None:
     ("build", "message"),
     [
         (lambda: AllNC(None, 4, 4), "class_counts must be the training images of each class"),  # pyright: ignore[reportArgumentType]
-        (lambda: AllNC(3, 4, 4), r"class_counts must have shape \[C\] with C >= 2, the training images of each"),  # pyright: ignore[reportArgumentType]
+        (lambda: AllNC(3, 4, 4), r"class_counts must have shape \[C\] with C >= 2; got \[\]. It holds the training"),  # pyright: ignore[reportArgumentType]
         (lambda: AllNC([3, 4], 4, "4"), "projection_dim must be an integer; got '4'"),  # pyright: ignore[reportArgumentType]
         (lambda: AllNC([3, 4], 4, 4, {}), "config must be an allnc.config.LossConfig; got dict"),  # pyright: ignore[reportArgumentType]
         (lambda: AllNC([3, 4], 4, 4, LossConfig(name="ce")), "config.name must be allnc; got ce, which build_loss"),

@@ -214,7 +214,7 @@ def _splits(
             f"{shown(config.root or '')} must hold training and test images; got {splits.count(TRAIN)} and {tested}"
         )
     if config.validation > 0 and VALIDATION not in splits:
-        _hold_out(splits, VALIDATION, config.validation, config.subset_seed + 1, images, first, least=0)
+        _hold_out(splits, VALIDATION, config.validation, config.subset_seed, images, first, least=0)
         if VALIDATION not in splits:
             raise ValueError(f"data.validation must hold out an image of some class; got {config.validation:g}")
     return splits, notes
@@ -233,7 +233,7 @@ def _hold_out(
     """Move a share of the training images of each class to a split."""
     among = [position for position, known in enumerate(splits) if known == TRAIN]
     labels = [images[position].label for position in among]
-    for chosen in held_out(labels, [first[position] for position in among], share, seed % 2**32, least=least):
+    for chosen in held_out(labels, [first[position] for position in among], share, seed, least=least):
         splits[among[chosen]] = split
 
 

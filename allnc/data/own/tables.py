@@ -13,9 +13,9 @@ from allnc.data.images import shown
 from allnc.data.own.find import SPLITS, Entry, Found
 
 # Names of columns, the better ones first: a list with the number and the name of the class has both.
-PATHS = tuple("path image_path filepath file_path fpath filename file_name file im_path image img".split())
-PATHS += ("image_name", "image_id", "img_id", "id")
-LABELS = tuple("class_name classname category_name label_name class category species label labels".split())
+PATHS = ("path", "image_path", "filepath", "file_path", "fpath", "filename", "file_name", "file", "im_path")
+PATHS += ("image", "img", "image_name", "image_id", "img_id", "id")
+LABELS = ("class_name", "classname", "category_name", "label_name", "class", "category", "species", "label", "labels")
 LABELS += ("target", "class_id", "category_id", "label_id", "y")
 PARTS = ("split", "subset", "partition", "set")
 
