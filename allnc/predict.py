@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         help="files, folders with all in them, patterns in quotes, or - for a list of paths on standard input",
     )
-    parser.add_argument("--top", type=int, default=3, help="how many classes of each image; default 3")
+    parser.add_argument("--top", type=int, help="how many classes of each image; default 3, or all of fewer")
     parser.add_argument("--format", choices=FORMATS, default="table", help="default table; jsonl is an object a line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to; default the terminal")
     parser.add_argument("--overwrite", action="store_true", help="let FILE be replaced")
@@ -64,7 +64,7 @@ def _predict(options: argparse.Namespace) -> int:
     """Write predictions; return the number of images that could not be read."""
     from allnc.inference.paths import check_sources, image_paths
 
-    if options.top < 1:
+    if options.top is not None and options.top < 1:
         raise ValueError(f"--top must be >= 1; got {options.top}")
     if options.workers is not None and options.workers < 0:
         raise ValueError(f"--workers must be >= 0; got {options.workers}")
@@ -84,11 +84,13 @@ def _predict(options: argparse.Namespace) -> int:
         root=options.root,
         pretrained=options.pretrained,
     )
-    if options.top > len(predictor.classes):
-        raise ValueError(f"--top must be <= {len(predictor.classes)}, the number of classes; got {options.top}")
+    num_classes = len(predictor.classes)
+    top = min(3, num_classes) if options.top is None else options.top
+    if top > num_classes:
+        raise ValueError(f"--top must be <= {num_classes}, the number of classes; got {top}")
     paths = image_paths(options.images)
     with _opened(options.out) as stream:
-        writer = Writer(stream, options.format, options.top)
+        writer = Writer(stream, options.format, top)
         done = predict_files(predictor, paths, writer, workers=options.workers, said=_teller(options))
     print(done, file=sys.stderr)
     return done.unread

@@ -34,17 +34,18 @@ def class_sizes(classes: int, *, most: int, least: int) -> list[int]:
 
 def draw(letter: str, fonts: list[Path], random: np.random.Generator, *, grey: bool) -> Image.Image:
     """Return one image of a letter."""
-    font = ImageFont.truetype(str(fonts[random.integers(len(fonts))]), int(random.integers(46, 66)))
+    font = ImageFont.truetype(str(fonts[random.integers(len(fonts))]), int(random.integers(40, 62)))
     mask = Image.new("L", (LARGE, LARGE))
-    place = tuple((LARGE / 2 + random.uniform(-9, 9, 2)).tolist())
+    place = tuple((LARGE / 2 + random.uniform(-12, 12, 2)).tolist())
     ImageDraw.Draw(mask).text(place, letter, fill=255, font=font, anchor="mm")
-    slant = random.uniform(-0.2, 0.2)
+    slant = random.uniform(-0.3, 0.3)
     mask = mask.transform(mask.size, Image.Transform.AFFINE, (1, slant, -slant * LARGE / 2, 0, 1, 0))
-    mask = mask.rotate(random.uniform(-15, 15), Image.Resampling.BILINEAR).resize((SIDE, SIDE), Image.Resampling.BOX)
+    mask = mask.rotate(random.uniform(-20, 20), Image.Resampling.BILINEAR).resize((SIDE, SIDE), Image.Resampling.BOX)
     share = np.asarray(mask, dtype=np.float32)[:, :, None] / 255
     channels = 1 if grey else 3
-    paper, ink = random.uniform(130, 240, channels), random.uniform(0, 100, channels)
-    pixels = paper + (ink - paper) * share + random.normal(0, 18, (SIDE, SIDE, channels))
+    paper = random.uniform(120, 240, channels)
+    ink = random.uniform(60, 160, channels)  # how much darker
+    pixels = paper - ink * share + random.normal(0, 20, (SIDE, SIDE, channels))
     pixels = pixels.clip(0, 255).astype(np.uint8)
     return Image.fromarray(pixels[:, :, 0] if grey else pixels)
 
