@@ -70,7 +70,7 @@ class Restored:
         if int(self.counts.min()) == 0:
             raise ValueError("--prior needs a run that knows its class sizes; one of an older version does not")
         wanted = wanted_prior(text, self.counts, self.classes)
-        return assumed_prior(self.config, self.counts, epoch=self.epoch), wanted
+        return assumed_prior(self.config, self.counts, epoch=self.epoch, classes=self.classes), wanted
 
 
 class Predictor:

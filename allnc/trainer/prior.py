@@ -7,6 +7,7 @@ class frequencies of the training set and q those of the batches (data.sampler; 
     ce, focal, supcon                             q
     ldam                                          q (its margins move the border, as a prior would not)
     class_balanced; ce, focal, ldam after drw     q w, w the class weights of the loss
+    ce, focal, ldam with loss.class_weights       q w
     logit_adjusted, bcl, proco                    q / π^τ: uniform with τ = 1
     allnc                                         that of its loss.rebalance, which alone remains at the end, with q of
                                                   data.rebalance_sampler
@@ -34,24 +35,27 @@ from torch import Tensor
 
 from allnc.config import REWEIGHTED, Config
 from allnc.data import class_probabilities
-from allnc.losses.base import effective_number_weights
+from allnc.losses.base import class_weights, effective_number_weights
 
 _NO_POSTERIOR = ("mse", "etf_dr", "ntce", "nonl")
 
 
-def assumed_prior(config: Config, class_counts: Tensor, *, epoch: int | None = None) -> Tensor:
+def assumed_prior(
+    config: Config, class_counts: Tensor, *, epoch: int | None = None, classes: Sequence[str] = ()
+) -> Tensor:
     """Return the class prior for which a run's logits are right.
 
     Args:
         config: of the run.
         class_counts: [C] training images of each class, >= 1.
         epoch: epochs done; None: all of them.
+        classes: names of the C classes, which loss.class_weights has; none where they are "0", "1" ...
 
     Returns:
         [C] float64 > 0, of sum 1.
 
     Raises:
-        ValueError: the loss has no logits that softmax makes probabilities of.
+        ValueError: the loss has no logits that softmax makes probabilities of, or a class that weighs nothing.
     """
     loss, data, model = config.loss, config.data, config.model
     if loss.name in _NO_POSTERIOR:
@@ -76,6 +80,15 @@ def assumed_prior(config: Config, class_counts: Tensor, *, epoch: int | None = N
     reweighted = loss.name in REWEIGHTED and loss.drw is not None and done / config.train.feature_epochs > loss.drw
     if name == "class_balanced" or reweighted:
         prior = prior * effective_number_weights(class_counts).cpu().double()
+    if loss.name in REWEIGHTED and loss.class_weights is not None:
+        names = classes or tuple(map(str, range(len(class_counts))))
+        weights = class_weights(loss.class_weights, class_counts, names).cpu().double()
+        if float(weights.min()) == 0:
+            raise ValueError(
+                f"--prior needs a loss that sees every class; loss.class_weights gives {names[int(weights.argmin())]} "
+                "the weight 0: remove --prior"
+            )
+        prior = prior * weights
     if name in ("logit_adjusted", "bcl", "proco"):
         prior = prior / frequency**loss.tau
     if model.posthoc == "logit_adjusted":

@@ -339,7 +339,8 @@ class Run:
         """
         data, adjust = self.config.data, None
         if prior is not None:
-            assumed = assumed_prior(self.config, self.counts, epoch=self.epoch)
+            names = self.train_set.classes
+            assumed = assumed_prior(self.config, self.counts, epoch=self.epoch, classes=names)
             adjust = functools.partial(adjust_prior, assumed=assumed, wanted=prior)
         self.predictions = predictions(
             self.measured, self.measured_set, data, self.device, self.processes, adjust=adjust

@@ -170,6 +170,8 @@ WEIGHTED = torch.tensor([3 / (1 - 0.9999**30), 1 / (1 - 0.9999**10)], dtype=torc
         (config(data={"sampler": "class_balanced"}), EVEN),
         (config({"name": "class_balanced"}), WEIGHTED),
         (config({"drw": 0.8}), WEIGHTED),
+        (config({"class_weights": "auto"}), EVEN),
+        (config({"name": "focal", "class_weights": {"rare": 9}}), torch.tensor([1.0, 3.0])),
         (config({"name": "allnc"}, train={"retrain_epochs": 2}), EVEN),
         (config(train={"retrain_epochs": 2}), EVEN),
         (config(model={"posthoc": "logit_adjusted"}), EVEN),
@@ -178,7 +180,7 @@ WEIGHTED = torch.tensor([3 / (1 - 0.9999**30), 1 / (1 - 0.9999**10)], dtype=torc
     ids=lambda case: None if isinstance(case, torch.Tensor) else f"{case.loss.name}",
 )
 def test_which_prior_a_loss_assumes(case: Config, want: torch.Tensor) -> None:
-    got = assumed_prior(case, torch.tensor([30, 10]))
+    got = assumed_prior(case, torch.tensor([30, 10]), classes=("often", "rare"))
     assert got.dtype == torch.float64 and got.tolist() == pytest.approx((want / want.sum()).tolist(), rel=1e-5)
 
 
@@ -195,6 +197,7 @@ def test_an_earlier_epoch_assumes_what_trained_it() -> None:
         (config({"name": "mse"}), "got loss.name mse"),
         (config({"name": "nonl"}, model={"classifier": "normalised"}), "got loss.name nonl"),
         (config(model={"posthoc": "tau_normalised"}), "got model.posthoc tau_normalised"),
+        (config({"class_weights": {"1": 0}}), "gives 1 the weight 0"),
     ],
 )
 def test_logits_without_a_prior_are_refused(case: Config, message: str) -> None:
