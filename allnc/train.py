@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(words: list[str]) -> None:
     # Imported here: Ctrl-C is answered during imports, too, and mistakes before those of torch, which take seconds.
     from allnc.trainer import launcher
-    from allnc.trainer.command import look_only, plan, print_config
+    from allnc.trainer.planning import look_only, plan, print_config
 
     reports, words = "--report" in words, [word for word in words if word != "--report"]
     if "--print_config" in words:

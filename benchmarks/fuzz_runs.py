@@ -18,9 +18,10 @@ from rich.console import Console
 
 from allnc.config import Config, DataConfig, ModelConfig, TrainConfig
 from allnc.trainer import checkpoint, loop
-from allnc.trainer.command import RECIPES, plan
+from allnc.trainer.command import RECIPES
 from allnc.trainer.folder import CHECKPOINT, CONFIG, METRICS, STATE, WEIGHTS, RunFolder
 from allnc.trainer.options import dotted, from_dict, to_dict
+from allnc.trainer.planning import plan
 from allnc.trainer.runlog import RunLog
 
 TINY = Config(

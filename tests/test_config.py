@@ -12,10 +12,11 @@ import yaml
 
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.train import main
-from allnc.trainer.command import parse, plan, recipe_names
+from allnc.trainer.command import parse, recipe_names
 from allnc.trainer.manifest import Manifest
 from allnc.trainer.optim import peak_rate
 from allnc.trainer.options import from_dict, ignored_options, option_names, to_dict
+from allnc.trainer.planning import plan
 
 RECIPES = ["cifar100_lt", "cifar10_lt", "cyrillic_lt", "digits_lt", "fashion_lt", "features", "imagenet_lt"]
 RECIPES += ["imagenet_lt_vit", "inat18", "inat18_vit", "kana_lt", "own_images", "places_lt", "places_lt_vit"]

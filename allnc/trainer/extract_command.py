@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from allnc.config import FEATURES_MANIFEST, Config
 from allnc.trainer import launcher
-from allnc.trainer.command import Program, given_options, parse, path_of, take
+from allnc.trainer.command import Program, given_options, parse, take
 from allnc.trainer.folder import CONFIG, LOCK, Mode, check_place, is_run
+from allnc.trainer.planning import path_of
 
 SHARD_ROWS = 65_536  # 96 MiB of 768 features: minutes of work at most are lost, and it fits in memory twice
 PROGRAM = Program(

@@ -19,7 +19,6 @@ import yaml
 from allnc.train import main
 from allnc.trainer import folder as folders
 from allnc.trainer import loop
-from allnc.trainer.command import plan
 from allnc.trainer.folder import (
     CHECKPOINT,
     LOCK,
@@ -33,6 +32,7 @@ from allnc.trainer.folder import (
 )
 from allnc.trainer.manifest import read_manifest
 from allnc.trainer.options import to_dict
+from allnc.trainer.planning import plan
 from tests.faults.runs import TINY, WORDS, command, one_line, quiet, shown, start
 
 

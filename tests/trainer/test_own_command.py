@@ -19,7 +19,7 @@ from allnc.data.own import read_index
 from allnc.train import main
 from allnc.trainer import loop
 from allnc.trainer.checkpoint import load_weights
-from allnc.trainer.command import plan
+from allnc.trainer.planning import plan
 
 SHORT = ["--train.epochs", "1", "--train.threads", "1", "--model.width", "2", "--loss.name", "ce"]
 PRETRAINED = ["--model.name", "timm:resnet18", "--model.pretrained", "true"]
