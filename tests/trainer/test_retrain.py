@@ -76,8 +76,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found: dict[str, Any] = {}
     save, weights = loop.Run.save, dict[int, Any]()
 
-    def saved(run: Run, to: Path) -> None:
-        save(run, to)
+    def saved(run: Run, to: Path, *, best: bool = False) -> None:
+        save(run, to, best=best)
         weights[run.epoch] = load_weights(to)[2]
 
     with pytest.MonkeyPatch.context() as patch:
