@@ -19,6 +19,9 @@ def _train(words: list[str]) -> None:
     from allnc.trainer import launcher
     from allnc.trainer.planning import look_only, plan, print_config
 
+    for action in ("--dry_run", "--print_config"):
+        if action in words and "--report" in words:
+            raise ValueError(f"--report would be ignored with {action}, which trains nothing; remove it")
     reports, words = "--report" in words, [word for word in words if word != "--report"]
     if "--print_config" in words:
         return print_config(words)

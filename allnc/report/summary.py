@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from allnc.report import numbers
 from allnc.report.runs import ReportedRun, limits_of
-from allnc.trainer.options import dotted
+from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.runlog import COLLAPSE
 
 
@@ -48,7 +49,7 @@ def trained(runs: Sequence[ReportedRun]) -> list[Row]:
 
 def _data(run: ReportedRun) -> str:
     root = run.config.data.root
-    return run.config.data.name + (f", {root}" if root else "")
+    return run.config.data.name + (f", {os.path.basename(root)}" if root else "")
 
 
 def _counts(run: ReportedRun) -> np.ndarray | None:
@@ -158,7 +159,11 @@ def _signed(value: float, digits: int) -> str:
 
 def options_of(run: ReportedRun) -> dict[str, str]:
     """Return every option of a run as text."""
-    return {name: str(value) for name, value in dotted(run.config).items()}
+    shown = dict[str, str]()
+    for name, value in dotted(run.config).items():
+        # Of files their names: a page may be mailed, and where they lie is nobody else's business.
+        shown[name] = os.path.basename(value) if name in OF_A_MACHINE and isinstance(value, str) else str(value)
+    return shown
 
 
 def option_differences(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:

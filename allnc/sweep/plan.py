@@ -115,6 +115,11 @@ def _jobs(
         config, _ = parse(words)
     except ValueError as error:
         raise ValueError(f"{path}: {method} on {data}: {error}") from None
+    if config.data.name == "own" and config.data.index is None:
+        raise ValueError(
+            f"{path}: {method} on {data}: one's own images must have a split that all runs share: train on them once "
+            "(allnc train DIR), and give the config.yaml of that run as config"
+        )
     return [
         Job(data, method, seed, dataclasses.replace(config, seed=seed), (*words, f"--seed={seed}")) for seed in seeds
     ]

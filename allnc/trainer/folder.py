@@ -42,6 +42,8 @@ _WHOLE = (
     *(PREDICTIONS, CLASSES, REPORT, *EXPORTS),
 )
 
+_RESULTS = (SUMMARY, PREDICTIONS, CLASSES, REPORT, ANGLES, CURVES, CONFUSION)  # of a run that has come to its end
+
 Mode = Literal["new", "resume", "overwrite"]
 
 
@@ -95,6 +97,11 @@ class RunFolder:
         for path in own_files(self.path):
             if path.name != LOCK:
                 path.unlink()
+
+    def drop_results(self) -> None:
+        """Delete what a run has left at its end: a longer one will have other results."""
+        for name in _RESULTS:
+            (self.path / name).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Let others write the folder; a folder that was made for this run and has stayed empty goes."""

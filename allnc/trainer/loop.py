@@ -93,19 +93,23 @@ def _train(
     index: Index | None,
 ) -> dict[str, Any]:
     """Train; only the process that has the files writes."""
+    if config.data.name == "own" and mode != "resume":  # the first process has looked at the images, and chosen
+        theirs, index = processes.gather((config, index))[0]
+        config, index = own.as_here(theirs, index, config)
     config, index = processes.together(lambda: own.tabled(config, folder, index))
     run = processes.together(lambda: Run(config, index and load(config.data, index=index), processes=processes))
     run.connect()
     if mode == "resume":
         processes.together(lambda: files and checkpoint.roll_forward(folder))
         processes.together(lambda: run.restore(folder))
+        processes.together(lambda: _check_goes_on(run))
     else:
         run.start_classifier()
     if files is not None:
         if mode != "resume":
             files.start()
         elif not run.done:
-            (files / SUMMARY).unlink(missing_ok=True)  # of fewer epochs: it would not be the weights' for long
+            files.drop_results()  # of fewer epochs: they would not be the weights' for long
         if index is not None:
             write_whole(files / INDEX, index.text())
         write_whole(files / CONFIG, _config_text(run).encode())
@@ -131,12 +135,12 @@ def _train(
         records = log.records
     trained = run.epoch
     if config.train.patience is not None:
-        processes.together(lambda: _take_best(run, folder, console))
+        _take_best(run, files, console)
     return _finish(run, files, records, console, trained=trained)
 
 
-def _take_best(run: Run, folder: Path, console: Console) -> None:
-    """Let a run that selects end with the weights of its best epoch."""
+def _take_best(run: Run, files: RunFolder | None, console: Console) -> None:
+    """Let a run that selects end with the weights of its best epoch, which the process that has the files reads."""
     best, config = run.selection, run.config.train
     if best.score is None:  # an older version trained it to the end
         return
@@ -149,10 +153,23 @@ def _take_best(run: Run, folder: Path, console: Console) -> None:
             markup=False,
         )
     if run.epoch != best.epoch:
-        _, epoch, weights = checkpoint.load_weights(folder, "best")
+        found = run.processes.together(lambda: checkpoint.load_weights(files.path, "best")[1:] if files else None)
+        epoch, weights = run.processes.gather(found)[0]
         run.load_model(weights, epoch)
         run.final = None
     run.weights = "best"
+
+
+def _check_goes_on(run: Run) -> None:
+    """Raise ValueError where a run that has stopped early would not go on, but options say that it should."""
+    config = run.config.train
+    changed = [c["option"] for c in run.changes if c["epoch"] == run.epoch and c["option"].startswith("train.")]
+    idle = [name for name in changed if name not in ("train.device", "train.threads")]
+    if idle and run.done and run.epoch < config.epochs:
+        raise ValueError(
+            f"the run has stopped after {run.epoch} epochs, {config.patience} of them without a better one: raise "
+            f"train.patience (null: to the last epoch), or remove {', '.join(idle)}"
+        )
 
 
 def _what_remains(files: RunFolder) -> str:

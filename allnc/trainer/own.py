@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from allnc.config import Config
 from allnc.trainer.folder import INDEX
+from allnc.trainer.options import OF_A_MACHINE, dotted
 
 if TYPE_CHECKING:
     from allnc.data.own import Index
@@ -92,6 +93,11 @@ def settle(config: Config, given: Collection[str], typed: Collection[str], say: 
             "--data.validation would be ignored: there are validation images already; remove it, or give 0 to measure "
             "on the test images"
         )
+    if "train.lr" not in given and (config.train.optimizer != "sgd" or config.train.lr_scaling != "none"):
+        raise ValueError(
+            f"--train.lr must be given with train.optimizer {config.train.optimizer} and train.lr_scaling "
+            f"{config.train.lr_scaling}: the rate that is chosen is SGD's for the batch that is chosen"
+        )
     chosen = {name: value for name, value in _choices(config, index, given).items() if name not in given}
     config = changed(config, chosen)
     for line in _description(config, index):
@@ -122,6 +128,15 @@ def tabled(config: Config, folder: Path, index: Index | None) -> tuple[Config, I
 
         index = read_index(data.index, data.root or "") if data.index else scan(data)
     return changed(config, {"data.index": str((folder / INDEX).absolute())}), index
+
+
+def as_here(config: Config, index: Index | None, own: Config) -> tuple[Config, Index | None]:
+    """Return what another process has found out, with the files where this one's configuration says they lie."""
+    here = {name: value for name, value in dotted(own).items() if name in OF_A_MACHINE}
+    out = here.pop("out")
+    here.pop("data.index")  # which lies in the run folder
+    config = dataclasses.replace(changed(config, here), out=out)
+    return config, index and dataclasses.replace(index, root=config.data.root)
 
 
 def with_index(config: Config, folder: Path) -> Config:
@@ -159,7 +174,7 @@ def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, 
         "data.augmentation": augmentation,
         "data.flip": not index.all_grey,
         "data.workers": min(data.workers, len(os.sched_getaffinity(0))),
-        "data.validation": data.validation or (round(validation / (validation + number), 4) if validation else 0.0),
+        "data.validation": data.validation or (validation / (validation + number) if validation else 0.0),
         "model.name": "timm:resnet50" if model.pretrained else network,
         "model.width": width,
         "train.batch_size": batch,

@@ -18,7 +18,7 @@ import yaml
 from allnc.config import SECTIONS, Config
 from allnc.trainer import launcher, own
 from allnc.trainer.command import FLAGS, given_options, parse, recipe_path, refuse_ignored, take
-from allnc.trainer.folder import CONFIG, Mode, check_folder, new_folder
+from allnc.trainer.folder import CONFIG, INDEX, Mode, check_folder, new_folder
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.options import OF_A_MACHINE, dotted, to_dict
 
@@ -52,13 +52,13 @@ def plan(words: Sequence[str]) -> Plan:
         return _resumed(words)
     words = own.spelled_out(words)
     config, recipe = parse(words)
+    config = _in_a_new_folder(config, words)
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
     _check_depth(config.model.name)
     mode: Mode = "overwrite" if given else "new"
-    if launcher.rank() > 0:
-        config, index = settled(config, words, lambda _: None)
-        return Plan(config, Path(config.out or "runs"), mode, index)
+    if launcher.rank() > 0:  # the first process looks at the images, and tells the others
+        return Plan(_with_whole_paths(config), Path(config.out or "runs"), mode)
     if config.out is not None:
         check_folder(path_of(config.out), mode)  # before minutes of looking at images
     config, index = settled(config, words, functools.partial(print, flush=True))
@@ -119,10 +119,13 @@ def _resumed(words: Sequence[str]) -> Plan:
         raise ValueError("--resume needs --out DIR, the folder of the run")
     folder = path_of(outs[-1])
     check_folder(folder, "resume")
-    if take(rest, "config")[0]:
-        raise ValueError(f"--resume continues {folder} with its own {CONFIG}; remove --config")
+    for option, what in (("config", CONFIG), ("data.index", INDEX)):
+        if take(rest, option)[0]:
+            raise ValueError(f"--resume continues {folder} with its own {what}; remove --{option}")
+    if rest and not rest[0].startswith("-"):
+        raise ValueError(f"--resume continues {folder} with its own images; remove {rest[0]}")
     config, _ = parse(["--config", str(folder / CONFIG), *rest])
-    config = own.with_index(dataclasses.replace(config, out=str(folder)), folder)
+    config = own.with_index(_with_whole_paths(dataclasses.replace(config, out=str(folder))), folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(
@@ -155,6 +158,14 @@ def _with_whole_paths(config: Config) -> Config:
     given = {name: value for name in places if (value := getattr(config.data, name))}
     whole = {name: os.path.abspath(os.path.expanduser(value)) for name, value in given.items()}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **whole))
+
+
+def _in_a_new_folder(config: Config, words: Sequence[str]) -> Config:
+    """Let a run that is trained by another one's config.yaml have a folder of its own."""
+    if take(words, "out")[0] or config.out is None:
+        return config
+    folders = {recipe_path(name).resolve().parent for name in take(words, "config")[0]}
+    return dataclasses.replace(config, out=None) if path_of(config.out).resolve() in folders else config
 
 
 def _told_apart(config: Config, words: Sequence[str]) -> list[str]:

@@ -14,8 +14,9 @@ class frequencies of the training set and q those of the batches (data.sampler; 
     a second stage (train.retrain_epochs)         uniform: cross-entropy on class-balanced batches
     model.posthoc logit_adjusted                  that of the loss, / π^posthoc_tau
 
-mse, etf_dr, ntce and nonl train no logits that softmax makes probabilities of, and model.posthoc tau_normalised has no
-prior in closed form: they are refused.
+An epoch of allnc before loss.horizon, in which both branches train the shared head, train.remix and model.posthoc
+tau_normalised have priors that no formula gives; mse, etf_dr, ntce and nonl train no logits that softmax makes
+probabilities of: they are refused.
 
 Sources: Menon et al., Long-tail learning via logit adjustment, ICLR 2021; Saerens et al., Neural Computation 2002; for
 class weights as a prior, Elkan, The Foundations of Cost-Sensitive Learning, IJCAI 2001.
@@ -69,6 +70,16 @@ def assumed_prior(
             "changes it by no formula: remove --prior"
         )
     done = config.train.epochs if epoch is None else epoch
+    if config.train.remix and config.train.mixup > 0:
+        raise ValueError(
+            "--prior needs a run whose logits assume a known class prior; got train.remix, which gives mixed images to "
+            "rare classes by no fixed share: remove --prior"
+        )
+    if loss.name == "allnc" and model.heads == "shared" and done < loss.horizon * config.train.feature_epochs:
+        raise ValueError(
+            f"--prior needs a classifier that one branch trains; after {done} epochs both still do (loss.horizon "
+            f"{loss.horizon:g} of {config.train.feature_epochs}): remove --prior"
+        )
     if done > config.train.feature_epochs:
         return class_probabilities(class_counts, "class_balanced")
     frequency = class_probabilities(class_counts, "uniform")

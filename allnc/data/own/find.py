@@ -17,6 +17,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "tests", "testset", "test_set"), TEST),
 }
 
+_RUN_FILES = {"config.yaml", "metrics.jsonl"}  # by which a run's folder is known, whose plots are nobody's images
+
 
 class Entry(NamedTuple):
     """An image as a folder or a list names it.
@@ -144,6 +146,9 @@ class _Reader:
             folder = waiting.pop()
             place = os.path.join(self.root, folder)
             if not self._enter(place):
+                continue
+            if _RUN_FILES.issubset(entry.name for entry in _entries(place)):
+                self.found.notes.append(f"{shown(folder)} left out: it is the folder of a run")
                 continue
             below = []
             for entry in _entries(place):
