@@ -9,7 +9,7 @@ import numpy as np
 
 from allnc.report import numbers
 from allnc.report.charts import WIDE, Axis, Figure, Key, Line, lines
-from allnc.report.runs import ReportedRun
+from allnc.report.runs import ReportedRun, measured_on
 
 
 class ClassRow(NamedTuple):
@@ -22,7 +22,7 @@ class ClassRow(NamedTuple):
 
 
 class ClassGroup(NamedTuple):
-    """Runs with the same classes, and what is said of each class."""
+    """Runs with the same classes, measured on the same images, and what is said of each class."""
 
     keys: list[Key]
     names: list[str]
@@ -33,14 +33,14 @@ class ClassGroup(NamedTuple):
 
 
 def class_groups(runs: Sequence[ReportedRun], keys: Sequence[Key]) -> list[ClassGroup]:
-    """Return what is said of the classes, for each set of runs that have the same."""
-    by_names: dict[tuple[str, ...], list[int]] = {}
+    """Return what is said of the classes, for each set of runs that have the same, and were measured on the same."""
+    by_images: dict[tuple[tuple[str, ...], bytes], list[int]] = {}
     for number, run in enumerate(runs):
         if run.told is not None:
-            by_names.setdefault(run.told.classes, []).append(number)
+            by_images.setdefault(measured_on(run.told), []).append(number)
     return [
         _class_group([runs[n] for n in members], [keys[n] for n in members], f"names{number}")
-        for number, members in enumerate(by_names.values())
+        for number, members in enumerate(by_images.values())
     ]
 
 

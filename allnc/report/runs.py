@@ -52,6 +52,11 @@ class ReportedRun:
     notes: tuple[str, ...]
 
 
+def measured_on(told: Answers) -> tuple[tuple[str, ...], bytes]:
+    """Return what two runs that are compared have in common: names of the classes, labels of the measured images."""
+    return told.classes, np.asarray(told.labels).astype(np.int32).tobytes()
+
+
 def limits_of(run: ReportedRun) -> tuple[int, int]:
     """Return from how many training images on a class is many-shot, and below how many few-shot."""
     return run.config.data.many, run.config.data.few

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from allnc.report import numbers
-from allnc.report.runs import ReportedRun, limits_of
+from allnc.report.runs import ReportedRun, limits_of, measured_on
 from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.runlog import COLLAPSE
 
@@ -94,11 +94,12 @@ def _versions(summary: dict[str, Any]) -> str:
 def results(runs: Sequence[ReportedRun]) -> list[Row]:
     """What was measured after the last epoch, with the differences to the first run."""
     found = [measures(run) for run in runs]
+    alike = [are_comparable(runs[0], run) for run in runs]
     rows = []
     for name, (label, digits, higher, inner, note) in MEASURES.items():
         values = [of_run.get(name) for of_run in found]
         if any(value is not None for value in values):
-            rows.append(Row(label, _compared(values, digits, higher=higher), inner, note))
+            rows.append(Row(label, _compared(values, digits, alike, higher=higher), inner, note))
     return rows
 
 
@@ -138,12 +139,20 @@ def measures(run: ReportedRun) -> dict[str, float | None]:
     return found | stored
 
 
-def _compared(values: Sequence[float | None], digits: int, *, higher: bool) -> list[Cell]:
+def are_comparable(one: ReportedRun, other: ReportedRun) -> bool:
+    """Whether two runs were measured on the same images, as far as the folders tell."""
+    if one.told is None or other.told is None:
+        images = [run.summary.get("images", {}).get(run.summary.get("measured_on")) for run in (one, other)]
+        return None in images or images[0] == images[1]
+    return measured_on(one.told) == measured_on(other.told)
+
+
+def _compared(values: Sequence[float | None], digits: int, comparable: Sequence[bool], *, higher: bool) -> list[Cell]:
     cells = []
     for number, value in enumerate(values):
         text = "–" if value is None else f"{value:.{digits}f}"
         first = values[0]
-        if number == 0 or value is None or first is None:
+        if number == 0 or value is None or first is None or not comparable[number]:
             cells.append(Cell(text))
             continue
         away = value - first

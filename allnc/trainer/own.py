@@ -29,6 +29,7 @@ LARGEST_BATCH = 64
 MEMORY = 2 * 2**30  # bytes of images that are held in memory
 PHOTOGRAPH = 160  # pixels: median of the shorter side from which on images are seen at 224, else at 128
 PRETRAINED = 224  # pixels: what most pretrained networks were trained at
+PRETRAINED_NETWORK = "timm:resnet50"
 Say = Callable[[str], None]
 
 
@@ -84,6 +85,8 @@ def settle(config: Config, given: Collection[str], typed: Collection[str], say: 
     from allnc.data.own.look import teller
 
     data = config.data
+    if "data.validation" not in given:  # what stands there may be a stand-in
+        data = dataclasses.replace(data, validation=0.0)
     say(f"looking at the images of {data.train_list or data.root}")
     index = scan(data, teller("looked at"))
     if "data.test_share" in typed and {TEST, VALIDATION} & {*index.given}:
@@ -100,6 +103,11 @@ def settle(config: Config, given: Collection[str], typed: Collection[str], say: 
         )
     chosen = {name: value for name, value in _choices(config, index, given).items() if name not in given}
     config = changed(config, chosen)
+    if config.train.batch_size > len(index.of(TRAIN)):
+        raise ValueError(
+            f"--train.batch_size must be at most {len(index.of(TRAIN))}, the number of training images; got "
+            f"{config.train.batch_size}"
+        )
     for line in _description(config, index):
         say(line)
     return config, index
@@ -156,7 +164,9 @@ def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, 
     channels = 1 if index.all_grey and not model.pretrained else 3
     small = min(size, seen_at) <= SMALL
     bytes_in_memory = channels * size**2 * sum(1 for row in index.rows if row.split)
-    augmentation = data.augmentation if "data.augmentation" in given else "shift_rotate" if small else "resized_crop"
+    cropped = "data.fit" in given and data.fit == "crop"
+    gentle = small and not cropped
+    augmentation = data.augmentation if "data.augmentation" in given else "shift_rotate" if gentle else "resized_crop"
     whole = small or augmentation in ("shift_rotate", "crop_flip_cutout", "autoaugment")
     batch = min(LARGEST_BATCH, 2 ** max(1, (number // 2).bit_length() - 1))
     batch = config.train.batch_size if "train.batch_size" in given else batch
@@ -170,12 +180,12 @@ def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, 
         "data.image_size": size,
         "data.fit": "whole" if whole else "crop",
         "data.channels": channels,
-        "data.in_memory": size <= SMALL and bytes_in_memory <= MEMORY,
+        "data.in_memory": size <= SMALL and bytes_in_memory <= MEMORY and not cropped,
         "data.augmentation": augmentation,
-        "data.flip": not index.all_grey,
+        "data.flip": not index.all_grey and augmentation not in ("none", "shift_rotate"),
         "data.workers": min(data.workers, len(os.sched_getaffinity(0))),
-        "data.validation": data.validation or (validation / (validation + number) if validation else 0.0),
-        "model.name": "timm:resnet50" if model.pretrained else network,
+        "data.validation": validation / (validation + number),
+        "model.name": PRETRAINED_NETWORK if model.pretrained else network,
         "model.width": width,
         "train.batch_size": batch,
         "train.epochs": epochs,

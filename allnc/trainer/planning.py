@@ -51,7 +51,7 @@ def plan(words: Sequence[str]) -> Plan:
     if given == ["resume"]:
         return _resumed(words)
     words = own.spelled_out(words)
-    config, recipe = parse(words)
+    config, recipe = parse([*_stand_ins(words), *words])
     config = _in_a_new_folder(config, words)
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
@@ -92,10 +92,32 @@ def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config,
     return config, index
 
 
+def _stand_ins(words: Sequence[str]) -> list[str]:
+    """Return options in the place of what own images will decide, without which those that are given are refused."""
+    if "--data.name=own" not in words:
+        return []
+
+    def value(option: str) -> str | None:
+        return next(iter(take(words, option)[0][-1:]), None)
+
+    found = []
+    if value("model.pretrained") == "true" and value("model.name") is None:
+        found.append(f"--model.name={own.PRETRAINED_NETWORK}")
+    if value("data.fit") == "crop" and value("data.augmentation") is None:
+        found.append("--data.augmentation=resized_crop")
+    if value("train.patience") not in (None, "null") and value("data.validation") is None:
+        found.append("--data.validation=0.5")
+    return found
+
+
 def look_only(words: Sequence[str]) -> None:
     """Say what a run on one's own images would do."""
-    words = own.spelled_out([word for word in words if word != "--dry_run"])
-    config, _ = parse(words)
+    mode: Mode = "overwrite" if "--overwrite" in words else "new"
+    words = own.spelled_out([word for word in words if word not in ("--dry_run", "--overwrite")])
+    config, _ = parse([*_stand_ins(words), *words])
+    _check_depth(config.model.name)
+    if config.out is not None:
+        check_folder(path_of(config.out), mode)
     if settled(config, words, functools.partial(print, flush=True))[1] is None:
         raise ValueError(
             "--dry_run looks at a folder or a list of images: give it as the first word (--print_config prints what "
@@ -106,7 +128,7 @@ def look_only(words: Sequence[str]) -> None:
 def print_config(words: Sequence[str]) -> None:
     """Print the whole configuration of a command line as YAML."""
     words = own.spelled_out([word for word in words if word != "--print_config"])
-    config, _ = parse(words)
+    config, _ = parse([*_stand_ins(words), *words])
     if config.data.name == "own":
         config, _ = settled(config, words, lambda _: None)
     print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")

@@ -138,7 +138,30 @@ def test_runs_of_other_classes_stand_apart(two: tuple[Path, Path], tmp_path: Pat
     assert main([*map(str, two), str(tmp_path / "c"), "--stored", "--out", str(out)]) == 0
     page = out.read_text()
     check(page)
-    assert "have different classes, so they stand apart" in page and page.count('class="sortable"') == 2
+    assert (
+    assert "have different classes or were measured on different images, so they stand apart" in page
+    assert page.count('class="sortable"') == 2
+        and page.count('class="sortable"') == 2
+    )
+
+
+def test_runs_measured_on_other_images_are_not_compared(two: tuple[Path, Path], tmp_path: Path) -> None:
+    path = two[1] / "predictions.npz"
+    with np.load(path) as file:
+        kept = {name: file[name] for name in file.files}
+    rows = ("labels", "predicted", "confidence", "second", "second_confidence", "true_confidence", "positions", "paths")
+    np.savez(path, **{name: values[:-2] if name in rows else values for name, values in kept.items()})  # pyright: ignore[reportArgumentType]
+    out = tmp_path / "page.html"
+    assert main([*map(str, two), "--stored", "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "measured on different images, so they stand apart" in page and page.count('class="sortable"') == 2
+    assert '<span class="better">' not in page.split("Small numbers")[0].split("<tbody")[1]
+
+
+def test_where_files_lie_is_not_told(two: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    assert main([*map(str, two), "--stored", "--out", str(out)]) == 0
+    assert str(tmp_path) not in out.read_text()
 
 
 def test_thousands_of_classes_stay_small(tmp_path: Path) -> None:

@@ -92,3 +92,13 @@ def test_an_option_that_did_not_exist_counts_as_its_default() -> None:
     assert same_options(recorded, config)
     assert not same_options(recorded, dataclasses.replace(config, data=DataConfig(validation=0.2)))
     assert not same_options({**recorded, "loss.gone": 1}, config)
+
+
+def test_own_images_need_a_split_that_all_runs_share(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    own = {"config": "own_images", "data.name": "own", "data.root": str(tmp_path / "photos")}
+    path = written(
+        tmp_path, {"baseline": "ce", "seeds": [0], "data": {"photos": own}, "methods": {"ce": {"loss.name": "ce"}}}
+    )
+    with pytest.raises(ValueError, match=r"give the config\.yaml of that run as config"):
+        read_sweep(path)

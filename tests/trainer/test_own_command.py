@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import yaml
 from PIL import Image
 
 from allnc import evaluate
+from allnc.config import Config
 from allnc.data import load
-from allnc.data.own import read_index
+from allnc.data.own import Index, read_index
 from allnc.train import main
 from allnc.trainer import loop
 from allnc.trainer.checkpoint import load_weights
+from allnc.trainer.own import as_here
 from allnc.trainer.planning import plan
 
 SHORT = ["--train.epochs", "1", "--train.threads", "1", "--model.width", "2", "--loss.name", "ce"]
@@ -234,3 +237,77 @@ def test_an_old_run_has_no_table(tmp_path: Path) -> None:
     for name in ("index", "test_share", "max_bad", "fit", "channels", "in_memory", "flip", "crop_scale"):
         del values["data"][name]
     assert from_dict(values) == plan(["--out", str(tmp_path / "run")]).config
+
+
+def test_what_the_images_decide_later_is_no_contradiction_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pretrained network, cropping and stopping early ask for what is chosen once the images were looked at."""
+    photos = str(tree(tmp_path / "photos", {"a": 40, "b": 20}))
+    assert "224 x 224 pixels" in said([photos, "--model.pretrained", "true"], capsys)
+    assert "from disk, augmented by resized_crop" in said([photos, "--data.fit", "crop"], capsys)
+    for part in ("train", "val"):
+        tree(tmp_path / "parted" / part, {"a": 12 if part == "train" else 4, "b": 6})
+    assert "on the test images" in said([str(tmp_path / "parted")], capsys)
+    tree(tmp_path / "parted" / "test", {"a": 5, "b": 5})
+    assert "on the validation images" in said([str(tmp_path / "parted"), "--train.patience", "2"], capsys)
+    assert main([photos, "--train.patience", "2", "--dry_run"]) == 2
+    assert "set data.validation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.optimizer", "adamw"], "--train.lr must be given with train.optimizer adamw"),
+        (["--train.batch_size", "99"], "--train.batch_size must be at most 24"),
+        (["--model.name", "resnet50"], "give timm:resnet50"),
+        (["--report"], "--report would be ignored with --dry_run"),
+    ],
+)
+def test_a_look_finds_what_training_would(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = str(tree(tmp_path / "photos", {"a": 20, "b": 10}))
+    assert main([photos, *words, "--dry_run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runs_among_the_images_are_no_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tree(tmp_path / "photos", {"a": 20, "b": 10}))
+    assert main([".", *SHORT, "--out", "runs/one"]) == 0
+    Image.new("RGB", (20, 20)).save("runs/one/plots/curves.png")
+    capsys.readouterr()
+    out = said(["."], capsys)
+    assert "30 images of 2 classes" in out and "runs/one left out: it is the folder of a run" in out
+
+
+def test_another_run_by_the_configuration_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = str(tree(tmp_path / "photos", {"a": 20, "b": 10}))
+    monkeypatch.chdir(tmp_path)
+    assert main([photos, *SHORT, "--out", "one"]) == 0
+    assert main(["--config", "one/config.yaml", "--seed", "1"]) == 0  # not in the folder of the first
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["config-ce-seed1"]
+    assert (tmp_path / "runs" / "config-ce-seed1" / "images.tsv").read_bytes() == Path("one/images.tsv").read_bytes()
+
+
+def test_resuming_keeps_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos, out = str(tree(tmp_path / "photos", {"a": 20, "b": 10})), str(tmp_path / "run")
+    assert main([photos, *SHORT, "--out", out]) == 0
+    for words, message in (([photos], f"remove {photos}"), (["--data.index", "x"], "remove --data.index")):
+        assert main([*words, "--resume", "--out", out]) == 2
+        assert message in capsys.readouterr().err
+    before = (tmp_path / "run" / "predictions.npz").read_bytes()
+    assert main(["--train.epochs", "2", "--resume", "--out", out]) == 0
+    assert (tmp_path / "run" / "predictions.npz").read_bytes() != before
+
+
+def test_the_first_process_tells_the_others_what_it_found() -> None:
+    data = Config().data
+    found = Config(data=replace(data, root="/one", image_size=64, workers=1), out="/one/run")
+    here = Config(data=replace(data, root="/other", workers=3))
+    index = Index(root="/one", rows=())
+    config, told = as_here(found, index, here)
+    assert (config.data.root, config.data.workers, config.data.image_size, config.out) == ("/other", 3, 64, None)
+    assert told is not None and told.root == "/other"

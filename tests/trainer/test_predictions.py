@@ -198,11 +198,22 @@ def test_an_earlier_epoch_assumes_what_trained_it() -> None:
         (config({"name": "nonl"}, model={"classifier": "normalised"}), "got loss.name nonl"),
         (config(model={"posthoc": "tau_normalised"}), "got model.posthoc tau_normalised"),
         (config({"class_weights": {"1": 0}}), "gives 1 the weight 0"),
+        (config(train={"mixup": 0.5, "remix": True}), "got train.remix"),
     ],
 )
 def test_logits_without_a_prior_are_refused(case: Config, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         assumed_prior(case, torch.tensor([30, 10]))
+
+
+def test_before_the_horizon_two_branches_have_no_common_prior() -> None:
+    counts = torch.tensor([30, 10])
+    case = config({"name": "allnc", "horizon": 0.3}, train={"epochs": 10})
+    with pytest.raises(ValueError, match="after 2 epochs both still do"):
+        assumed_prior(case, counts, epoch=2)
+    assert assumed_prior(case, counts, epoch=3).tolist() == pytest.approx(EVEN.tolist())
+    apart = config({"name": "allnc", "horizon": 0.3}, model={"heads": "separate"}, train={"epochs": 10})
+    assert assumed_prior(apart, counts, epoch=2).tolist() == pytest.approx(EVEN.tolist())
 
 
 def test_the_prior_of_a_file(tmp_path: Path) -> None:

@@ -239,7 +239,9 @@ def _hold_out(
 
 def _copy_notes(rows: Sequence[Row]) -> list[str]:
     """Say which files are there twice: in two classes, and in training and test set."""
-    by_path = {row.path: row for row in rows}
+    by_path: dict[str, Row] = {}
+    for row in rows:
+        by_path.setdefault(row.path, row)
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.split and row.copy_of:
