@@ -59,7 +59,7 @@ def read_arrays(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     if not os.path.isfile(path):
         raise ValueError(f"data.root must be a .npz or .safetensors file; got {shown(path)}, which is no file")
     try:
-        arrays = _read_safetensors(path) if path.endswith(".safetensors") else _read_npz(path)
+        arrays = _read_safetensors(path) if path.lower().endswith(".safetensors") else _read_npz(path)
         train, test = _sets(arrays)
     except ValueError as error:
         raise ValueError(f"{shown(path)} {error}") from error
@@ -86,7 +86,9 @@ def read_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...
         ValueError: as `read_arrays`.
     """
     try:
-        arrays = _read_safetensors(path, LABELLED) if path.endswith(".safetensors") else _read_npz(path, LABELLED)
+        arrays = (
+            _read_safetensors(path, LABELLED) if path.lower().endswith(".safetensors") else _read_npz(path, LABELLED)
+        )
         part = "test_" if {"test_images", "test_labels"} <= set(arrays) else ""
         images = _images(f"{part}images", arrays[f"{part}images"])
         labels = _integers(f"{part}labels", arrays[f"{part}labels"], len(images), f"{part}images")

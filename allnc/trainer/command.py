@@ -25,6 +25,7 @@ from allnc.trainer.help import short_help, wrapped
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.names import nearest
 from allnc.trainer.options import OF_A_MACHINE, dotted, from_dict, ignored_options, option_names, to_dict
+from allnc.trainer.places import placed
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits_lt"
@@ -112,9 +113,9 @@ def plan(words: Sequence[str]) -> Plan:
         place = Path(config.data.train_list or config.data.root or recipe)
         name = recipe if recipe != own.RECIPE else place.name if place.is_dir() else place.stem
         folder = new_folder("-".join([name, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
-        return Plan(dataclasses.replace(config, out=str(folder)), folder, "new", index)
+        return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, "new", index)
     folder = path_of(config.out)
-    return Plan(dataclasses.replace(config, out=str(folder)), folder, mode, index)
+    return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, mode, index)
 
 
 def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config, own.Index | None]:
@@ -143,7 +144,9 @@ def _with_whole_paths(config: Config) -> Config:
     places = ("root", "train_list", "test_list", "index")
     given = {name: value for name in places if (value := getattr(config.data, name))}
     whole = {name: os.path.abspath(os.path.expanduser(value)) for name, value in given.items()}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **whole))
+    weights = config.model.weights and os.path.abspath(os.path.expanduser(config.model.weights))
+    model = dataclasses.replace(config.model, weights=weights)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **whole), model=model)
 
 
 def look_only(words: Sequence[str]) -> None:
@@ -382,7 +385,8 @@ def _resumed(words: Sequence[str]) -> Plan:
     if take(rest, "config")[0]:
         raise ValueError(f"--resume continues {folder} with its own {CONFIG}; remove --config")
     config, _ = parse(["--config", str(folder / CONFIG), *rest])
-    config = own.with_index(dataclasses.replace(config, out=str(folder)), folder)
+    config = _with_whole_paths(placed(config, folder, given_options(rest)))
+    config = dataclasses.replace(config, out=os.path.abspath(folder))
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import allnc
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig
-from allnc.inference.places import placed
 from allnc.inference.predictor import rebuild
 from allnc.models import build_model
 from allnc.trainer import measure
 from allnc.trainer.card import Card
 from allnc.trainer.checkpoint import Weights, save
+from allnc.trainer.places import placed
 from allnc.trainer.run import Run
 from tests.inference.conftest import CLASSES, SIDE, on_arrays, on_files, saved
 from tests.trainer.test_training import TINY, changed
