@@ -75,10 +75,10 @@ def labelled_images(source: str, run: Restored, root: str | None = None) -> Labe
 def _in_folder(source: str) -> Found:
     """Find the images of a folder; unlike a training, one class is enough, and so is test/ or val/ alone."""
     try:
-        with os.scandir(source) as entries:
-            folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = [name for name in os.listdir(source) if not name.startswith(".")]
     except OSError as error:
         raise ValueError(f"{shown(source)} must be a readable folder; got: {error.strerror}") from error
+    folders = sorted(name for name in names if os.path.isdir(os.path.join(source, name)))
     splits = {SPLITS.get(name.lower()) for name in folders}
     if splits and splits <= {VALIDATION, TEST}:
         found = Found()
@@ -98,6 +98,11 @@ def _is_index(source: str) -> bool:
     """Whether a list is the table that a run keeps of its own images."""
     with open(source, "rb") as file:
         return file.readline(200).rstrip(b"\r\n") == "\t".join(COLUMNS).encode()
+
+
+def _is_same(one: str, other: str) -> bool:
+    other = os.path.expanduser(other)
+    return os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _of_found(found: Found, start: str, source: str, run: Restored) -> Labelled:
@@ -120,6 +125,11 @@ def _of_found(found: Found, start: str, source: str, run: Restored) -> Labelled:
         notes.append(f"{shown(source)} has training images alone: a run that was trained on them is no judge of itself")
     elif split:
         notes.append(f"{shown(source)} has splits: its {len(entries):,} {split} images of {counts.total():,} are taken")
+    elif any(place and _is_same(source, place) for place in (run.config.data.root, run.config.data.train_list)):
+        notes.append(
+            f"{shown(source)} is what the run was made of: its training images are measured, too; without --data, its "
+            "test images alone are"
+        )
     paths = [os.path.join(start, entry.path) for entry in entries]
     return Labelled(_of_files(paths, labels, run), (*found.notes, *notes))
 

@@ -287,24 +287,11 @@ def refused(capsys: pytest.CaptureFixture[str], main: Any, words: list[str], mes
         (["--out", "{new}", "--config", "features"], "data.name must be of images; got features"),
         (["--out", "{new}", "--data.validation", "0.1"], "--data.validation would be ignored: it is of the training"),
         (
-            ["--out", "{new}", "--data.augmentation", "crop_flip_cutout", "--data.flip", "false"],
+            ["--out", "{new}", "--data.augmentation=crop_flip_cutout", "--data.flip=false"],
             "it is of augmented passes, and --passes 1 makes none",
         ),
         (
-            [
-                "--out",
-                "{new}",
-                "--data.name",
-                "own",
-                "--data.root",
-                ".",
-                "--data.fit",
-                "whole",
-                "--data.crop_scale",
-                "0.5",
-                "--passes",
-                "2",
-            ],
+            "--out {new} --data.name own --data.root . --data.fit whole --data.crop_scale 0.5 --passes 2".split(),
             "--data.crop_scale would be ignored: data.augmentation is shift_rotate",
         ),
         (

@@ -100,6 +100,11 @@ def test_a_run_and_its_images_move_together(
     assert "missing" not in capsys.readouterr().out
     assert features.main(["--run", "run", "--out", "features"]) == 0
     assert main(["--resume", "--out", "run", "--train.epochs", "2"]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["run", "--data", "photos"]) == 0
+    assert "its training images are measured, too" in capsys.readouterr().out
+    assert evaluate.main(["run", "--data", "run/images.tsv"]) == 0
+    assert "its 5 test images of 26 are taken" in capsys.readouterr().out
     (new / "photos").rename(tmp_path / "photos")
     assert features.main(["--run", "run", "--out", "more", "--data.root", "../photos"]) == 0
 
