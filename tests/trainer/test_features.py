@@ -291,7 +291,15 @@ def refused(capsys: pytest.CaptureFixture[str], main: Any, words: list[str], mes
             "it is of augmented passes, and --passes 1 makes none",
         ),
         (
-            "--out {new} --data.name own --data.root . --data.fit whole --data.crop_scale 0.5 --passes 2".split(),
+            [
+                "--out",
+                "{new}",
+                "--data.name=own",
+                "--data.root=.",
+                "--data.fit=whole",
+                "--data.crop_scale=1",
+                "--passes=2",
+            ],
             "--data.crop_scale would be ignored: data.augmentation is shift_rotate",
         ),
         (
