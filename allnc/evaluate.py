@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -131,26 +130,23 @@ def _measure(options: argparse.Namespace, run: Restored, images: ImageSet, measu
 def _measure_run(options: argparse.Namespace, console: Console) -> None:
     """Print accuracy and collapse, of the run's own images."""
     from allnc.inference.labelled import has_test_images_alone, test_images
-    from allnc.inference.places import check_root, placed
-    from allnc.trainer.checkpoint import load_weights
     from allnc.trainer.classes import class_table
+    from allnc.trainer.finished import finished_run
     from allnc.trainer.folder import CLASSES, PREDICTIONS
+    from allnc.trainer.places import check_root
     from allnc.trainer.run import Run
     from allnc.trainer.runlog import final_table, finite
 
-    config, epoch, weights = load_weights(options.run, options.which)
-    config = placed(config, options.run)
-    data, model = config.data, weights.model(config.model)
-    if options.weights and weights.frozen is None:
-        raise ValueError(f"--model.weights would be ignored: {options.run} holds every weight; remove it")
-    if options.on == "validation" and data.validation == 0:
-        raise ValueError(f"--on validation needs a run with data.validation; {options.run} held no image out")
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, root=options.root or data.root, test_crops=options.crops or data.test_crops),
-        model=dataclasses.replace(model, weights=options.weights or model.weights),
-        train=dataclasses.replace(config.train, device=options.device),
+    config, epoch, weights = finished_run(
+        options.run,
+        options.which,
+        root=options.root,
+        crops=options.crops,
+        pretrained=options.weights,
+        device=options.device,
     )
+    if options.on == "validation" and config.data.validation == 0:
+        raise ValueError(f"--on validation needs a run with data.validation; {options.run} held no image out")
     if options.root is None:
         check_root(config.data)
     if not options.collapse and not options.predictions and has_test_images_alone(config, options.on):

@@ -51,6 +51,8 @@ def _export(options: argparse.Namespace) -> None:
     there = [path for path in files if path.exists()]
     if there and not options.overwrite:
         raise ValueError(f"--out must be new; {there[0]} is there: give --overwrite to replace it, or another --out")
+    if folder := next((path for path in there if path.is_dir()), None):
+        raise ValueError(f"--out must be a file; {folder} is a folder")
     if not out.parent.is_dir():
         raise ValueError(f"--out must be in a folder that is there; got {out}")
     from allnc.inference.export import export  # torch from here on

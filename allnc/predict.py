@@ -70,8 +70,8 @@ def _predict(options: argparse.Namespace) -> int:
         raise ValueError(f"--workers must be >= 0; got {options.workers}")
     if options.overwrite and options.out is None:
         raise ValueError("--overwrite would be ignored without --out; remove it")
-    if options.out is not None and options.out.exists() and not options.overwrite:
-        raise ValueError(f"--out must be a new file; {options.out} is there: give --overwrite to replace it")
+    if options.out is not None:
+        _check_out(options.out, options.overwrite)
     check_sources(options.images)
     from allnc.inference.predict import predict_files  # torch from here on
     from allnc.inference.predictor import load
@@ -111,19 +111,41 @@ def _teller(options: argparse.Namespace) -> Callable[[Done], None] | None:
     return tell
 
 
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise ValueError(f"--out must be a file; got the folder {out}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out must be in a folder that is there; got {out}")
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out must be a new file; {out} is there: give --overwrite to replace it")
+    if (part := _part_of(out)).exists() and not overwrite:
+        raise ValueError(
+            f"--out must be a new file; {part} is there, of a prediction that was stopped: move it, or give --overwrite"
+        )
+
+
+def _part_of(out: Path) -> Path:
+    return out.with_name(out.name + ".part")
+
+
 @contextmanager
 def _opened(out: Path | None) -> Iterator[TextIO]:
     """Open what is written to: a file beside its place, which it takes once it is whole."""
     if out is None:
         yield sys.stdout
         return
-    part = out.with_name(out.name + ".part")
-    with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        try:
+    part = _part_of(out)
+    kept = f"what was predicted is in {part}"
+    try:
+        with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             yield stream
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; what was predicted is in {part}") from None
-    os.replace(part, out)
+        os.replace(part, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {kept}") from None
+    except BaseException:
+        if part.is_file():
+            print(kept, file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -218,7 +218,11 @@ def test_run_folders_are_new_unless_asked(tmp_path: Path, monkeypatch: pytest.Mo
         plan(["--out", "mine", "--resume"])
     assert plan(["--out", "mine", "--overwrite"])[1:3] == (run, "overwrite")
     (run / "checkpoint.json").write_text(json.dumps(Manifest(epoch=3, config=config, files={}).to_json()))
-    assert plan(["--resume", "--out=mine"])[:3] == (dataclasses.replace(config, out="mine"), run, "resume")
+    assert plan(["--resume", "--out=mine"])[:3] == (
+        dataclasses.replace(config, out=str(tmp_path / "mine")),
+        run,
+        "resume",
+    )
 
 
 def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:

@@ -10,13 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from allnc._checks import check_interval
-from allnc.config.data import BALANCED_SETS, BATCH_AUGMENTATIONS, FEATURES_MANIFEST, SMALL_SETS, DataConfig
+from allnc.config.data import (
+    ARRAY_ENDINGS,
+    BALANCED_SETS,
+    BATCH_AUGMENTATIONS,
+    FEATURES_MANIFEST,
+    SMALL_SETS,
+    DataConfig,
+)
 from allnc.config.fields import fits
 from allnc.config.loss import COMPARING, CONTRASTIVE, REWEIGHTED, LossConfig
 from allnc.config.model import FEATURE_MODELS, ModelConfig
 from allnc.config.train import TrainConfig
 
 __all__ = [
+    "ARRAY_ENDINGS",
     "BALANCED_SETS",
     "BATCH_AUGMENTATIONS",
     "CONTRASTIVE",

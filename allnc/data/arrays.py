@@ -59,7 +59,7 @@ def read_arrays(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     if not os.path.isfile(path):
         raise ValueError(f"data.root must be a .npz or .safetensors file; got {shown(path)}, which is no file")
     try:
-        arrays = _read_safetensors(path) if path.endswith(".safetensors") else _read_npz(path)
+        arrays = _read(path, NEEDED)
         train, test = _sets(arrays)
     except ValueError as error:
         raise ValueError(f"{shown(path)} {error}") from error
@@ -86,7 +86,7 @@ def read_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...
         ValueError: as `read_arrays`.
     """
     try:
-        arrays = _read_safetensors(path, LABELLED) if path.endswith(".safetensors") else _read_npz(path, LABELLED)
+        arrays = _read(path, LABELLED)
         part = "test_" if {"test_images", "test_labels"} <= set(arrays) else ""
         images = _images(f"{part}images", arrays[f"{part}images"])
         labels = _integers(f"{part}labels", arrays[f"{part}labels"], len(images), f"{part}images")
@@ -99,7 +99,11 @@ def read_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...
     return _channels_first(images), torch.from_numpy(labels), classes
 
 
-def _read_npz(path: str, needed: tuple[str, ...] = NEEDED) -> dict[str, Array]:
+def _read(path: str, needed: tuple[str, ...]) -> dict[str, Array]:
+    return (_read_safetensors if path.lower().endswith(".safetensors") else _read_npz)(path, needed)
+
+
+def _read_npz(path: str, needed: tuple[str, ...]) -> dict[str, Array]:
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # what damaged bytes drive a reader to, here and below
@@ -132,7 +136,7 @@ def _reason(error: Exception) -> str:
     return line if line.isprintable() else ascii(line)
 
 
-def _read_safetensors(path: str, needed: tuple[str, ...] = NEEDED) -> dict[str, Array]:
+def _read_safetensors(path: str, needed: tuple[str, ...]) -> dict[str, Array]:
     try:
         with safe_open(path, "pt") as file:  # numpy would not know bfloat16
             tensors = {name: file.get_tensor(name) for name in set(file.keys()) - {"source"}}

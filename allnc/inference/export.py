@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ from allnc._version import __version__
 from allnc.config import Config
 from allnc.inference.network import PlainNetwork
 from allnc.inference.predictor import Predictor
-from allnc.trainer.folder import sync, temporary_of, write_json
+from allnc.trainer.folder import sync, temporary_of, write_temporary
 from allnc.trainer.options import to_dict
 
 OPSET = 18
@@ -69,23 +68,24 @@ def export(predictor: Predictor, kind: str, path: Path, *, raw: bool = False) ->
     network = PlainNetwork(predictor.model, (card.mean, card.std) if raw else None)
     description = describe(predictor, network)
     example = _examples(predictor, raw, 2)
-    write, read = {
-        "safetensors": (_write_safetensors, _read_safetensors),
-        "torch": (_write_torch, _read_torch),
-        "onnx": (_write_onnx, _read_onnx),
+    encode, read = {
+        "safetensors": (_safetensors, _read_safetensors),
+        "torch": (_torch, _read_torch),
+        "onnx": (_onnx, _read_onnx),
     }[kind]
-    temporary = temporary_of(path)
+    with _quiet():
+        files = {path: encode(network, example, description)}
+    if kind == "safetensors":
+        files[path.with_suffix(".json")] = (json.dumps(description, indent=2) + "\n").encode()
     try:
-        with _quiet():
-            write(network, example, description, temporary)
-        difference, relative = _compare(predictor, read(temporary, network), raw)
-        files = [path]
-        if kind == "safetensors":
-            files.append(path.with_suffix(".json"))
-            write_json(files[1], description)
-        os.replace(temporary, path)
+        for file, data in files.items():
+            write_temporary(file, data)
+        difference, relative = _compare(predictor, read(temporary_of(path), network), raw)
+        for file in files:  # the weights first
+            temporary_of(file).replace(file)
     finally:
-        temporary.unlink(missing_ok=True)
+        for file in files:
+            temporary_of(file).unlink(missing_ok=True)
     sync(path.parent)
     return Exported(tuple(files), difference, relative)
 
@@ -183,8 +183,8 @@ def _compare(predictor: Predictor, exported: Run, raw: bool) -> tuple[float, flo
     return difference, relative
 
 
-def _write_safetensors(network: PlainNetwork, example: Tensor, description: dict[str, Any], path: Path) -> None:
-    path.write_bytes(save(_named(network), {KEY: json.dumps(description)}))
+def _safetensors(network: PlainNetwork, example: Tensor, description: dict[str, Any]) -> bytes:
+    return save(_named(network), {KEY: json.dumps(description)})
 
 
 def _named(network: PlainNetwork) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def _read_safetensors(path: Path, network: PlainNetwork) -> Run:
     return network
 
 
-def _write_torch(network: PlainNetwork, example: Tensor, description: dict[str, Any], path: Path) -> None:
+def _torch(network: PlainNetwork, example: Tensor, description: dict[str, Any]) -> bytes:
     try:
         program = torch.export.export(
             network, (example,), dynamic_shapes=({0: torch.export.Dim("N", min=1)},), strict=False
@@ -208,14 +208,14 @@ def _write_torch(network: PlainNetwork, example: Tensor, description: dict[str, 
         raise ValueError(_unsuited("torch", error)) from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={KEY: json.dumps(description)})
-    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _read_torch(path: Path, network: PlainNetwork) -> Run:
     return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
-def _write_onnx(network: PlainNetwork, example: Tensor, description: dict[str, Any], path: Path) -> None:
+def _onnx(network: PlainNetwork, example: Tensor, description: dict[str, Any]) -> bytes:
     onnx = _package("onnx")
     _package("onnxscript")
     try:
@@ -234,7 +234,7 @@ def _write_onnx(network: PlainNetwork, example: Tensor, description: dict[str, A
     except Exception as error:  # what a network's Python code drives the exporter to
         raise ValueError(_unsuited("onnx", error)) from error
     onnx.helper.set_model_props(model, {KEY: json.dumps(description)})
-    path.write_bytes(model.SerializeToString())
+    return model.SerializeToString()
 
 
 def _read_onnx(path: Path, network: PlainNetwork) -> Run:

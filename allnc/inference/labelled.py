@@ -6,6 +6,7 @@ Legend: n images, c channels, H, W height and width, C classes.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,21 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allnc.config import Config
+from allnc.config import ARRAY_ENDINGS, Config
 from allnc.data import ImageSet
 from allnc.data.arrays import read_labelled
-from allnc.data.folders import read_folders
 from allnc.data.images import shown
 from allnc.data.own import Row, read_index
-from allnc.data.own.find import TEST, TRAIN
+from allnc.data.own.find import SPLITS, TEST, TRAIN, VALIDATION, Entry, Found, find_images
+from allnc.data.own.index import COLUMNS
 from allnc.data.own.tables import read_table
 from allnc.data.paths import PathList
+from allnc.inference.paths import image_paths
 from allnc.inference.predictor import Restored
 from allnc.inference.reading import read_parts
 from allnc.inference.transform import Transform
-
-ARRAYS = (".npz", ".safetensors")
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 class Labelled(NamedTuple):
@@ -41,8 +40,9 @@ def labelled_images(source: str, run: Restored, root: str | None = None) -> Labe
     """Read labelled images for a run.
 
     Args:
-        source: a folder with a folder for each class; a .npz or .safetensors file with images and labels; or a list
-            (CSV, TSV, text or JSON) of files and classes.
+        source: a folder with a folder for each class, or with train/, val/ and test/ of these; a .npz or .safetensors
+            file with images and labels; or a list (CSV, TSV, text or JSON) of files and classes. Of images that have a
+            split, those of the test set are taken, or else those of the validation set.
         run: its classes are the labels, its pixels those of the images.
         root: folder from which the paths of a list start; None: the list's own.
 
@@ -59,20 +59,78 @@ def labelled_images(source: str, run: Restored, root: str | None = None) -> Labe
             "makes of images: give their folder by --data.root"
         )
     if os.path.isdir(source):
-        (part,) = read_folders([source])
-        labels, notes = _numbers(part.classes, run.classes, source), list(part.notes)
-        return Labelled(_of_files(part.paths, labels[np.array(part.labels)], run), tuple(notes))
+        return _of_found(_in_folder(source), source, source, run)
     if not os.path.isfile(source):
         raise ValueError(f"--data must be a folder, a list or a .npz file; there is no {shown(source)}")
-    if source.endswith(ARRAYS):
+    if source.lower().endswith(ARRAY_ENDINGS):
         return _of_arrays(source, run)
+    if _is_index(source):  # whose paths start from the images' folder, wherever the run lies
+        start = os.path.expanduser(root or run.config.data.root or "")
+        entries = [Entry(row.path, row.label, row.split) for row in read_index(source, start).rows if row.split]
+        return _of_found(Found(entries=entries), start, source, run)
     start = os.path.expanduser(root) if root else os.path.dirname(source) or "."
-    found = read_table(source, start)
-    names = [entry.label for entry in found.entries]
-    labels, notes = _of_list(names, run.classes, source)
-    if found.bad:
-        raise ValueError(f"{shown(found.bad[0][0].path)} must be a readable image; got: {found.bad[0][1]}")
-    paths = [os.path.join(start, entry.path) for entry in found.entries]
+    return _of_found(read_table(source, start), start, source, run)
+
+
+def _in_folder(source: str) -> Found:
+    """Find the images of a folder; unlike a training, one class is enough, and so is test/ or val/ alone."""
+    try:
+        names = [name for name in os.listdir(source) if not name.startswith(".")]
+    except OSError as error:
+        raise ValueError(f"{shown(source)} must be a readable folder; got: {error.strerror}") from error
+    folders = sorted(name for name in names if os.path.isdir(os.path.join(source, name)))
+    splits = {SPLITS.get(name.lower()) for name in folders}
+    if splits and splits <= {VALIDATION, TEST}:
+        found = Found()
+        for name in folders:
+            inner, split = _in_folder(os.path.join(source, name)), SPLITS[name.lower()]
+            found.entries += [Entry(os.path.join(name, e.path), e.label, split) for e in inner.entries]
+            found.bad += [(Entry(os.path.join(name, e.path), e.label, split), why) for e, why in inner.bad]
+            found.notes += inner.notes
+        return found
+    if len(folders) == 1 and None in splits:
+        paths = image_paths([os.path.join(source, folders[0])])
+        return Found(entries=[Entry(os.path.relpath(path, source), folders[0]) for path in paths])
+    return find_images(source)
+
+
+def _is_index(source: str) -> bool:
+    """Whether a list is the table that a run keeps of its own images."""
+    with open(source, "rb") as file:
+        return file.readline(200).rstrip(b"\r\n") == "\t".join(COLUMNS).encode()
+
+
+def _is_same(one: str, other: str) -> bool:
+    other = os.path.expanduser(other)
+    return os.path.exists(other) and os.path.samefile(one, other)
+
+
+def _of_found(found: Found, start: str, source: str, run: Restored) -> Labelled:
+    """Return the set of what a folder or a list names, without its training images where it says which they are."""
+    counts = Counter(entry.split for entry in found.entries)
+    split = next((split for split in (TEST, VALIDATION, TRAIN) if counts[split]), "")
+    entries = [entry for entry in found.entries if entry.split == split]
+    bad = next(((entry, why) for entry, why in found.bad if entry.split == split), None)
+    if bad is not None:
+        path = os.path.join(start, bad[0].path)
+        raise ValueError(f"{shown(path)} must be a readable image; got {bad[1]}: mend or remove it")
+    if not entries:
+        raise ValueError(f"{shown(source)} must name images; it names none")
+    names = [entry.label for entry in entries]
+    if os.path.isdir(source):  # whose folders have names, also where these are numbers
+        labels, notes = _numbers(names, run.classes, source), []
+    else:
+        labels, notes = _of_list(names, run.classes, source)
+    if split == TRAIN:
+        notes.append(f"{shown(source)} has training images alone: a run that was trained on them is no judge of itself")
+    elif split:
+        notes.append(f"{shown(source)} has splits: its {len(entries):,} {split} images of {counts.total():,} are taken")
+    elif any(place and _is_same(source, place) for place in (run.config.data.root, run.config.data.train_list)):
+        notes.append(
+            f"{shown(source)} is what the run was made of: its training images are measured, too; without --data, its "
+            "test images alone are"
+        )
+    paths = [os.path.join(start, entry.path) for entry in entries]
     return Labelled(_of_files(paths, labels, run), (*found.notes, *notes))
 
 
@@ -83,7 +141,7 @@ def _numbers(names: Sequence[str], classes: Sequence[str], source: str) -> np.nd
         ValueError: the run has no such class.
     """
     number = {name: place for place, name in enumerate(classes)}
-    unknown = [name for name in names if name not in number]
+    unknown = list(dict.fromkeys(name for name in names if name not in number))
     if unknown:
         listed = ", ".join(map(shown, unknown[:5])) + (" ..." if len(unknown) > 5 else "")
         few = ", ".join(map(shown, classes[:5])) + (" ..." if len(classes) > 5 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from torch import Tensor
 from allnc.config import Config
 from allnc.inference.guess import guessed_card
 from allnc.inference.network import PredictingNetwork
-from allnc.inference.places import placed
 from allnc.inference.transform import Source, Transform
 from allnc.losses.build import LOSSES
 from allnc.metrics import adjust_prior
 from allnc.models import LongTailModel, build_model
 from allnc.trainer.card import Card
-from allnc.trainer.checkpoint import Weights, Which, load_weights
+from allnc.trainer.checkpoint import Weights, Which
+from allnc.trainer.finished import finished_run
 from allnc.trainer.prior import assumed_prior, wanted_prior
 from allnc.trainer.runtime import pick_device
 
@@ -203,17 +202,7 @@ def restore(
 ) -> Restored:
     """Return the trained model of a run; arguments and errors as `load`."""
     folder = Path(run).expanduser()
-    config, epoch, weights = load_weights(folder, which)
-    if pretrained is not None and weights.frozen is None:
-        raise ValueError(f"--model.weights would be ignored: {folder} holds every weight; remove it")
-    config = placed(config, folder)
-    data, model = config.data, weights.model(config.model)
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, root=root or data.root, test_crops=crops or data.test_crops),
-        model=dataclasses.replace(model, weights=pretrained or model.weights),
-        train=dataclasses.replace(config.train, device=device),  # pyright: ignore[reportArgumentType]
-    )
+    config, epoch, weights = finished_run(folder, which, root=root, crops=crops, pretrained=pretrained, device=device)
     place = pick_device(config.train)
     card = weights.card or guessed_card(config, weights, folder)
     network: Any = rebuild(config, card, weights).to(place)

@@ -23,7 +23,9 @@ def timm_encoder(config: ModelConfig, in_channels: int, image_size: tuple[int, .
         config: name, pretrained and weights.
         in_channels: channels of the images; timm fits the first layer of pretrained weights to them.
         image_size: height and width of the images, for which a model of another fixed size is built where it does not
-            take them as it is; timm then resamples the position embeddings of its weights. (): the model's own.
+            take them as it is; timm then resamples the position embeddings of its weights. Where the patches do not
+            part the size evenly, the convolution that cuts them leaves out the rest at the right and below without a
+            word: with patches of 16 pixels the last 4 of 100. (): the model's own.
 
     Raises:
         ValueError: timm does not know the model, its weights cannot be got or read, or do not fit it.

@@ -5,7 +5,6 @@ Legend: N images, C classes, F features.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from allnc.metrics.plots import ClassVectors, Scene
-from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.collapse_report import ENCODER, measure_layers
+from allnc.trainer.finished import finished_run
 from allnc.trainer.folder import METRICS
 from allnc.trainer.measure import outputs
 from allnc.trainer.run import Run
@@ -96,15 +95,8 @@ def measured(folder: Path, label: str, *, root: str | None, device: str | None) 
         ValueError: it has no weights, they are damaged, or its images or its device are not there.
     """
     try:
-        config, epoch, weights = load_weights(folder)
-        run = Run(
-            dataclasses.replace(
-                config,
-                data=dataclasses.replace(config.data, root=root or config.data.root),
-                model=weights.model(config.model),
-                train=dataclasses.replace(config.train, device=device or config.train.device),
-            )
-        )
+        config, epoch, weights = finished_run(folder, root=root, device=device)
+        run = Run(config)
         run.load_model(weights, epoch)
         _, means = run.measure_collapse()
     except ValueError as error:

@@ -17,6 +17,7 @@ from allnc.report.numbers import Answers
 from allnc.report.thumbnails import Thumbnails
 from allnc.trainer.folder import CONFIG, METRICS, PREDICTIONS, SUMMARY
 from allnc.trainer.options import from_dict
+from allnc.trainer.places import placed
 from allnc.trainer.predictions import class_names, read_predictions
 from allnc.trainer.runlog import Record, read_lines
 
@@ -166,7 +167,7 @@ def measured_answers(run: Run) -> Answers:
 def _config(folder: Path) -> Config:
     path = folder / CONFIG
     try:
-        return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return placed(from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))), folder)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} must hold the configuration of a run; it cannot be read: {error}") from error
 

@@ -33,7 +33,7 @@ from allnc.trainer.card import Card
 from allnc.trainer.folder import BEST, CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
 from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
-from allnc.trainer.own import with_index
+from allnc.trainer.places import placed
 
 if TYPE_CHECKING:
     from allnc.models import LongTailModel
@@ -173,7 +173,7 @@ def load_weights(folder: Path, which: Which | None = None) -> tuple[Config, int,
     """Return configuration, epochs done and model state of a run folder, or of one with last.safetensors alone.
 
     Args:
-        folder: run folder.
+        folder: run folder; the configuration has its files where they lie now (`placed`).
         which: of the last epoch or of the best one on validation images; None: the best one of a run that selects by
             itself (train.patience), else the last one.
 
@@ -185,7 +185,7 @@ def load_weights(folder: Path, which: Which | None = None) -> tuple[Config, int,
         name = _file_of(folder, which, manifest)
         try:
             config, epoch, weights = _model(folder, name, _read(folder, name, manifest))
-            return with_index(config, folder), epoch, weights
+            return placed(config, folder), epoch, weights
         except ValueError:
             before, manifest = manifest, read_manifest(folder)
             if manifest == before:  # else a run has saved the next one meanwhile
@@ -197,7 +197,8 @@ def load_weights(folder: Path, which: Which | None = None) -> tuple[Config, int,
         raise ValueError(
             f"--weights best needs a run folder with {CHECKPOINT}; got {folder}, of which only the last is known"
         )
-    return _model(folder, WEIGHTS, path.read_bytes())
+    config, epoch, weights = _model(folder, WEIGHTS, path.read_bytes())
+    return placed(config, folder), epoch, weights
 
 
 def _file_of(folder: Path, which: Which | None, manifest: Manifest) -> str:

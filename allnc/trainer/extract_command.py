@@ -15,6 +15,8 @@ from allnc.config import FEATURES_MANIFEST, Config
 from allnc.trainer import launcher
 from allnc.trainer.command import Program, given_options, parse, take
 from allnc.trainer.folder import CONFIG, LOCK, Mode, check_place, is_run
+from allnc.trainer.options import ignored_options
+from allnc.trainer.places import placed
 from allnc.trainer.planning import path_of
 
 SHARD_ROWS = 65_536  # 96 MiB of 768 features: minutes of work at most are lost, and it fits in memory twice
@@ -45,8 +47,11 @@ _READ = (
     *(f"train.{name}" for name in ("device", "threads", "channels_last", "matmul_precision")),
     *(f"data.{name}" for name in ("name", "root", "train_list", "test_list", "download", "workers")),
     *(f"data.{name}" for name in ("imbalance", "imbalance_ratio", "max_per_class", "subset_seed")),
-    *(f"data.{name}" for name in ("image_size", "augmentation", "mean", "std")),
+    *(f"data.{name}" for name in ("index", "test_share", "max_bad", "in_memory")),
+    *(f"data.{name}" for name in ("image_size", "fit", "channels", "augmentation", "flip", "crop_scale")),
+    *(f"data.{name}" for name in ("mean", "std")),
 )
+_OF_VIEWS = ("data.flip", "data.crop_scale")  # of augmented passes alone
 _OWN_FILE = re.compile(r"(train|test)-pass\d+-\d{5}\.safetensors")
 
 
@@ -100,13 +105,24 @@ def plan(words: Sequence[str]) -> Plan:
         if "." in name or name == "seed":
             if runs and (name == "seed" or (name.startswith("model.") and name != "model.weights")):
                 raise ValueError(f"--{name} would be ignored: the model is that of --run; remove it")
-            if name not in _READ:
+            # The images that a run has held out are no training images of its features, either.
+            if name not in _READ and not (runs and name == "data.validation"):
                 raise ValueError(f"--{name} would be ignored: it is of the training on the features; remove it")
+            if passes == 1 and name in _OF_VIEWS:
+                raise ValueError(
+                    f"--{name} would be ignored: it is of augmented passes, and --passes 1 makes none; remove it"
+                )
     if config.data.name == "features":
         raise ValueError("data.name must be of images; got features, which are made already")
     if passes > 1 and config.data.augmentation == "none":
         raise ValueError(f"--passes must be 1 with data.augmentation none, all would be alike; got {passes}")
+    ignored = ignored_options(config)  # also of own images, of which features chooses nothing
+    for name in given:
+        if name in ignored:
+            raise ValueError(f"--{name} would be ignored: {ignored[name]}; remove it")
     check_folder(folder, "new")
+    if runs:
+        config = placed(config, Path(runs[-1]), given)
     config = dataclasses.replace(config, out=None)
     return Plan(folder, "new", config, Path(runs[-1]) if runs else None, passes, rows)
 

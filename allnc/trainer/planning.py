@@ -21,6 +21,7 @@ from allnc.trainer.command import FLAGS, given_options, parse, recipe_path, refu
 from allnc.trainer.folder import CONFIG, INDEX, Mode, check_folder, new_folder
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.options import OF_A_MACHINE, dotted, to_dict
+from allnc.trainer.places import placed
 
 MOST_TOLD = 4  # options in the name of a run folder
 
@@ -66,9 +67,9 @@ def plan(words: Sequence[str]) -> Plan:
         place = Path(config.data.train_list or config.data.root or recipe)
         name = recipe if recipe != own.RECIPE else place.name if place.is_dir() else place.stem
         folder = new_folder("-".join([name, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
-        return Plan(dataclasses.replace(config, out=str(folder)), folder, "new", index)
+        return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, "new", index)
     folder = path_of(config.out)
-    return Plan(dataclasses.replace(config, out=str(folder)), folder, mode, index)
+    return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, mode, index)
 
 
 def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config, own.Index | None]:
@@ -147,7 +148,8 @@ def _resumed(words: Sequence[str]) -> Plan:
     if rest and not rest[0].startswith("-"):
         raise ValueError(f"--resume continues {folder} with its own images; remove {rest[0]}")
     config, _ = parse(["--config", str(folder / CONFIG), *rest])
-    config = own.with_index(_with_whole_paths(dataclasses.replace(config, out=str(folder))), folder)
+    config = _with_whole_paths(placed(config, folder, given_options(rest)))
+    config = dataclasses.replace(config, out=os.path.abspath(folder))
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(
@@ -179,7 +181,9 @@ def _with_whole_paths(config: Config) -> Config:
     places = ("root", "train_list", "test_list", "index")
     given = {name: value for name in places if (value := getattr(config.data, name))}
     whole = {name: os.path.abspath(os.path.expanduser(value)) for name, value in given.items()}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **whole))
+    weights = config.model.weights and os.path.abspath(os.path.expanduser(config.model.weights))
+    model = dataclasses.replace(config.model, weights=weights)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **whole), model=model)
 
 
 def _in_a_new_folder(config: Config, words: Sequence[str]) -> Config:

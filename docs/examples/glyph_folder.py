@@ -44,8 +44,8 @@ def draw(letter: str, fonts: list[Path], random: np.random.Generator, *, grey: b
     share = np.asarray(mask, dtype=np.float32)[:, :, None] / 255
     channels = 1 if grey else 3
     paper = random.uniform(120, 240, channels)
-    ink = random.uniform(60, 160, channels)  # how much darker
-    pixels = paper - ink * share + random.normal(0, 20, (SIDE, SIDE, channels))
+    ink = random.uniform(50, 140, channels)  # how much darker
+    pixels = paper - ink * share + random.normal(0, 22, (SIDE, SIDE, channels))
     pixels = pixels.clip(0, 255).astype(np.uint8)
     return Image.fromarray(pixels[:, :, 0] if grey else pixels)
 

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from allnc import evaluate
+from allnc.data.images import shown
+from allnc.data.own import Index, Row
 from allnc.inference.labelled import labelled_images
 from allnc.inference.measure import measure
 from allnc.inference.predictor import restore
@@ -59,6 +61,39 @@ def test_every_kind_of_data_gives_the_trainers_numbers(tree: Path, tmp_path: Pat
     assert adjusted.values["nll"] == pytest.approx(prior["nll"], rel=1e-6)
 
 
+def test_of_images_with_splits_those_of_the_test_set_are_measured(
+    tree: Path, run_of_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = restore(run_of_files, device="cpu")
+    wanted = sorted(map(str, tree.glob("test/*/*.png")))
+    listed, table = tmp_path / "all.csv", tmp_path / "images.tsv"
+    found = [(image.relative_to(tree), image.parent.name) for image in sorted(tree.glob("*/*/*.png"))]
+    with listed.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *((p, name, p.parts[0]) for p, name in found)])
+    rows = [Row(str(path), name, path.parts[0], 40, 48, "RGB", "", "") for path, name in found]
+    left_out = Row("train/gone.png", CLASSES[0], "", 0, 0, "", "", "a link that leads nowhere")
+    table.write_bytes(Index(root="", rows=(*rows, left_out)).text())
+    for source in (tree, listed, table):  # the paths of the table start from the run's own data.root
+        images, notes = labelled_images(str(source), run, str(tree) if source == listed else None)
+        assert sorted(images.paths) == wanted
+        assert notes == (f"{shown(str(source))} has splits: its 9 test images of 33 are taken",)
+
+    parts = tmp_path / "parts"
+    shutil.copytree(tree / "test", parts / "Val")
+    (parts / "Val" / "empty").mkdir()  # no class, as in a training
+    images, notes = labelled_images(str(parts), run)
+    assert len(images) == 9 and any("its 9 validation images of 9 are taken" in note for note in notes)
+    assert any("has no image: no class" in note for note in notes)
+    link = parts / "Val" / CLASSES[0] / "link.png"
+    link.symlink_to("nowhere")
+    assert evaluate.main([str(run_of_files), "--data", str(parts)]) == 2
+    assert f"{link} must be a readable image; got a link that leads nowhere" in capsys.readouterr().err
+    (parts / "Val").rename(parts / "train")
+    (parts / "train" / CLASSES[0] / "link.png").unlink()
+    assert evaluate.main([str(run_of_files), "--data", str(parts)]) == 0
+    assert "has training images alone" in capsys.readouterr().out
+
+
 def test_arrays_and_files_of_small_images(arrays: Path, tmp_path: Path) -> None:
     """The same pixels from the run's own file, from a labelled one with fewer classes, and from PNGs."""
     wanted = saved(on_arrays(arrays), tmp_path / "run").measure_accuracy()
@@ -88,7 +123,8 @@ def test_arrays_and_files_of_small_images(arrays: Path, tmp_path: Path) -> None:
 def test_a_run_on_files_takes_arrays(tree: Path, run_of_files: Path, tmp_path: Path) -> None:
     run = restore(run_of_files, device="cpu")
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 50, 70), np.uint8), labels=np.array([0, 2]))
-    labelled = labelled_images(str(tmp_path / "a.npz"), run)
+    (tmp_path / "a.npz").rename(tmp_path / "A.NPZ")
+    labelled = labelled_images(str(tmp_path / "A.NPZ"), run)
     assert labelled.images.images is not None and labelled.images.images.shape == (2, 3, 32, 32)
     assert any("were fitted to 32 x 32 pixels" in note for note in labelled.notes)
 
@@ -104,10 +140,13 @@ def test_classes_of_other_names_are_refused_by_name(
     assert evaluate.main([str(run_of_files), "--data", str(folder)]) == 2
     error = capsys.readouterr().err
     assert "must have classes of the run (apple, red" in error and "does not know 1 of them: plum" in error
-    assert evaluate.main([str(run_of_files), "--data", str(tree)]) == 2
-    assert f"give one of its folders, such as {tree / 'test'}" in capsys.readouterr().err
-    next((folder / CLASSES[2]).iterdir()).write_text("no image")
+    (folder / "test").mkdir()
+    shutil.copy(tree / "test" / CLASSES[0] / "0.png", folder / "test")
     shutil.rmtree(folder / "plum")
+    assert evaluate.main([str(run_of_files), "--data", str(folder)]) == 2
+    assert f"give one of its folders, such as {folder / 'test'}" in capsys.readouterr().err
+    shutil.rmtree(folder / "test")
+    next((folder / CLASSES[2]).iterdir()).write_text("no image")
     assert evaluate.main([str(run_of_files), "--data", str(folder)]) == 2
     assert "must be a readable image" in capsys.readouterr().err
 

@@ -168,6 +168,18 @@ def test_light_tuning_without_its_frozen_weights(tune: Any, tmp_path: Path) -> N
         assert torch.equal(again.model(images), loaded.model(images))
 
 
+def test_an_export_is_on_the_disk_before_it_takes_its_place(
+    run_of_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and what they mean are both synced, and then the weights are the first to be replaced."""
+    steps: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: steps.append("sync") or fsync(descriptor))
+    monkeypatch.setattr(Path, "replace", lambda self, target: steps.append(target.name) or replace(self, target))
+    exporting.export(allnc.load(run_of_files, device="cpu"), "safetensors", tmp_path / "m.safetensors")
+    assert steps == ["sync", "sync", "m.safetensors", "m.json", "sync"]  # the last one is the folder
+
+
 def test_what_differs_is_not_written(run_of_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor, read = allnc.load(run_of_files, device="cpu"), exporting._read_safetensors
 

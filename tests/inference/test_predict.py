@@ -15,6 +15,7 @@ import torch
 
 import allnc
 from allnc import predict
+from allnc.inference import predict as predicting
 from allnc.inference.formats import Row, Writer
 from allnc.inference.paths import image_paths
 from allnc.inference.predict import predict_files
@@ -132,6 +133,32 @@ def test_files_that_are_there_stay(run_of_files: Path, photos: Path, capsys: pyt
     assert predict.main([*words, "--top", "4", "--overwrite"]) == 2 and kept.read_text() == "no image"
     assert "--top must be <= 3, the number of classes; got 4" in capsys.readouterr().err
     assert predict.main([*words, "--overwrite"]) == 1 and "apple, red" in kept.read_text()
+
+
+def test_what_a_prediction_that_failed_has_left_is_said_and_kept(
+    run_of_files: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, part = photos / "out.csv", photos / "out.csv.part"
+    words = [str(run_of_files), str(photos), "--format", "csv", "--out", str(out)]
+
+    def failing(predictor: object, paths: object, writer: Writer, **_: object) -> None:
+        writer.write([Row("one.png", ["a"], [1.0])])
+        raise faults.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting, "predict_files", failing)
+        faults = [ValueError("no worker"), OSError(28, "No space left on device")]
+        while faults:
+            assert predict.main([*words, "--overwrite"]) == 2
+            assert f"what was predicted is in {part}\n" in capsys.readouterr().err
+    before = part.read_bytes()
+    assert b"one.png" in before
+    assert predict.main(words) == 2
+    assert f"{part} is there, of a prediction that was stopped" in capsys.readouterr().err
+    assert part.read_bytes() == before and not out.exists()
+    assert predict.main([*words, "--overwrite"]) == 1 and out.exists() and not part.exists()
+    assert predict.main([*words[:-1], str(photos), "--overwrite"]) == 2
+    assert f"--out must be a file; got the folder {photos}" in capsys.readouterr().err
 
 
 def test_a_mistake_is_answered_before_torch_is_imported() -> None:

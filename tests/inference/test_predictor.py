@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import allnc
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig
-from allnc.inference.places import placed
 from allnc.inference.predictor import rebuild
 from allnc.models import build_model
 from allnc.trainer import measure
 from allnc.trainer.card import Card
 from allnc.trainer.checkpoint import Weights, save
+from allnc.trainer.places import placed
 from allnc.trainer.run import Run
 from tests.inference.conftest import CLASSES, SIDE, on_arrays, on_files, saved
 from tests.trainer.test_training import TINY, changed
@@ -168,6 +168,30 @@ def test_relative_places_are_found_from_another_folder(tmp_path: Path, monkeypat
     assert placed(config, Path("elsewhere/one")).data.root == "data"  # the run was moved alone
     (tmp_path / "data").mkdir()
     assert placed(config, Path("project/runs/one")).data.root == "data"  # as it says, where it is there
+
+
+@pytest.mark.parametrize("out", ["out", "index"])
+def test_what_has_moved_with_the_run_is_found(out: str, tmp_path: Path) -> None:
+    """The old place of the run is known by an absolute `out`, or by the table of its images."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    run = new / "runs" / "one"
+    run.mkdir(parents=True)
+    table = str(old / "runs" / "one" / "images.tsv") if out == "index" else None
+    (run / "images.tsv").touch()
+    data = DataConfig(name="own", fit="whole", root=str(old / "photos"), train_list=str(old / "a.csv"), index=table)
+    model = ModelConfig(name="timm:resnet18", pretrained=True, weights=str(old / "w.pth"))
+    config = Config(data=data, model=model, out=str(old / "runs" / "one") if out == "out" else "one")
+    assert placed(config, run).data.root == str(old / "photos")  # the images have not moved
+    (new / "photos").mkdir()
+    for name in ("a.csv", "w.pth"):
+        (new / name).touch()
+    found = placed(config, run)
+    assert (found.data.root, found.data.train_list) == (str(new / "photos"), str(new / "a.csv"))
+    assert (found.model.weights, found.data.index) == (str(new / "w.pth"), str(run / "images.tsv"))
+    assert placed(config, run, ["data.root"]).data.root == str(old / "photos")  # given: as it is
+    (old / "photos").mkdir(parents=True)
+    assert placed(config, run).data.root == str(old / "photos")  # still there
+    assert placed(config, tmp_path / "alone").data.root == str(old / "photos")
 
 
 def test_a_timm_network_of_a_fixed_size_is_rebuilt_for_its_images() -> None:

@@ -105,6 +105,20 @@ def test_of_a_run_with_a_moving_average_they_are_the_average_s(tmp_path: Path) -
     assert_stored(tmp_path / "features", run)
 
 
+def test_options_of_the_images_count(tmp_path: Path) -> None:
+    make_images(tmp_path / "own")
+    data = {"name": "own", "root": tmp_path / "own", "augmentation": "resized_crop", "workers": 0, "image_size": 8}
+    words = [f"--data.{option}={value}" for option, value in data.items()]
+    words += ["--passes", "2", "--train.threads", "1", "--data.channels", "1", "--data.max_bad", "1"]
+    words += ["--data.flip", "false"]
+    stored = []
+    for scale in ("0.1", "1.0"):
+        folder = tmp_path / scale
+        assert features.main([*words, "--data.crop_scale", scale, "--out", str(folder)]) == 0
+        stored.append([(folder / f"train-pass{number}-00000.safetensors").read_bytes() for number in (0, 1)])
+    assert stored[0][0] == stored[1][0] and stored[0][1] != stored[1][1]
+
+
 def test_random_weights_are_no_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(tmp_path / "random")
     assert "note: resnet8 has random weights" in capsys.readouterr().out
@@ -271,6 +285,23 @@ def refused(capsys: pytest.CaptureFixture[str], main: Any, words: list[str], mes
         (["--out", "{new}", "--passes"], "--passes needs a value"),
         (["--out", "{new}", "--loss.alpha", "2"], "--loss.alpha would be ignored: it is of the training"),
         (["--out", "{new}", "--config", "features"], "data.name must be of images; got features"),
+        (["--out", "{new}", "--data.validation", "0.1"], "--data.validation would be ignored: it is of the training"),
+        (
+            ["--out", "{new}", "--data.augmentation=crop_flip_cutout", "--data.flip=false"],
+            "it is of augmented passes, and --passes 1 makes none",
+        ),
+        (
+            [
+                "--out",
+                "{new}",
+                "--data.name=own",
+                "--data.root=.",
+                "--data.fit=whole",
+                "--data.crop_scale=1",
+                "--passes=2",
+            ],
+            "--data.crop_scale would be ignored: data.augmentation is shift_rotate",
+        ),
         (
             ["--out", "{new}", "--passes", "2", "--data.augmentation", "none"],
             "--passes must be 1 with data.augmentation none",

@@ -14,10 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from allnc import evaluate
+from allnc import evaluate, features
 from allnc.config import Config
 from allnc.data import load
 from allnc.data.own import Index, read_index
+from allnc.plot import __main__ as plot
+from allnc.report import __main__ as report
 from allnc.train import main
 from allnc.trainer import loop
 from allnc.trainer.checkpoint import load_weights
@@ -78,6 +80,36 @@ def test_from_a_folder_to_a_run_that_is_evaluated_from_another_folder(
     words = ["--resume", "--out", "../run", "--data.root", "../moved", "--train.epochs", "2"]
     assert main(words) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
+
+
+def test_a_run_and_its_images_move_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    tree(old / "photos", {"a": 12, "b": 8, "c": 6})
+    images, labels = np.arange(384, dtype=np.uint8).reshape(6, 8, 8), np.arange(6) % 3
+    np.savez(old / "set.npz", images=images, labels=labels, test_images=images, test_labels=labels)
+    monkeypatch.chdir(old)
+    assert main(["photos", *SHORT, "--out", "run"]) == 0
+    assert main(["set.npz", *SHORT, "--train.batch_size", "4", "--out", "of_arrays"]) == 0
+    old.rename(new)
+    monkeypatch.chdir(new)
+    capsys.readouterr()
+    for run in ("run", "of_arrays"):
+        assert evaluate.main([run]) == 0, capsys.readouterr().err
+    assert "accuracy alone" not in capsys.readouterr().out
+    assert plot.main(["run", "--kind", "cosines", "--out", "plots"]) == 0
+    assert report.main(["run"]) == 0
+    assert "missing" not in capsys.readouterr().out
+    assert features.main(["--run", "run", "--out", "features"]) == 0
+    assert main(["--resume", "--out", "run", "--train.epochs", "2"]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["run", "--data", "photos"]) == 0
+    assert "its training images are measured, too" in capsys.readouterr().out
+    assert evaluate.main(["run", "--data", "run/images.tsv"]) == 0
+    assert "its 5 test images of 26 are taken" in capsys.readouterr().out
+    (new / "photos").rename(tmp_path / "photos")
+    assert features.main(["--run", "run", "--out", "more", "--data.root", "../photos"]) == 0
 
 
 def test_the_table_of_a_run_starts_another_one_with_the_same_split(tmp_path: Path) -> None:

@@ -310,8 +310,9 @@ def test_the_headline_says_how_much_trains(place: Path, tmp_path: Path) -> None:
 
 def test_a_model_of_another_size_is_one_line(place: Path) -> None:
     fixed = {"name": "timm:vit_tiny_patch16_224", "pretrained": False, "weights": None}
-    with pytest.raises(ValueError, match=r"model\.name must be a model for 3 x 112 x 112 images") as caught:
-        Run(configuration(place, "lora", model=fixed))
+    small = {"image_size": 12}  # less than a patch
+    with pytest.raises(ValueError, match=r"model\.name must be a model for 3 x 12 x 12 images") as caught:
+        Run(configuration(place, "lora", model=fixed, data=small))
     assert "added parts" not in str(caught.value)
 
 
