@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allnc.config import Config
+from allnc.config import ARRAY_ENDINGS, Config
 from allnc.trainer.folder import INDEX
 from allnc.trainer.options import OF_A_MACHINE, dotted
 
@@ -50,7 +50,7 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     recipe = [] if any(word == "--config" or word.startswith("--config=") for word in rest) else ["--config", RECIPE]
     if os.path.isdir(place):
         return [*recipe, "--data.name=own", f"--data.root={place}", *rest]
-    if place.lower().endswith((".npz", ".safetensors")):
+    if place.lower().endswith(ARRAY_ENDINGS):
         return [*recipe, "--data.name=arrays", f"--data.root={place}", *rest]
     if place.lower().endswith(LIST_ENDINGS):
         return [

@@ -57,7 +57,7 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_files(tree: Path, **settings: Any) -> Config:
     data = DataConfig(name="image_folder", root=str(tree), image_size=SIDE, augmentation="none", workers=0, few=5)
-    config = changed(TINY, train={"batch_size": 8}, loss={"backend": "eager"})
+    config = changed(TINY, train={"batch_size": 8}, loss={"backend": "eager", "horizon": 0.0})
     whole = Config(data=data, model=config.model, loss=config.loss, train=config.train)
     return changed(whole, **settings)
 
