@@ -68,5 +68,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="made anew")
     parser.add_argument("--grey", action="store_true", help="grey instead of colour")
+    parser.add_argument("--seed", type=int, default=0, help="of the images; default 0")
     options = parser.parse_args()
-    print(f"{make(options.folder, grey=options.grey)} images in {options.folder}")
+    print(f"{make(options.folder, grey=options.grey, seed=options.seed)} images in {options.folder}")
