@@ -115,7 +115,7 @@ def checkpoints(random: Random, folder: Path) -> None:
     except (ValueError, OSError) as error:
         readable(error)
     try:
-        config, path, mode = plan(["--resume", "--out", str(run)])
+        config, path, mode, _ = plan(["--resume", "--out", str(run)])
         with RunFolder(path, mode):
             resumed = loop.Run(config, _images())
             resumed.restore(path)

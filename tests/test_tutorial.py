@@ -54,7 +54,7 @@ def test_from_a_folder_to_a_model_in_use(
     session = onnxruntime.InferenceSession(str(tmp_path / "runs" / "letters" / "model.onnx"))
     pixels = np.stack([np.asarray(Image.open(path)) for path in images])
     pixels = pixels[:, None] if grey else pixels.transpose(0, 3, 1, 2)
-    logits = session.run(["logits"], {"images": pixels})[0]
+    logits = np.asarray(session.run(["logits"], {"images": pixels})[0])
     np.testing.assert_allclose(logits, run.logits(images).numpy(), rtol=1e-4, atol=1e-4)
 
     capsys.readouterr()
