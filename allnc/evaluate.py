@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allnc._command import Parser, answer
+from allnc.inference.options import add_device, add_prior, add_weights
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,17 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--on", choices=("test", "validation"), help="which images; default the run's own (its data.validation)"
     )
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best"),
-        dest="which",
-        help="of the last epoch, or of the best one on validation images; default last, and best with train.patience",
-    )
-    parser.add_argument(
-        "--prior",
-        metavar="uniform|train|FILE",
-        help="adjust the logits to this class prior and measure under it; FILE: a CSV of class name and weight",
-    )
+    add_weights(parser)
+    add_prior(parser, "adjust the logits to this class prior and measure under it")
     parser.add_argument("--classes", action="store_true", help="also accuracy by class: the worst ten and the best ten")
     parser.add_argument(
         "--predictions", action="store_true", help="also write RUN_DIR/predictions.npz and RUN_DIR/classes.csv"
@@ -51,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--data.root", dest="root", help="folder of the images, where it is not the run's, or not that of the list"
     )
     parser.add_argument("--data.test_crops", dest="crops", type=int, choices=(1, 5), help="where it is not the run's")
-    parser.add_argument("--model.weights", dest="weights", help="pretrained weights, where they are not the run's")
     parser.add_argument(
         "--collapse", action="store_true", help="collapse by layer and by shot instead, also into RUN_DIR/collapse.json"
     )
@@ -64,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="with --collapse: a .npz or .safetensors of images of no class, for NC5",
     )
-    parser.add_argument("--train.device", dest="device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(parser)
     options = parser.parse_args(arguments)
     return answer("allnc.evaluate", lambda: _evaluate(options))
 
@@ -105,7 +96,7 @@ def _restored(options: argparse.Namespace, root: str | None) -> Restored:
         which=options.which,
         device=options.device,
         root=root,
-        pretrained=options.weights,
+        pretrained=options.pretrained,
         crops=options.crops,
     )
 
@@ -142,7 +133,7 @@ def _measure_run(options: argparse.Namespace, console: Console) -> None:
         options.which,
         root=options.root,
         crops=options.crops,
-        pretrained=options.weights,
+        pretrained=options.pretrained,
         device=options.device,
     )
     if options.on == "validation" and config.data.validation == 0:

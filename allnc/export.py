@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allnc._command import Parser, answer
+from allnc.inference.options import add_weights
 
 ENDINGS = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 
@@ -28,14 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--raw", action="store_true", help="take uint8 images and normalise them inside (torch and onnx)"
     )
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best"),
-        dest="which",
-        help="of the last epoch, or of the best one on validation images; default last, and best with train.patience",
-    )
+    add_weights(parser)
     parser.add_argument("--data.root", dest="root", help="images of a run of an older version on a file of arrays")
-    parser.add_argument("--model.weights", dest="pretrained", help="pretrained weights, where they are not the run's")
     options = parser.parse_args(arguments)
     return answer("allnc.export", lambda: _export(options))
 

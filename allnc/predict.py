@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from allnc._command import Parser, answer
 from allnc.inference.formats import FORMATS, Writer
+from allnc.inference.options import add_device, add_prior, add_weights
 
 if TYPE_CHECKING:
     from allnc.inference.predict import Done
@@ -36,20 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to; default the terminal")
     parser.add_argument("--overwrite", action="store_true", help="let FILE be replaced")
     parser.add_argument("--workers", type=int, help="processes that decode; default one a core, 8 at most")
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best"),
-        dest="which",
-        help="of the last epoch, or of the best one on validation images; default last, and best with train.patience",
-    )
-    parser.add_argument(
-        "--prior",
-        metavar="uniform|train|FILE",
-        help="probabilities under this class prior; FILE: a CSV of class name and weight; default as trained",
-    )
+    add_weights(parser)
+    add_prior(parser, "probabilities under this class prior")
     parser.add_argument("--data.root", dest="root", help="images of a run of an older version on a file of arrays")
-    parser.add_argument("--model.weights", dest="pretrained", help="pretrained weights, where they are not the run's")
-    parser.add_argument("--train.device", dest="device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(parser)
     options = parser.parse_args(arguments)
     unread = 0
 

@@ -16,6 +16,9 @@ from allnc.config.data import (
     BATCH_AUGMENTATIONS,
     FEATURES_MANIFEST,
     SMALL_SETS,
+    TEST,
+    TRAIN,
+    VALIDATION,
     DataConfig,
 )
 from allnc.config.fields import fits
@@ -33,6 +36,9 @@ __all__ = [
     "REWEIGHTED",
     "SECTIONS",
     "SMALL_SETS",
+    "TEST",
+    "TRAIN",
+    "VALIDATION",
     "Config",
     "DataConfig",
     "LossConfig",

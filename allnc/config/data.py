@@ -11,6 +11,7 @@ from allnc.config.fields import check_fields
 
 BALANCED_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")  # as published
 SMALL_SETS = (*BALANCED_SETS, "arrays")  # held in memory as one uint8 tensor
+TRAIN, VALIDATION, TEST = "train", "validation", "test"  # what an own image is for
 ARRAY_ENDINGS = (".npz", ".safetensors")  # of files of images, in capitals too
 FEATURES_MANIFEST = "features.json"  # of a folder that allnc.features wrote
 BATCH_AUGMENTATIONS = ("none", "shift_rotate", "crop_flip_cutout")  # whole batches of a small set at once

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allnc.config import ARRAY_ENDINGS, Config
+from allnc.config import ARRAY_ENDINGS, TEST, TRAIN, VALIDATION, Config
 from allnc.data import ImageSet
 from allnc.data.arrays import read_labelled
 from allnc.data.images import shown
 from allnc.data.own import Row, read_index
-from allnc.data.own.find import SPLITS, TEST, TRAIN, VALIDATION, Entry, Found, find_images
+from allnc.data.own.find import SPLITS, Entry, Found, find_images
 from allnc.data.own.index import COLUMNS
 from allnc.data.own.tables import read_table
 from allnc.data.paths import PathList

@@ -73,18 +73,26 @@ class AngleMap(NamedTuple):
 
 
 def angle_map(vectors: Tensor, order: Tensor, num_groups: int, *, centre: bool, name: str = "vectors") -> AngleMap:
-    """`pairwise_angles` by groups of classes, never with more than a group's rows of the C x C matrix.
+    """`pairwise_angles` in an order; of many classes by groups, with no more than a group's rows of C x C at a time.
 
-    Angles are those of float32 cosines, which are right to 0.03 degrees.
+    Angles of groups are those of float32 cosines, which are right to 0.03 degrees.
 
     Args:
         vectors, centre: as in `pairwise_angles`; `name` is what errors call them.
         order: [C] int64, the classes in the order in which they are grouped.
-        num_groups: G <= C; groups are of equal size, up to one class.
+        num_groups: G >= 1; groups are of equal size, up to one class. Up to so many classes stand alone.
 
     Raises:
         TypeError, ValueError: as `pairwise_angles`.
     """
+    if len(order) <= num_groups:
+        angles = pairwise_angles(vectors, centre=centre)
+        diagonal = torch.eye(len(angles), dtype=torch.bool)
+        values = angles[~diagonal & ~angles.isnan()]
+        cells = angles[order][:, order].masked_fill(diagonal, torch.nan)
+        if not len(values):
+            return AngleMap(cells, math.nan, math.nan)
+        return AngleMap(cells, float(values.mean()), float(values.std(correction=0)))
     unit = directions(vectors, centre=centre, name=name).float()[order]
     num_classes = len(unit)
     there = ~unit[:, 0].isnan()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from allnc.metrics.angles import AngleMap, angle_map, ideal_angle, pairwise_angles
+from allnc.metrics.angles import AngleMap, angle_map, ideal_angle
 from allnc.report import numbers
 from allnc.report.charts import Figure
 from allnc.report.heatmaps import ORANGE, PURPLE, angle_colours, borders_of, heat_map, row_names, scale_bar
@@ -22,6 +20,8 @@ def angle_maps(runs: Sequence[ReportedRun]) -> list[Figure]:
 
     No colour is the ideal angle of a simplex ETF; classes are in the order of the run with the largest imbalance.
     """
+    import torch  # a page without angles needs none
+
     found = [(run, run.vectors) for run in runs if run.vectors is not None]
     if not found:
         return []
@@ -34,9 +34,10 @@ def angle_maps(runs: Sequence[ReportedRun]) -> list[Figure]:
         ideal = ideal_angle(int(vectors.there.sum()))
         for what, rows, centre in (
             ("class means, centred", vectors.means, True),
-            ("classifier vectors", vectors.weight, False),
+            ("classifier vectors", vectors.weight.where(vectors.there[:, None], 0), False),
         ):
-            maps.append((run, what, _angle_map(rows, order, centre=centre), ideal, _groups(order)))
+            panel = angle_map(rows, torch.from_numpy(order), ANGLE_CELLS, centre=centre)
+            maps.append((run, what, panel, ideal, _groups(order)))
     far = max(5.0, *(float((m.cells - ideal).abs().nan_to_num(0).max()) for _, _, m, ideal, _ in maps))
     figures = []
     for run, what, panel, ideal, groups in maps:
@@ -72,17 +73,3 @@ def _groups(order: np.ndarray) -> list[np.ndarray]:
     num_groups = min(len(order), ANGLE_CELLS)
     group = np.arange(len(order)) * num_groups // len(order)
     return [order[group == number] for number in range(num_groups)]
-
-
-def _angle_map(rows: Any, order: np.ndarray, *, centre: bool) -> AngleMap:
-    import torch
-
-    index = torch.from_numpy(order)
-    if len(order) > ANGLE_CELLS:
-        return angle_map(rows, index, ANGLE_CELLS, centre=centre)
-    angles = pairwise_angles(rows, centre=centre)
-    diagonal = torch.eye(len(angles), dtype=torch.bool)
-    values = angles[~diagonal & ~angles.isnan()]
-    cells = angles[index][:, index].masked_fill(diagonal, torch.nan)
-    mean, std = (float(values.mean()), float(values.std(correction=0))) if len(values) else (math.nan, math.nan)
-    return AngleMap(cells, mean, std)

@@ -56,8 +56,9 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, sweep: Sweep, found: dict[Job, Result | None], missing: list[Job]) -> None:
     from allnc.sweep.execute import Clock, execute
-    from allnc.sweep.table import SCORE, as_csv, markdown, rows_of
+    from allnc.sweep.table import as_csv, markdown, rows_of
     from allnc.trainer.folder import write_whole
+    from allnc.trainer.selection import SCORE
 
     def write_tables() -> list[Row]:
         results = [result for result in found.values() if result is not None]

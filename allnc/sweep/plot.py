@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allnc.metrics.plots import appearance, new_figure, save
-from allnc.sweep.table import OVERALL, SCORE, Row
+from allnc.sweep.table import OVERALL, Row
+from allnc.trainer.selection import SCORE
 
 _GEOMETRY = {
     "nc2_means": "NC2 of the class means",

@@ -14,8 +14,8 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from allnc.sweep.record import Result
+from allnc.trainer.selection import SCORE
 
-SCORE = "balanced"  # mean of all classes' accuracies, percent
 MEASURES = (SCORE, "many", "medium", "few", "nc1", "nc2_means", "nc2_weights", "nc3", "seconds")
 HEADS = ("accuracy", "many", "medium", "few", "NC1", "NC2 means", "NC2 weights", "NC3", "s")
 OVERALL = "all"

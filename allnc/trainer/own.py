@@ -12,14 +12,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allnc.config import ARRAY_ENDINGS, Config
+from allnc.config import ARRAY_ENDINGS, TEST, TRAIN, VALIDATION, Config
 from allnc.trainer.folder import INDEX
 from allnc.trainer.options import OF_A_MACHINE, dotted
 
 if TYPE_CHECKING:
     from allnc.data.own import Index
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
 LIST_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".lst", ".list")
 SMALL = 64  # pixels: longest side of images that are seen whole and held in memory
 RECIPE = "own_images"

@@ -7,10 +7,10 @@ import stat
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from allnc.config import TEST, TRAIN, VALIDATION
 from allnc.data.folders import IMAGE_ENDINGS
 from allnc.data.images import shown
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = {
     **dict.fromkeys(("train", "training", "trainset", "train_set"), TRAIN),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "valset", "val_set"), VALIDATION),

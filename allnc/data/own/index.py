@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from allnc.config import DataConfig
+from allnc.config import TEST, TRAIN, VALIDATION, DataConfig
 from allnc.data.images import shown
-from allnc.data.own.find import TEST, TRAIN, VALIDATION, Entry, Found, find_images
+from allnc.data.own.find import Entry, Found, find_images
 from allnc.data.own.look import Seen, Tell, copies, look
 from allnc.data.own.split import held_out
 from allnc.data.own.tables import read_table

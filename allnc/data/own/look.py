@@ -17,7 +17,7 @@ from PIL import Image
 
 from allnc.data.images import ORIENTATION, read_image, readable_formats
 
-SMALL = 64  # pixels: longest side of images that are decoded whole, which takes no longer than to open them
+DECODED = 64  # pixels: longest side of images that are decoded whole, which takes no longer than to open them
 THREADS = 8  # readers of headers: they wait for the disk most of the time
 TAIL = 4096  # bytes at the end of a file, by which files of one size are told apart before all of them is read
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -117,7 +117,7 @@ def _look(path: str) -> Seen:
             tail = file.read()
         ended = kind in _ENDS and tail.rstrip(b"\0").endswith(_ENDS[kind])
         brightest = 255
-        if not ended or max(width, height) <= SMALL or mode == "F" or mode.startswith("I"):
+        if not ended or max(width, height) <= DECODED or mode == "F" or mode.startswith("I"):
             pixels = read_image(path)
             if mode.startswith("I"):
                 brightest = int(np.asarray(pixels).max())

@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from allnc.config import DataConfig
+from allnc.config import TEST, TRAIN, VALIDATION, DataConfig
 from allnc.data.arrays import statistics
 from allnc.data.images import read_image, shown
-from allnc.data.own.find import TEST, TRAIN, VALIDATION
 from allnc.data.own.index import Index, read_index, scan
 from allnc.data.paths import PathList
 from allnc.data.sources import ImageSet, on_disk

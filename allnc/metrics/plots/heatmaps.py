@@ -15,7 +15,7 @@ from matplotlib.colors import TwoSlopeNorm
 from torch import Tensor
 
 from allnc.metrics.accuracy import shot_groups
-from allnc.metrics.angles import AngleMap, angle_map, ideal_angle, pairwise_angles
+from allnc.metrics.angles import AngleMap, angle_map, ideal_angle
 from allnc.metrics.plots.style import DIVERGING, new_figure, save
 from allnc.metrics.plots.vectors import ClassVectors, check_vectors
 
@@ -46,8 +46,8 @@ def plot_angles(runs: Sequence[ClassVectors], path: str | os.PathLike[str]) -> N
     num_classes = check_vectors(runs)
     ideal = ideal_angle(int(runs[0].there.sum()))
     order = _shared_order(runs)
-    means = [_map_of(run.means, order, centre=True) for run in runs]
-    weights = [_map_of(run.weight.where(run.there[:, None], 0), order, centre=False) for run in runs]
+    means = [angle_map(run.means, order, _MOST_CELLS, centre=True) for run in runs]
+    weights = [angle_map(run.weight.where(run.there[:, None], 0), order, _MOST_CELLS, centre=False) for run in runs]
     far = max(5.0, *(float((panel.cells - ideal).abs().nan_to_num(0).max()) for panel in (*means, *weights)))
     norm = TwoSlopeNorm(ideal, ideal - far, ideal + far)
 
@@ -104,19 +104,6 @@ def _borders(run: ClassVectors, order: Tensor) -> list[tuple[str, int]]:
     if bool((group.diff() < 0).any()):
         return []
     return [(name, int(mask.sum())) for name, mask in groups.items() if bool(mask.any())]
-
-
-def _map_of(vectors: Tensor, order: Tensor, *, centre: bool) -> AngleMap:
-    """Angles in the order of the picture, NaN on the diagonal; of many classes, means over groups of them."""
-    if len(order) > _MOST_CELLS:
-        return angle_map(vectors, order, _MOST_CELLS, centre=centre)
-    angles = pairwise_angles(vectors, centre=centre)
-    diagonal = torch.eye(len(angles), dtype=torch.bool)
-    values = angles[~diagonal & ~angles.isnan()]
-    cells = angles[order][:, order].masked_fill(diagonal, torch.nan)
-    if not len(values):
-        return AngleMap(cells, math.nan, math.nan)
-    return AngleMap(cells, float(values.mean()), float(values.std(correction=0)))
 
 
 def _label_classes(axis: Axes, order: list[int], borders: list[tuple[str, int]]) -> None:
