@@ -66,7 +66,10 @@ def _train(options: argparse.Namespace, sweep: Sweep, found: dict[Job, Result | 
             return []
         rows = rows_of(results, sweep.baseline, sweep.data, sweep.methods)
         measured_on = " or ".join(sorted({result.summary["measured_on"] for result in results}))
-        text = f"{len(results)} of {len(sweep.jobs)} runs are done. {markdown(rows, sweep.baseline, measured_on)}"
+        stopped = {"best": "the best epoch on validation images", "last": "the last epoch"}
+        epoch = " or ".join(sorted({stopped[result.summary.get("weights", "last")] for result in results}))
+        table = markdown(rows, sweep.baseline, measured_on, epoch=epoch)
+        text = f"{len(results)} of {len(sweep.jobs)} runs are done. {table}"
         made = {f"{r.summary['commit']} with torch {r.summary['torch']}, {r.summary['precision']}" for r in results}
         if len(made) > 1:
             text += f"\nThe runs are not of one version: {'; '.join(sorted(made))}.\n"

@@ -59,10 +59,10 @@ def rows_of(results: Sequence[Result], baseline: str, data: Sequence[str], metho
     return rows
 
 
-def markdown(rows: Sequence[Row], baseline: str, measured_on: str) -> str:
+def markdown(rows: Sequence[Row], baseline: str, measured_on: str, *, epoch: str = "the last epoch") -> str:
     """Return the rows as a table for each data set."""
     text = (
-        f"Accuracy is the mean over classes on the {measured_on} images after the last epoch, in percent: mean ± "
+        f"Accuracy is the mean over classes on the {measured_on} images after {epoch}, in percent: mean ± "
         f"standard deviation over n seeds. The difference is to {baseline}, paired by seed, with its 95 % interval.\n"
     )
     for data in dict.fromkeys(row.data for row in rows):

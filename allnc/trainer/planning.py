@@ -120,6 +120,11 @@ def look_only(words: Sequence[str]) -> None:
     if config.out is not None:
         check_folder(path_of(config.out), mode)
     if settled(config, words, functools.partial(print, flush=True))[1] is None:
+        if config.data.name == "arrays":
+            raise ValueError(
+                "--dry_run looks at folders and lists; a file of arrays is taken as it is: --print_config prints what "
+                "the run would do"
+            )
         raise ValueError(
             "--dry_run looks at a folder or a list of images: give it as the first word (--print_config prints what "
             "other runs would do)"

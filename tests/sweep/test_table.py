@@ -75,3 +75,8 @@ def test_a_difference_of_fewer_seeds_than_the_mean_says_so() -> None:
     more = [*RESULTS[:3], *(result("a", "new", seed, 81.0) for seed in range(5))]
     text = markdown(rows_of(more, "base", ["a"], ["base", "new"]), "base", "test")
     assert "| new | 5 | 81.00 ± 0.00 | -1.00 ± 4.97 (n = 3) |" in text
+
+
+def test_the_text_says_of_which_epoch_the_numbers_are() -> None:
+    assert "images after the last epoch, in percent" in markdown([], "base", "test")
+    assert "images after the best epoch, in percent" in markdown([], "base", "test", epoch="the best epoch")

@@ -343,3 +343,10 @@ def test_the_first_process_tells_the_others_what_it_found() -> None:
     config, told = as_here(found, index, here)
     assert (config.data.root, config.data.workers, config.data.image_size, config.out) == ("/other", 3, 64, None)
     assert told is not None and told.root == "/other"
+
+
+def test_a_file_of_arrays_is_not_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = np.zeros((6, 8, 8), np.uint8), np.arange(6) % 3
+    np.savez(tmp_path / "set.npz", images=images, labels=labels, test_images=images, test_labels=labels)
+    assert main([str(tmp_path / "set.npz"), "--dry_run"]) == 2
+    assert "a file of arrays is taken as it is" in capsys.readouterr().err
