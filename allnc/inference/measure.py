@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from allnc.data import ImageSet
@@ -15,7 +14,7 @@ from allnc.trainer.classes import ClassScore, class_scores
 from allnc.trainer.measure import predictions
 from allnc.trainer.predictions import scores
 from allnc.trainer.processes import Processes
-from allnc.trainer.runtime import pick_matmul_precision
+from allnc.trainer.runtime import prepare
 
 GROUPS = ("many", "medium", "few", "ece_many", "ece_medium", "ece_few")
 
@@ -40,11 +39,7 @@ def measure(run: Restored, images: ImageSet, *, prior: str | None = None, measur
         ValueError: the run has no logits that can be adjusted to a prior.
     """
     train, data = run.config.train, run.config.data
-    torch.set_float32_matmul_precision(pick_matmul_precision(train, run.device))
-    if run.device.type == "cpu":
-        if train.threads is not None:
-            torch.set_num_threads(train.threads)
-        torch.set_flush_denormal(True)
+    prepare(train, run.device)
     adjust, wanted = None, None
     if prior is not None:
         assumed, wanted = run.prior(prior)

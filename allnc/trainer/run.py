@@ -29,8 +29,8 @@ from allnc.trainer.retrain import prepare_retraining
 from allnc.trainer.runtime import (
     check_backend,
     pick_device,
-    pick_matmul_precision,
     pick_precision,
+    prepare,
     random_state,
     restore_random_state,
     seed_everything,
@@ -68,12 +68,8 @@ class Run:
         self.device = pick_device(config.train)
         if config.loss.name in ("allnc", "supcon", "proco"):
             check_backend(config.loss.backend, self.device)
-        torch.set_float32_matmul_precision(pick_matmul_precision(config.train, self.device))
+        prepare(config.train, self.device)
         self.dtype = pick_precision(config.train, self.device)
-        if self.device.type == "cpu":
-            if config.train.threads is not None:
-                torch.set_num_threads(config.train.threads)
-            torch.set_flush_denormal(True)  # denormals of a nearly perfect fit slow CPU kernels tenfold
         seed_everything(config.seed)
         self.train_set, self.measured_set = images or load(config.data, tested=tested)
         config = self._with_statistics()

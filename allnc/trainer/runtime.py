@@ -65,6 +65,15 @@ def pick_matmul_precision(config: TrainConfig, device: torch.device) -> str:
     return "high" if device.type == "cuda" else "highest"
 
 
+def prepare(config: TrainConfig, device: torch.device) -> None:
+    """Let torch multiply, and use cores, as a run on this device wants it; for the whole process."""
+    torch.set_float32_matmul_precision(pick_matmul_precision(config, device))
+    if device.type == "cpu":
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.set_flush_denormal(True)  # denormals of a nearly perfect fit slow CPU kernels tenfold
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (weights, dropout); loaders have their own."""
     random.seed(seed)
