@@ -2,7 +2,7 @@
 
     L = η CE + (1 - η) ( L_reb + w_ww P2P(B, B) ) + α ( w_h HyCon + w_mm P2P(A, A) + w_mw P2P(A, B) )
 
-A are the centred unit class means in feature space, B the unit classifier vectors, centred with a linear classifier.
+A are the centred unit class means in feature space, B the unit classifier vectors, centred if p2p_centre says so.
 
 Legend: V views, N = V·B activations, F features, D columns of the projection, C classes.
 """
@@ -51,9 +51,7 @@ class AllNC(nn.Module):
         feature_dim: F, width of the features.
         projection_dim: D, width of the projections z; for softmax HyCon only.
         config: every setting of the loss; `LossConfig` explains them.
-        classifier_scale: factor of the cosines that are the logits of a normalised classifier, whose class vectors P2P
-            compares as they are; None for a linear one, in whose softmax what all class vectors share cancels out, and
-            which P2P therefore centres (`config.p2p_centre` says otherwise). LDAM's margins are scaled by it.
+        classifier_scale: factor of the cosines that are the logits, None for a linear classifier; for LDAM's margins.
         group: the batch is that of all ranks of this process group, of which each brings some rows, or none. All
             ranks must call forward together. The output is that of one process with all rows, and so is the *average*
             of the ranks' gradients, which DistributedDataParallel forms. One synchronisation a step.
@@ -110,7 +108,6 @@ class AllNC(nn.Module):
             horizon=config.horizon,
             group=group,
         )
-        self.centre_weights = classifier_scale is None if config.p2p_centre is None else config.p2p_centre
         self.p2p_means, self.p2p_weights, self.p2p_duality = config.p2p(num_classes, feature_dim)
         scales = (self.p2p_means * config.alpha, self.p2p_weights, self.p2p_duality * config.alpha)
         self.pairings = [pairing for pairing, scale in zip(PAIRINGS, scales, strict=True) if scale > 0]
@@ -231,11 +228,7 @@ class AllNC(nn.Module):
         means, seen = weight, None
         if self.feature_means is not None:
             means, seen = self.feature_means.update(features, labels, ranks)
-        options = {
-            "pairings": self.pairings,
-            "target": config.p2p_target,
-            "centre_weights": self.centre_weights,
-        }
+        options = {"pairings": self.pairings, "target": config.p2p_target, "centre_weights": config.p2p_centre}
         if self.projection_means is not None:
             assert z is not None
             projected, seen = self.projection_means.update(z, labels, ranks)
@@ -289,4 +282,4 @@ class AllNC(nn.Module):
         config = self.config
         p2p = f"p2p=({self.p2p_means:g}, {self.p2p_weights:g}, {self.p2p_duality:g})"  # means, classifier, duality
         hycon = f"hycon={config.contrast!r}, hycon_weight={config.hycon_weight}"
-        return f"{hycon}, {p2p}, centre_weights={self.centre_weights}, alpha={config.alpha}"
+        return f"{hycon}, {p2p}, p2p_centre={config.p2p_centre}, alpha={config.alpha}"
