@@ -196,7 +196,8 @@ def _description(config: Config, index: Index, trained: Mapping[str, int]) -> li
     rows = [row for row in index.rows if row.split]
     sizes = sorted({(row.width, row.height) for row in rows}, key=lambda size: size[0] * size[1])
     pixels = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
-    modes = ", ".join(f"{number:,} {mode}" for mode, number in Counter(row.mode for row in rows).most_common(4))
+    kinds = Counter(row.mode for row in rows).most_common()
+    modes = ", ".join(f"{number:,} {mode}" for mode, number in kinds[:4]) + ", ..." * (len(kinds) > 4)
     name = os.path.basename(data.train_list or data.root or "")
     numbers = {split: f"{len(index.of(split)):,}" for split in (TRAIN, VALIDATION, TEST) if index.of(split)}
     if data.profile != "none":

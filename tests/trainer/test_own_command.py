@@ -298,7 +298,7 @@ def test_what_the_images_decide_later_is_no_contradiction_now(
         (["--train.batch_size", "99"], "--train.batch_size must be at most 24"),
         (["--model.name", "resnet50"], "give timm:resnet50"),
         (["--data.imbalance", "exponential"], "data.imbalance exponential leaves no image of class 1 (b)"),
-        (["--loss.name", "ce", "--loss.class_weights", "{B: 2}"], "got 'B'; did you mean 'b'?"),
+        (["--loss.name", "ce", "--loss.class_weights", "{B: 2}"], "got 'B': the classes are a, b"),
         pytest.param(["--train.device", "cuda"], "train.device must be cpu or auto here", marks=NO_GPU),
         (["--report"], "--report would be ignored with --dry_run"),
     ],
