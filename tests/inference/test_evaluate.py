@@ -166,7 +166,8 @@ def test_files_that_cannot_be_read_are_counted_and_listed(
     shutil.copytree(tree / "test", data)
     assert evaluate.main([run, "--data", str(data)]) == 0
     whole = capsys.readouterr().out
-    middle = bytearray((data / CLASSES[0] / "0.png").read_bytes())
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (100, 100, 3), dtype=np.uint8)).save("large.png")
+    middle = bytearray(Path("large.png").read_bytes())
     middle[len(middle) // 2 : len(middle) // 2 + 40] = bytes(40)  # begins and ends as it should
     bad = {f"{CLASSES[0]}/broken.png": bytes(middle), f"{CLASSES[2]}/a\nb.png": b"no image"}
     for name, content in bad.items():
