@@ -20,6 +20,11 @@ from allnc.trainer.help import short_help, wrapped
 from allnc.trainer.names import nearest
 from allnc.trainer.options import dotted, from_dict, ignored_options, option_names
 
+# Whether they are read depends on what is chosen once one's own images have been looked at (trainer/own.py).
+_READ_AS_CHOSEN = (
+    *("data.flip", "data.crop_scale", "data.workers"),
+    *("model.width", "model.feature_dim", "model.shortcut"),
+)
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits_lt"
 FLAGS: dict[str, str] = {
@@ -92,8 +97,10 @@ def parse(words: Sequence[str], program: Program = TRAIN) -> tuple[Config, str]:
     except ArgumentError as error:
         raise ValueError(_readable(error)) from None
     config = _config_of(values)
-    if config.data.name != "own" or config.data.index is not None:  # else what they are read for is not chosen yet
-        refuse_ignored(config, given)
+    chosen_later = _READ_AS_CHOSEN if program is TRAIN and config.data.undecided else ()
+    if not chosen_later:
+        config.check()
+    refuse_ignored(config, [name for name in given if name not in chosen_later])
     return config, "-".join(recipe.stem for recipe in recipes)
 
 

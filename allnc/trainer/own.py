@@ -84,8 +84,6 @@ def settle(config: Config, given: Collection[str], typed: Collection[str], say: 
     from allnc.data.own.look import teller
 
     data = config.data
-    if "data.validation" not in given:  # what stands there may be a stand-in
-        data = dataclasses.replace(data, validation=0.0)
     say(f"looking at the images of {data.train_list or data.root}")
     index = scan(data, teller("looked at"))
     if "data.test_share" in typed and {TEST, VALIDATION} & {*index.given}:
@@ -102,6 +100,7 @@ def settle(config: Config, given: Collection[str], typed: Collection[str], say: 
         )
     chosen = {name: value for name, value in _choices(config, index, given).items() if name not in given}
     config = changed(config, chosen)
+    config.check()
     if config.train.batch_size > len(index.of(TRAIN)):
         raise ValueError(
             f"--train.batch_size must be at most {len(index.of(TRAIN))}, the number of training images; got "

@@ -17,7 +17,7 @@ import yaml
 
 from allnc.config import SECTIONS, Config
 from allnc.trainer import launcher, own
-from allnc.trainer.command import FLAGS, given_options, parse, recipe_path, refuse_ignored, take
+from allnc.trainer.command import DEFAULT_RECIPE, FLAGS, given_options, parse, recipe_path, refuse_ignored, take
 from allnc.trainer.folder import CONFIG, INDEX, Mode, check_folder, new_folder
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.options import OF_A_MACHINE, dotted, to_dict
@@ -27,12 +27,21 @@ MOST_TOLD = 4  # options in the name of a run folder
 
 
 class Plan(NamedTuple):
-    """What a command line asks for; of a new run on one's own images, the table of them."""
+    """What a command line asks for.
+
+    Attributes:
+        config: of the run.
+        folder: of the run.
+        mode: what to do with it.
+        index: of a new run on one's own images, the table of them.
+        recipe: of a new run, what was asked for by --config.
+    """
 
     config: Config
     folder: Path
     mode: Mode
     index: own.Index | None = None
+    recipe: str | None = None
 
 
 def plan(words: Sequence[str]) -> Plan:
@@ -52,24 +61,24 @@ def plan(words: Sequence[str]) -> Plan:
     if given == ["resume"]:
         return _resumed(words)
     words = own.spelled_out(words)
-    config, recipe = parse([*_stand_ins(words), *words])
+    config, stem = _parsed(words)
     config = _in_a_new_folder(config, words)
+    recipe = " + ".join(take(words, "config")[0] or [DEFAULT_RECIPE])
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
-    _check_depth(config.model.name)
     mode: Mode = "overwrite" if given else "new"
     if launcher.rank() > 0:  # the first process looks at the images, and tells the others
-        return Plan(_with_whole_paths(config), Path(config.out or "runs"), mode)
+        return Plan(_with_whole_paths(config), Path(config.out or "runs"), mode, recipe=recipe)
     if config.out is not None:
         check_folder(path_of(config.out), mode)  # before minutes of looking at images
     config, index = settled(config, words, functools.partial(print, flush=True))
     if config.out is None:
-        place = Path(config.data.train_list or config.data.root or recipe)
-        name = recipe if recipe != own.RECIPE else place.name if place.is_dir() else place.stem
+        place = Path(config.data.train_list or config.data.root or stem)
+        name = stem if stem != own.RECIPE else place.name if place.is_dir() else place.stem
         folder = new_folder("-".join([name, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
-        return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, "new", index)
-    folder = path_of(config.out)
-    return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, mode, index)
+    else:
+        folder = path_of(config.out)
+    return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, mode, index, recipe)
 
 
 def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config, own.Index | None]:
@@ -81,42 +90,37 @@ def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config,
         say: called with each line on the images.
     """
     config = _with_whole_paths(config)
-    if config.data.name != "own" or config.data.index is not None:
+    if not config.data.undecided:
         return config, None
     typed = given_options(words)
-    given = {*typed}
-    for name in take(words, "config")[0]:
-        values = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8-sig")) if name != own.RECIPE else {}
-        given |= {f"{section}.{option}" for section in SECTIONS for option in values.get(section) or ()}
-    config, index = own.settle(config, given, typed, say)
+    config, index = own.settle(config, _given(words), typed, say)
     refuse_ignored(config, typed)
     return config, index
 
 
-def _stand_ins(words: Sequence[str]) -> list[str]:
-    """Return options in the place of what own images will decide, without which those that are given are refused."""
-    if "--data.name=own" not in words:
-        return []
+def _parsed(words: Sequence[str]) -> tuple[Config, str]:
+    """Return what `parse` does, once it holds no mistake that looking at one's own images could not mend."""
+    config, recipe = parse(words)
+    if config.data.undecided:
+        config.check(_given(words))
+    _check_depth(config.model.name)
+    return config, recipe
 
-    def value(option: str) -> str | None:
-        return next(iter(take(words, option)[0][-1:]), None)
 
-    found = []
-    if value("model.pretrained") == "true" and value("model.name") is None:
-        found.append(f"--model.name={own.PRETRAINED_NETWORK}")
-    if value("data.fit") == "crop" and value("data.augmentation") is None:
-        found.append("--data.augmentation=resized_crop")
-    if value("train.patience") not in (None, "null") and value("data.validation") is None:
-        found.append("--data.validation=0.5")
-    return found
+def _given(words: Sequence[str]) -> set[str]:
+    """Return the options that stay as they are whatever one's own images are: of the words, and of other recipes."""
+    given = {*given_options(words)}
+    for name in take(words, "config")[0]:
+        values = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8-sig")) if name != own.RECIPE else {}
+        given |= {f"{section}.{option}" for section in SECTIONS for option in values.get(section) or ()}
+    return given
 
 
 def look_only(words: Sequence[str]) -> None:
     """Say what a run on one's own images would do."""
     mode: Mode = "overwrite" if "--overwrite" in words else "new"
     words = own.spelled_out([word for word in words if word not in ("--dry_run", "--overwrite")])
-    config, _ = parse([*_stand_ins(words), *words])
-    _check_depth(config.model.name)
+    config, _ = _parsed(words)
     if config.out is not None:
         check_folder(path_of(config.out), mode)
     if settled(config, words, functools.partial(print, flush=True))[1] is None:
@@ -134,7 +138,7 @@ def look_only(words: Sequence[str]) -> None:
 def print_config(words: Sequence[str]) -> None:
     """Print the whole configuration of a command line as YAML."""
     words = own.spelled_out([word for word in words if word != "--print_config"])
-    config, _ = parse([*_stand_ins(words), *words])
+    config, _ = _parsed(words)
     if config.data.name == "own":
         config, _ = settled(config, words, lambda _: None)
     print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from allnc.train import main
+from allnc.trainer import ending, loop, state
 from allnc.trainer import folder as folders
-from allnc.trainer import loop
 from allnc.trainer.folder import (
     CHECKPOINT,
     LOCK,
@@ -200,7 +200,7 @@ def test_the_summary_does_not_wait_for_the_pictures(tmp_path: Path, monkeypatch:
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "plot_angles", killed)
+    monkeypatch.setattr(ending, "plot_angles", killed)
     with pytest.raises(KeyboardInterrupt, match="continues after epoch 3 of 3"):
         loop.train(TINY, tmp_path, quiet())
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 3
@@ -278,9 +278,9 @@ def test_a_checkpoint_with_flipped_bits_is_refused(tmp_path: Path) -> None:
             data[random.randrange(len(data))] ^= 1 << random.randrange(8)
             (tmp_path / name).write_bytes(data)
             with pytest.raises(ValueError, match=f"{name} {message}"):
-                resumed.restore(tmp_path)
+                state.restore(resumed, tmp_path)
         (tmp_path / name).write_bytes(good)
-    resumed.restore(tmp_path)
+    state.restore(resumed, tmp_path)
 
 
 def test_other_training_images_are_not_resumed(tmp_path: Path) -> None:

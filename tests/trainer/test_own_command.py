@@ -21,7 +21,7 @@ from allnc.data.own import Index, read_index
 from allnc.plot import __main__ as plot
 from allnc.report import __main__ as report
 from allnc.train import main
-from allnc.trainer import loop
+from allnc.trainer import ending
 from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.own import as_here
 from allnc.trainer.planning import plan
@@ -32,8 +32,8 @@ PRETRAINED = ["--model.name", "timm:resnet18", "--model.pretrained", "true"]
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
 
 
 def tree(root: Path, sizes: dict[str, int], side: int = 16, mode: str = "RGB") -> Path:
