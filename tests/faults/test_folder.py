@@ -235,6 +235,25 @@ def test_ctrl_c_in_the_first_seconds(moment: str, tmp_path: Path) -> None:
     assert done.returncode == 130 and one_line(done.stderr).startswith("allnc.train: stopped")
 
 
+@pytest.mark.parametrize(("first", "status"), [("torch", 130), ("nothing", 0)])
+def test_ctrl_c_while_python_ends(first: str, status: int, tmp_path: Path) -> None:
+    """A second one, or two after all was done, find nothing to stop: torch's clean-up would show its traceback."""
+    program = (
+        "import atexit, os, signal, sys\n"
+        "def stop(*_): os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.addaudithook(lambda event, told: stop() if event == 'import' and told[0] == sys.argv[1] else None)\n"
+        "atexit.register(stop)\n"
+        "atexit.register(stop)\n"
+        "from allnc import train\n"
+        "words, sys.argv[0] = sys.argv[2:], train.__file__\n"  # as python -m allnc.train
+        "sys.exit(train.main(words))\n"
+    )
+    words = ["--print_config"] if status == 0 else [*WORDS, "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", program, first, *words], capture_output=True, text=True, timeout=100)
+    assert done.returncode == status
+    assert done.stderr.splitlines() == (["allnc.train: stopped"] if status else [])
+
+
 def test_a_summary_is_that_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished run goes on for more epochs and is stopped: the summary of the fewer ones must not stay."""
     loop.train(TINY, tmp_path, quiet())
