@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from allnc.trainer.run import Run
 
 Record = dict[str, Any]
-PARTS = (  # short labels on the console; the files have the whole names
-    {"loss_cls": "cls", "loss_uniform": "uniform", "loss_rebalance": "rebalance"},
-    {"loss_hycon": "hycon"},
-    {"loss_p2p_means": "p2p mm", "loss_p2p_weights": "ww", "loss_p2p_duality": "mw"},
+PARTS = (  # short labels on the console, under a common name; the files have the whole names
+    ("", {"loss_cls": "cls", "loss_uniform": "uniform", "loss_rebalance": "rebalance"}),
+    ("", {"loss_hycon": "hycon"}),
+    ("p2p ", {"loss_p2p_means": "mm", "loss_p2p_weights": "ww", "loss_p2p_duality": "mw"}),
 )
 SHOTS = ("many", "medium", "few")
 QUALITY = {
@@ -186,11 +186,13 @@ def _record(text: bytes) -> Record | None:
 
 def epoch_line(record: Record, epochs: int) -> str:
     """Format one epoch: loss and its parts, eta, lr, accuracy by shot."""
-    parts = "; ".join(
-        " ".join(f"{label} {record[name]:.3f}" for name, label in group.items() if record.get(name) is not None)
-        for group in PARTS
-        if any(name in record for name in group)
-    )
+    # AllNC has exactly 0 for a pairing of P2P that it does not compute.
+    known = {name for name, value in record.items() if value is not None and (value or "p2p" not in name)}
+    groups = []
+    for common, labels in PARTS:
+        if told := [f"{label} {record[name]:.3f}" for name, label in labels.items() if name in known]:
+            groups.append(common + " ".join(told))
+    parts = "; ".join(groups)
     line = f"{record['epoch']:>3}/{epochs} loss {record['loss']:.3f} ({parts})"
     if record.get("eta") is not None:
         line += f" η {record['eta']:.2f}"
