@@ -10,6 +10,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -93,8 +94,11 @@ def answer(program: str, body: Callable[[], None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     threading.excepthook = _in_thread
     try:
-        body()
-        sys.stdout.flush()
+        try:
+            body()
+            sys.stdout.flush()
+        finally:
+            _let_end()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone: nobody is left to tell
         sys.stdout = None
         return MISTAKE
@@ -111,9 +115,20 @@ def answer(program: str, body: Callable[[], None]) -> int:
         smaller = "lower train.batch_size, data.views, data.image_size or the model's size"
         return _mistake(program, f"not enough memory: {smaller} ({str(error) or type(error).__name__})")
     except KeyboardInterrupt as stop:
+        _let_end()
         print(f"{_spoken(program)}: {stop if stop.args else 'stopped'}", file=sys.stderr)
         return INTERRUPTED
     return DONE
+
+
+def _let_end() -> None:
+    """Ignore Ctrl-C from here on, where the process ends with the program.
+
+    Python takes a fifth of a second to end with torch, whose clean-up would answer a second Ctrl-C by its traceback.
+    """
+    started = Path(sys.argv[0])
+    if started.name == "allnc" or Path(__file__).parent in started.absolute().parents:  # else somebody's own program
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _in_thread(fault: threading.ExceptHookArgs) -> None:

@@ -28,7 +28,7 @@ def _train(words: list[str]) -> None:
     if "--dry_run" in words:
         return look_only(words)
     try:
-        config, folder, mode, index = plan(words)
+        config, folder, mode, index, recipe = plan(words)
     except ValueError as error:
         if launcher.rank() == 0:
             raise
@@ -38,7 +38,7 @@ def _train(words: list[str]) -> None:
     from allnc.trainer.folder import REPORT
     from allnc.trainer.loop import train
 
-    train(config, folder, Console(), mode=mode, index=index)
+    train(config, folder, Console(), mode=mode, index=index, recipe=recipe)
     if reports and launcher.rank() == 0:
         from allnc.report.page import write_report
 

@@ -17,8 +17,9 @@ from mutate import mutated
 from rich.console import Console
 
 from allnc.config import Config, DataConfig, ModelConfig, TrainConfig
-from allnc.trainer import checkpoint, loop
+from allnc.trainer import checkpoint, loop, state
 from allnc.trainer.command import RECIPES
+from allnc.trainer.divergence import check_weights
 from allnc.trainer.folder import CHECKPOINT, CONFIG, METRICS, STATE, WEIGHTS, RunFolder
 from allnc.trainer.options import dotted, from_dict, to_dict
 from allnc.trainer.planning import plan
@@ -76,7 +77,7 @@ def configs(random: Random, folder: Path) -> None:
             batch = next(iter(run.loader.epoch(0)))
             total = loop.train_step(run, batch, progress=0.0)["loss"]
             if bool(total.isfinite()):
-                run.check_weights()
+                check_weights(run)
         except ValueError as error:
             readable(error)
 
@@ -115,10 +116,10 @@ def checkpoints(random: Random, folder: Path) -> None:
     except (ValueError, OSError) as error:
         readable(error)
     try:
-        config, path, mode, _ = plan(["--resume", "--out", str(run)])
+        config, path, mode, *_ = plan(["--resume", "--out", str(run)])
         with RunFolder(path, mode):
             resumed = loop.Run(config, _images())
-            resumed.restore(path)
+            state.restore(resumed, path)
             with RunLog(path, Console(file=io.StringIO()), epochs=2, done=resumed.epoch):
                 pass
     except (ValueError, OSError) as error:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from allnc.config import DataConfig
 from allnc.data import Batch, ImageSet
+from allnc.trainer import state
 from allnc.trainer.command import parse
 from allnc.trainer.loop import train_step
 from allnc.trainer.run import Run
@@ -73,7 +74,7 @@ def main() -> None:
         for mode, run in runs.items():
             place = Path(folder) / mode
             place.mkdir()
-            run.save(place)
+            state.save(run, place)
             sizes = [(place / name).stat().st_size / 1e6 for name in ("last.safetensors", "state.pt")]
             time, peak, most = times[mode], peaks[mode], peaks["full"]
             table.add_row(

@@ -115,6 +115,10 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
             "model.heads must be shared with model.classifier",
         ),
         (["--model.classifier", "etf", "--loss.p2p_weights", "2"], "--loss.p2p_weights would be ignored: model.class"),
+        (
+            ["--loss.p2p_means=0", "--loss.p2p_weights=0", "--loss.p2p_duality=0", "--loss.p2p_target=etf"],
+            "--loss.p2p_target would be ignored: every weight of P2P is 0",
+        ),
         (["--train.epochs", "0"], "train.epochs must be >= 1; got 0"),
         (["--train.epochs", "x"], "train.epochs must be of type int; got x"),
         (["--train.epoch", "5"], "--train.epoch is not an option; did you mean --train.epochs?"),
@@ -210,6 +214,8 @@ def test_run_folders_are_new_unless_asked(tmp_path: Path, monkeypatch: pytest.Mo
     run = Path("mine")
     run.mkdir()
     assert plan(["--out", "mine"])[1] == run
+    assert plan(["--out", "mine"]).recipe == "digits_lt"
+    assert plan(["--config=fashion_lt", "--config", "batch/1024", "--out", "x"]).recipe == "fashion_lt + batch/1024"
     config = Config(seed=7)
     (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with pytest.raises(ValueError, match="holds a run: give --resume to continue it"):
@@ -265,6 +271,9 @@ def test_ignored_options_are_real_options() -> None:
     loss_options = {name for name in option_names() if name.startswith("loss.")}
     assert loss_options - set(ignored_options(configs[4])) == {f"loss.{name}" for name in names}
     assert "model.projection_dim" not in ignored_options(configs[4])
+    p2p_on_duality = LossConfig(p2p_means=0, p2p_weights=0)  # p2p_duality is null: 1 where there is a simplex
+    assert "loss.p2p_target" not in ignored_options(Config(loss=p2p_on_duality))
+    assert "loss.p2p_target" in ignored_options(Config(loss=dataclasses.replace(p2p_on_duality, alpha=0)))
 
 
 def test_from_dict_refuses_unknown_keys() -> None:

@@ -120,6 +120,11 @@ class DataConfig:
             return self.imbalance
         return "exponential" if self.name in BALANCED_SETS else "none"
 
+    @property
+    def undecided(self) -> bool:
+        """Whether one's own images, which decide what was not given, have not been looked at yet."""
+        return self.name == "own" and self.index is None
+
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             if isinstance(getattr(self, name), list):
@@ -164,10 +169,6 @@ class DataConfig:
             raise ValueError(
                 f"data.channels must be 3 with data.name {self.name}, which has its own; got {self.channels}"
             )
-        if self.fit == "whole" and self.test_crops != 1:
-            raise ValueError(
-                f"data.test_crops must be 1 with data.fit whole, which cuts nothing; got {self.test_crops}"
-            )
         if self.name == "features" and self.augmentation != "none":
             raise ValueError(
                 f"data.augmentation must be none with data.name features; got {self.augmentation}: features are stored "
@@ -198,21 +199,5 @@ class DataConfig:
                 f"data.name {self.name}; "
                 f"got {self.augmentation}, which is for large images"
             )
-        if not small:
-            self._check_augmentation_of_files()
         if self.name not in ("fashion_mnist", "cifar10", "cifar100") and self.download:
             raise ValueError(f"data.download must be false with data.name {self.name}; got true: nothing to download")
-
-    def _check_augmentation_of_files(self) -> None:
-        if self.in_memory and self.fit != "whole":
-            raise ValueError(f"data.fit must be whole with data.in_memory true; got {self.fit}")
-        if self.augmentation == "autoaugment" and not self.in_memory:
-            raise ValueError(
-                "data.augmentation must be none, resized_crop, crop_flip or randaugment with data.name "
-                f"{self.name}; got autoaugment, which is for small images held in memory"
-            )
-        if self.augmentation in ("shift_rotate", "crop_flip_cutout") and self.fit != "whole":
-            raise ValueError(
-                f"data.augmentation must be none, resized_crop, crop_flip or randaugment with data.name {self.name}; "
-                f"got {self.augmentation}, which is for small images: with data.fit whole, and their data.image_size"
-            )

@@ -110,11 +110,3 @@ class ModelConfig:
                 f"model.name must be resnetD with D = 6n + 2 (resnet8, resnet20, resnet32 ...), timm:NAME, or for "
                 f"features linear or mlp; got {self.name!r} (the large-image ResNet-50 is timm:resnet50)"
             )
-        if self.pretrained:
-            raise ValueError(
-                f"model.pretrained needs a timm:NAME model; got {self.name}, which has no published weights"
-            )
-        if self.tune != "full":
-            raise ValueError(
-                f"model.tune must be full with model.name {self.name}, which has no pretrained part; got {self.tune}"
-            )

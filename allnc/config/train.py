@@ -105,7 +105,7 @@ class TrainConfig:
         if self.ema_decay is not None:
             check_interval("train.ema_decay", self.ema_decay, 0, 1, open_low=True, open_high=True)
         check_interval("train.mixup", self.mixup, 0, math.inf)
-        check_interval("train.retrain_epochs", self.retrain_epochs, 0, self.epochs, open_high=True)
+        check_interval("train.retrain_epochs", self.retrain_epochs, 0)  # below epochs: see together.py
         check_interval("train.lr", self.lr, 0, math.inf, open_low=True)
         check_interval("train.momentum", self.momentum, 0, 1, open_high=True)
         check_interval("train.weight_decay", self.weight_decay, 0, math.inf)

@@ -22,7 +22,7 @@ FROM_RECORDS = {
 FROM_WEIGHTS = {
     "angles": "angles between classes as heat maps on one colour scale",
     "sizes": "lengths and angles of means and class vectors against the size of the class",
-    "layers": "NC1, NC2 and NC4 at the layers, after the last epoch",
+    "layers": "NC1, NC2 and NC4 at the layers",
     "simplex": "features, means and class vectors of runs with 2 or 3 features",
 }
 KINDS = {**FROM_RECORDS, **FROM_WEIGHTS}
@@ -32,7 +32,7 @@ DEFAULT = [kind for kind in KINDS if kind != "simplex"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pictures; return 0, 2 for a mistake of the user, 130 after Ctrl-C."""
     kinds = "; ".join(f"{kind}: {text}" for kind, text in KINDS.items())
-    again = f"Those of the last weights ({', '.join(FROM_WEIGHTS)}) measure them on the training images once more."
+    again = f"{', '.join(FROM_WEIGHTS)} are of the run's weights (with train.patience the best), measured once more."
     parser = Parser("allnc.plot", __doc__, epilog=f"Kinds: {kinds}. {again}")
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--kind", metavar="KIND", nargs="+", choices=KINDS, help=f"default: {' '.join(DEFAULT)}")

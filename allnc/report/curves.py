@@ -23,11 +23,11 @@ def curves(runs: Sequence[ReportedRun], keys: Sequence[Key]) -> list[Figure]:
         for key, title in (("accuracy", "Accuracy"), *((name, f"Accuracy, {name}-shot classes") for name in SHOTS)):
             figures.append(_of_runs(runs, keys, key, title, "accuracy, %"))
     figures.append(_of_runs(runs, keys, "loss", "Training loss", "mean over the epoch"))
-    names = {key: label for group in PARTS for key, label in group.items()}
+    names = [name for _, labels in PARTS for name in labels]
     for run in runs:
         parts = sorted(
             {key for record in run.records for key in record if key.startswith("loss_")},
-            key=lambda part: (list(names).index(part) if part in names else len(names), part),
+            key=lambda part: (names.index(part) if part in names else len(names), part),
         )
         if len(parts) > 1 or (parts and len(runs) == 1):
             found = [

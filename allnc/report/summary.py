@@ -36,7 +36,7 @@ def trained(runs: Sequence[ReportedRun]) -> list[Row]:
         "Classes": [f"{len(counts):,}" if (counts := _counts(run)) is not None else "–" for run in runs],
         "Training images": [_training_images(run) for run in runs],
         "Measured images": [_measured_images(run) for run in runs],
-        "Recipe": [str(run.summary.get("recipe") or "–") for run in runs],
+        "Recipe": [_recipe(run.summary) for run in runs],
         "Loss": [run.config.loss.name for run in runs],
         "Network": [run.config.model.name + (", pretrained" if run.config.model.pretrained else "") for run in runs],
         "Epochs": [_epochs(run) for run in runs],
@@ -50,6 +50,11 @@ def trained(runs: Sequence[ReportedRun]) -> list[Row]:
 def _data(run: ReportedRun) -> str:
     root = run.config.data.root
     return run.config.data.name + (f", {os.path.basename(root)}" if root else "")
+
+
+def _recipe(summary: dict[str, Any]) -> str:
+    names = str(summary.get("recipe") or "–").split(" + ")
+    return " + ".join(os.path.basename(name) if os.path.isabs(name) else name for name in names)
 
 
 def _counts(run: ReportedRun) -> np.ndarray | None:
@@ -92,7 +97,7 @@ def _versions(summary: dict[str, Any]) -> str:
 
 
 def results(runs: Sequence[ReportedRun]) -> list[Row]:
-    """What was measured after the last epoch, with the differences to the first run."""
+    """What was measured at the end, of the epoch that `trained` says, with the differences to the first run."""
     found = [measures(run) for run in runs]
     alike = [are_comparable(runs[0], run) for run in runs]
     rows = []

@@ -56,6 +56,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, sweep: Sweep, found: dict[Job, Result | None], missing: list[Job]) -> None:
     from allnc.sweep.execute import Clock, execute
+    from allnc.sweep.record import epoch_of
     from allnc.sweep.table import as_csv, markdown, rows_of
     from allnc.trainer.folder import write_whole
     from allnc.trainer.selection import SCORE
@@ -66,8 +67,7 @@ def _train(options: argparse.Namespace, sweep: Sweep, found: dict[Job, Result | 
             return []
         rows = rows_of(results, sweep.baseline, sweep.data, sweep.methods)
         measured_on = " or ".join(sorted({result.summary["measured_on"] for result in results}))
-        stopped = {"best": "the best epoch on validation images", "last": "the last epoch"}
-        epoch = " or ".join(sorted({stopped[result.summary.get("weights", "last")] for result in results}))
+        epoch = epoch_of(result.summary for result in results)
         table = markdown(rows, sweep.baseline, measured_on, epoch=epoch)
         text = f"{len(results)} of {len(sweep.jobs)} runs are done. {table}"
         made = {f"{r.summary['commit']} with torch {r.summary['torch']}, {r.summary['precision']}" for r in results}

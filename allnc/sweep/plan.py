@@ -100,10 +100,13 @@ def read_options(config: Config) -> dict[str, Any]:
 def same_options(recorded: Mapping[str, Any], config: Config) -> bool:
     """Whether a run that was recorded with these options is one of this configuration.
 
-    An option that allnc did not have then counts as recorded with its default, which does what was done before.
+    An option that allnc did not have then counts as recorded with its default, which does what was done before. One
+    that was recorded although the configuration never reads it decides nothing.
     """
     defaults, own = dotted(Config()), read_options(config)
-    return not set(recorded) - set(own) and all(recorded.get(name, defaults[name]) == own[name] for name in own)
+    return not {*recorded} - {*own, *ignored_options(config)} and all(
+        recorded.get(name, defaults[name]) == own[name] for name in own
+    )
 
 
 def _jobs(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from allnc.sweep.plan import Job, read_options, same_options
 
 RUNS = "runs.jsonl"
-_NOT_KEPT = ("class_counts", "changes", "versions", "seed")
+_NOT_KEPT = ("class_counts", "changes", "versions", "seed", "recipe")
 
 
 class Result(NamedTuple):
@@ -37,6 +38,12 @@ def result_of(job: Job, summary: dict[str, Any]) -> Result:
     kept = {name: value for name, value in summary.items() if name not in _NOT_KEPT}
     kept |= {"torch": summary["versions"]["torch"], "allnc": summary["versions"]["allnc"]}
     return Result(job.data, job.method, job.seed, read_options(job.config), kept)
+
+
+def epoch_of(summaries: Iterable[Mapping[str, Any]]) -> str:
+    """Say of which epoch the measures of runs are: the last one, or the best one where train.patience chose it."""
+    names = {"best": "the best epoch on validation images", "last": "the last epoch"}
+    return " or ".join(sorted({names[summary.get("weights", "last")] for summary in summaries}))
 
 
 def append(folder: Path, result: Result) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, variance
 from typing import Any, NamedTuple
 
-from allnc.sweep.record import Result
+from allnc.sweep.record import Result, epoch_of
 from allnc.sweep.table import SCORE, check_images
 
 LEVEL = 0.05  # of each one-sided test
@@ -72,6 +72,7 @@ class Grid(NamedTuple):
     left_out: int  # runs whose seed another loss of the cell lacks
     images: int  # on which accuracy was measured
     measured_on: str
+    epoch: str  # of which the accuracy is
 
 
 def read_grids(results: Sequence[Result], baseline: str) -> dict[str, Grid]:
@@ -160,13 +161,13 @@ def _grid(name: str, cells: Mapping[Cell, Mapping[str, Mapping[int, Result]]], b
             kept[cell] = {loss: {seed: runs[seed].summary for seed in seeds} for loss, runs in losses.items()}
     if not kept:
         raise ValueError(f"losses must have a seed in common; those of {name} have none in any cell")
-    number = sum(len(runs) for losses in kept.values() for runs in losses.values())
+    used = [run for losses in kept.values() for runs in losses.values() for run in runs.values()]
     if len(kept) > 1:
         kept |= _overall(name, list(kept.values()))
     summary = every[0].summary
     measured_on = summary["measured_on"]
     images = int(summary["images"][measured_on].split(" ")[0].replace(",", ""))
-    return Grid(kept, len(every) - number, images, measured_on)
+    return Grid(kept, len(every) - len(used), images, measured_on, epoch_of(used))
 
 
 def _overall(data: str, cells: Sequence[Mapping[str, Mapping[int, Any]]]) -> dict[Cell, Any]:

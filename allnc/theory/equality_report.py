@@ -61,8 +61,8 @@ def _tell(
     best = max(row.accuracy for row in rows)
     error = standard_error(best, grid.images)
     lines = [
-        f"{name}: the accuracy is the mean over classes on {grid.images:,} {grid.measured_on} images after the last "
-        f"epoch; where it is {best:.1f} %, these images alone give it a standard error of {error:.2f} points."
+        f"{name}: the accuracy is the mean over classes on {grid.images:,} {grid.measured_on} images after "
+        f"{grid.epoch}; where it is {best:.1f} %, these images alone give it a standard error of {error:.2f} points."
     ]
     if margin < error:
         lines.append(f"--margin {margin:g} is below that: such a difference is one of these images, not of the loss.")

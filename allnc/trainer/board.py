@@ -23,10 +23,11 @@ from allnc.trainer.options import dotted
 _NO_MEASURES = ("epochs", "trained_epochs", "seed", "processes", "many_above", "few_below")
 
 
-def finish_board(folder: Path, config: Config, summary: Mapping[str, Any]) -> None:
-    """Add pictures, options and final measures to the event files of a run.
+def finish_board(board: SummaryWriter, folder: Path, config: Config, summary: Mapping[str, Any]) -> None:
+    """Add pictures, options and final measures to what TensorBoard has of a run.
 
     Args:
+        board: the run's writer: each that is made begins another file of events.
         folder: of the run, with its pictures.
         config: its options; `out`, the place of the run, is left out.
         summary: what summary.json holds, with "epochs"; its numbers are the measures.
@@ -38,17 +39,16 @@ def finish_board(folder: Path, config: Config, summary: Mapping[str, Any]) -> No
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in _NO_MEASURES
     }
     epoch = summary["epochs"]
-    with SummaryWriter(str(folder)) as board:
-        for path in (folder / name for name in (ANGLES, CURVES, CONFUSION)):
-            if path.is_file():  # of many classes there is no confusion matrix
-                with Image.open(path) as image:
-                    board.add_image(path.stem, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
-        writer = board.file_writer
-        assert writer is not None  # until it is closed
-        for part in hparams(options, measures):  # `add_hparams` would write a folder of its own inside the run's
-            writer.add_summary(part)
-        for name, value in measures.items():
-            board.add_scalar(name, value, epoch)
+    for path in (folder / name for name in (ANGLES, CURVES, CONFUSION)):
+        if path.is_file():  # of many classes there is no confusion matrix
+            with Image.open(path) as image:
+                board.add_image(path.stem, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
+    writer = board.file_writer
+    assert writer is not None  # until it is closed
+    for part in hparams(options, measures):  # `add_hparams` would write a folder of its own inside the run's
+        writer.add_summary(part)
+    for name, value in measures.items():
+        board.add_scalar(name, value, epoch)
 
 
 def _simple(value: Any) -> bool | int | float | str:

@@ -20,6 +20,11 @@ from allnc.trainer.help import short_help, wrapped
 from allnc.trainer.names import nearest
 from allnc.trainer.options import dotted, from_dict, ignored_options, option_names
 
+# Whether they are read depends on what is chosen once one's own images have been looked at (trainer/own.py).
+_READ_AS_CHOSEN = (
+    *("data.flip", "data.crop_scale", "data.workers"),
+    *("model.width", "model.feature_dim", "model.shortcut"),
+)
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "digits_lt"
 FLAGS: dict[str, str] = {
@@ -70,7 +75,7 @@ def parse(words: Sequence[str], program: Program = TRAIN, *, waits: bool = False
     Args:
         words: the command line, without the program's own flags and options.
         program: the program whose options --help lists and whose names are known.
-        waits: whether options that would be ignored are left to who chooses the others.
+        waits: whether contradictions and options that would be ignored are left to who chooses the other options.
 
     Raises:
         ValueError: an unknown option or recipe, a value that does not fit, an option that would be ignored.
@@ -93,9 +98,11 @@ def parse(words: Sequence[str], program: Program = TRAIN, *, waits: bool = False
     except ArgumentError as error:
         raise ValueError(_readable(error)) from None
     config = _config_of(values)
-    own = config.data.name == "own" and config.data.index is None  # what options are read for is not chosen yet
-    if not own and not waits:
-        refuse_ignored(config, given)
+    chosen_later = _READ_AS_CHOSEN if program is TRAIN and config.data.undecided else ()
+    if not waits:
+        if not chosen_later:
+            config.check()
+        refuse_ignored(config, [name for name in given if name not in chosen_later])
     return config, "-".join(recipe.stem for recipe in recipes)
 
 

@@ -15,7 +15,6 @@ from allnc.config import FEATURES_MANIFEST, Config
 from allnc.trainer import launcher
 from allnc.trainer.command import Program, given_options, parse, take
 from allnc.trainer.folder import CONFIG, LOCK, Mode, check_place, is_run
-from allnc.trainer.options import ignored_options
 from allnc.trainer.places import placed
 from allnc.trainer.planning import path_of
 
@@ -116,10 +115,6 @@ def plan(words: Sequence[str]) -> Plan:
         raise ValueError("data.name must be of images; got features, which are made already")
     if passes > 1 and config.data.augmentation == "none":
         raise ValueError(f"--passes must be 1 with data.augmentation none, all would be alike; got {passes}")
-    ignored = ignored_options(config)  # also of own images, of which features chooses nothing
-    for name in given:
-        if name in ignored:
-            raise ValueError(f"--{name} would be ignored: {ignored[name]}; remove it")
     check_folder(folder, "new")
     if runs:
         config = placed(config, Path(runs[-1]), given)

@@ -3,10 +3,10 @@
     config.yaml         the resolved configuration          checkpoint.json     which two files make the checkpoint
     metrics.jsonl       a record an epoch                   last.safetensors    the model, for everyone
     events.out.tfevents.*  the same for TensorBoard         state.pt            what only `--resume` needs
-    summary.json        the last epoch's numbers            plots/              angles.png, curves.png
+    summary.json        what was measured at the end        plots/              angles.png, curves.png
     .lock               held by the process that writes     collapse.json       of `allnc.evaluate --collapse`
-    best.safetensors    the model of the best epoch, where  predictions.npz     of the measured images, after the last
-                        validation images are held out      classes.csv         epoch: image by image, class by class
+    best.safetensors    the model of the best epoch, where  predictions.npz     of the measured images at the end:
+                        validation images are held out      classes.csv         image by image, class by class
     images.tsv          which image of data.name own is     model.*             of `allnc.export`
                         for what
 

@@ -1,4 +1,7 @@
-"""Optimisers and their learning rate, a plain function of the step, so that a resumed run needs no scheduler state."""
+"""Optimisers, the moving average of the weights, and the learning rate.
+
+The rate is a plain function of the step, so that a resumed run needs no scheduler state.
+"""
 
 from __future__ import annotations
 
@@ -87,3 +90,12 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 def _cosine(peak: float, step: float, steps: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def moving_average(model: nn.Module, decay: float | None) -> Any:
+    """Return the moving average of a model's weights and buffers: timm's ModelEmaV3, or None without a decay."""
+    if decay is None:
+        return None
+    from timm.utils.model_ema import ModelEmaV3  # where it is used: timm takes a second
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)

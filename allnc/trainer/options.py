@@ -76,8 +76,11 @@ def ignored_options(config: Config) -> dict[str, str]:
             drop("loss", "p2p_weights", "model.classifier is etf, whose vectors do not train")
     if loss.hycon == "none" and loss.name == "allnc":
         drop("loss", "hycon_weight", "loss.hycon is none")
-    if loss.name == "allnc" and loss.p2p_weights == loss.p2p_duality == 0:
+    p2p = (loss.alpha * loss.p2p_means, loss.p2p_weights, loss.p2p_duality if loss.alpha > 0 else 0)
+    if loss.name == "allnc" and all(weight == 0 for weight in p2p[1:]):  # None: 1 where there is a simplex
         drop("loss", "p2p_centre", "loss.p2p_weights and loss.p2p_duality are 0")
+        if p2p[0] == 0:
+            drop("loss", "p2p_target p2p_temperature", "every weight of P2P is 0")
     if loss.p2p_target == "etf":
         drop("loss", "p2p_temperature", "loss.p2p_target is etf")
     if loss.horizon == 0 and loss.name == "allnc":

@@ -90,8 +90,6 @@ def settle(config: Config, given: Collection[str], typed: Collection[str], say: 
     from allnc.data.own.look import teller
 
     data = config.data
-    if "data.validation" not in given:  # what stands there may be a stand-in
-        data = dataclasses.replace(data, validation=0.0)
     say(f"looking at the images of {data.train_list or data.root}")
     index = scan(data, teller("looked at"))
     if "data.test_share" in typed and {TEST, VALIDATION} & {*index.given}:
@@ -106,6 +104,7 @@ def settle(config: Config, given: Collection[str], typed: Collection[str], say: 
     number = sum(trained.values())
     chosen = choices.of_files(config, index, number, given)
     config = changed(config, {name: value for name, value in chosen.items() if name not in given})
+    config.check()
     choices.check_batch(config, number)
     for line in _description(config, index, trained):
         say(line)

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from allnc.config import SECTIONS, Config
-from allnc.trainer import choices, launcher, own, own_arrays
-from allnc.trainer.command import FLAGS, given_options, parse, recipe_path, refuse_ignored, take
+from allnc.trainer import launcher, own, own_arrays
+from allnc.trainer.command import DEFAULT_RECIPE, FLAGS, given_options, parse, recipe_path, refuse_ignored, take
 from allnc.trainer.folder import CONFIG, INDEX, Mode, check_folder, new_folder
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
 from allnc.trainer.options import OF_A_MACHINE, dotted, to_dict
@@ -27,12 +27,21 @@ MOST_TOLD = 4  # options in the name of a run folder
 
 
 class Plan(NamedTuple):
-    """What a command line asks for; of a new run on one's own images, the table of them."""
+    """What a command line asks for.
+
+    Attributes:
+        config: of the run.
+        folder: of the run.
+        mode: what to do with it.
+        index: of a new run on one's own images, the table of them.
+        recipe: of a new run, what was asked for by --config.
+    """
 
     config: Config
     folder: Path
     mode: Mode
     index: own.Index | None = None
+    recipe: str | None = None
 
 
 def plan(words: Sequence[str]) -> Plan:
@@ -52,25 +61,25 @@ def plan(words: Sequence[str]) -> Plan:
     if given == ["resume"]:
         return _resumed(words)
     looks, words = own.is_file_of_arrays(words), own.spelled_out(words)
-    config, recipe = parse([*_stand_ins(words), *words], waits=looks)
+    config, stem = _parsed(words, looks)
     config = _in_a_new_folder(config, words)
+    recipe = " + ".join(take(words, "config")[0] or [DEFAULT_RECIPE])
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
-    _check_depth(config.model.name)
     mode: Mode = "overwrite" if given else "new"
     if launcher.rank() > 0:  # the first process looks at the images, and tells the others; each reads arrays
         config, _ = settled(config, words, _say_nothing, looks=True) if looks else (config, None)
-        return Plan(_with_whole_paths(config), Path(config.out or "runs"), mode)
+        return Plan(_with_whole_paths(config), Path(config.out or "runs"), mode, recipe=recipe)
     if config.out is not None:
         check_folder(path_of(config.out), mode)  # before minutes of looking at images
     config, index = settled(config, words, functools.partial(print, flush=True), looks=looks)
     if config.out is None:
-        place = Path(config.data.train_list or config.data.root or recipe)
-        name = recipe if recipe != own.RECIPE else place.name if place.is_dir() else place.stem
+        place = Path(config.data.train_list or config.data.root or stem)
+        name = stem if stem != own.RECIPE else place.name if place.is_dir() else place.stem
         folder = new_folder("-".join([name, config.loss.name, *_told_apart(config, words), f"seed{config.seed}"]))
-        return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, "new", index)
-    folder = path_of(config.out)
-    return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, mode, index)
+    else:
+        folder = path_of(config.out)
+    return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, mode, index, recipe)
 
 
 def settled(
@@ -92,35 +101,32 @@ def settled(
         own_arrays.refuse_split(config, typed)
         if looks:
             config = own_arrays.settle(config, {*typed}, say)
+            config.check()
             refuse_ignored(config, typed)
         return config, None
-    if config.data.name != "own" or config.data.index is not None:
+    if not config.data.undecided:
         return config, None
-    given = {*typed}
-    for name in take(words, "config")[0]:
-        values = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8-sig")) if name != own.RECIPE else {}
-        given |= {f"{section}.{option}" for section in SECTIONS for option in values.get(section) or ()}
-    config, index = own.settle(config, given, typed, say)
+    config, index = own.settle(config, _given(words), typed, say)
     refuse_ignored(config, typed)
     return config, index
 
 
-def _stand_ins(words: Sequence[str]) -> list[str]:
-    """Return options in the place of what own images will decide, without which those that are given are refused."""
-    if "--data.name=own" not in words:
-        return []
+def _parsed(words: Sequence[str], looks: bool) -> tuple[Config, str]:
+    """Return what `parse` does, once it holds no mistake that looking at one's own images could not mend."""
+    config, recipe = parse(words, waits=looks)
+    if config.data.undecided:
+        config.check(_given(words))
+    _check_depth(config.model.name)
+    return config, recipe
 
-    def value(option: str) -> str | None:
-        return next(iter(take(words, option)[0][-1:]), None)
 
-    found = []
-    if value("model.pretrained") == "true" and value("model.name") is None:
-        found.append(f"--model.name={choices.PRETRAINED_NETWORK}")
-    if value("data.fit") == "crop" and value("data.augmentation") is None:
-        found.append("--data.augmentation=resized_crop")
-    if value("train.patience") not in (None, "null") and value("data.validation") is None:
-        found.append("--data.validation=0.5")
-    return found
+def _given(words: Sequence[str]) -> set[str]:
+    """Return the options that stay as they are whatever one's own images are: of the words, and of other recipes."""
+    given = {*given_options(words)}
+    for name in take(words, "config")[0]:
+        values = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8-sig")) if name != own.RECIPE else {}
+        given |= {f"{section}.{option}" for section in SECTIONS for option in values.get(section) or ()}
+    return given
 
 
 def look_only(words: Sequence[str]) -> None:
@@ -128,8 +134,7 @@ def look_only(words: Sequence[str]) -> None:
     mode: Mode = "overwrite" if "--overwrite" in words else "new"
     words = [word for word in words if word not in ("--dry_run", "--overwrite")]
     looks, words = own.is_file_of_arrays(words), own.spelled_out(words)
-    config, _ = parse([*_stand_ins(words), *words], waits=looks)
-    _check_depth(config.model.name)
+    config, _ = _parsed(words, looks)
     if config.out is not None:
         check_folder(path_of(config.out), mode)
     if not looks and (config.data.name != "own" or config.data.index is not None):
@@ -145,7 +150,7 @@ def print_config(words: Sequence[str]) -> None:
     """Print the whole configuration of a command line as YAML."""
     words = [word for word in words if word != "--print_config"]
     looks, words = own.is_file_of_arrays(words), own.spelled_out(words)
-    config, _ = parse([*_stand_ins(words), *words], waits=looks)
+    config, _ = _parsed(words, looks)
     if config.data.name == "own" or looks:
         config, _ = settled(config, words, _say_nothing, looks=looks)
     print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")

@@ -7,7 +7,7 @@ allnc.models.synced_batchnorm), so that the weights stay alike. The first proces
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -78,6 +78,16 @@ class Processes:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def check_alike(self, facts: Mapping[str, str]) -> None:
+        """Raise ValueError, in the first process, unless all have passed the same facts; all must call it."""
+        for rank, theirs in enumerate(self.gather(facts)):
+            other = next((name for name in facts if theirs[name] != facts[name]), None)
+            if other is not None and self.is_first:
+                raise ValueError(
+                    f"every process must have the same {other}; rank {rank} has {theirs[other]}, and rank 0 has "
+                    f"{facts[other]}: compare the command, the lists and the folders of their machines"
+                )
 
     def rows_of_all(self, own: torch.Tensor, number: int) -> torch.Tensor:
         """Return the rows of all processes, [number, ...], of which this one's `share` are its own."""

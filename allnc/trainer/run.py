@@ -1,4 +1,7 @@
-"""A run: everything that a configuration becomes, how it is saved and restored, and what is measured of it."""
+"""A run: everything that a configuration becomes, and what is measured of it.
+
+What it saves of itself is in state.py, a step of its training in step.py.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,16 @@ from allnc.losses.build import LOSSES, build_loss
 from allnc.metrics import adjust_prior
 from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_tensors
 from allnc.trainer import checkpoint
-from allnc.trainer.card import Card
 from allnc.trainer.classes import ClassScore, class_scores, write_classes
 from allnc.trainer.folder import CLASSES, PREDICTIONS
-from allnc.trainer.manifest import changes_on_resuming
 from allnc.trainer.measure import check_images_fit, features_by_class, neural_collapse, predictions
-from allnc.trainer.optim import build_optimizer, configure
+from allnc.trainer.optim import build_optimizer, moving_average
 from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.predictions import Predictions, class_names, scores, write_predictions
 from allnc.trainer.prior import assumed_prior
 from allnc.trainer.processes import Processes
-from allnc.trainer.retrain import prepare_retraining
-from allnc.trainer.runtime import (
-    check_backend,
-    pick_device,
-    pick_precision,
-    prepare,
-    random_state,
-    restore_random_state,
-    seed_everything,
-)
+from allnc.trainer.runtime import check_backend, pick_device, pick_precision, prepare, seed_everything
 from allnc.trainer.selection import SCORE, Selection
-
-
-class DivergenceError(ValueError):
-    """The loss or the weights stopped being numbers."""
 
 
 class Run:
@@ -63,6 +51,7 @@ class Run:
         *,
         tested: bool = False,
     ) -> None:
+        config.check()  # also of one's own images that nobody has looked at
         self.config, self.processes = config, processes or Processes()
         self.measured_on = "test" if tested or config.data.validation == 0 else "validation"
         self.device = pick_device(config.train)
@@ -106,7 +95,7 @@ class Run:
             group=self.processes.group,
             classes=self.train_set.classes,
         ).to(self.device)
-        self.average = _moving_average(self.model, config.train.ema_decay)
+        self.average = moving_average(self.model, config.train.ema_decay)
         self.optimizer = build_optimizer(self.model, config.train)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.epoch = 0  # epochs done
@@ -115,7 +104,7 @@ class Run:
         self.weights: checkpoint.Which = "last"  # of which epoch they are
         self.predictions: Predictions | None = None  # of the last measurement
         self.changes: tuple[dict[str, Any], ...] = ()  # options changed on resuming
-        self.final: tuple[dict[str, Any], torch.Tensor] | None = None  # what was measured after the last epoch
+        self.recipe: str | None = None  # by what name its configuration was asked for
 
     def make_loader(self, data: DataConfig, *, two_batches: bool, epochs: int) -> TrainLoader:
         """Return the batches of the training set up to an epoch, drawn and augmented as `data` says."""
@@ -173,24 +162,17 @@ class Run:
             ValueError: a process has other images, weights or options, on another machine perhaps.
         """
         if self.processes.size > 1:
-            self.processes.together(self._agree)
+            self.processes.together(lambda: self.processes.check_alike(self._facts()))
         self.processes.together(lambda: self.processes.connect(self.model))
         if self.passes == 1:  # a batch in parts averages its gradients once it has them all
             may_rest = self.model.uniform_classifier is not None
             self.network = self.processes.averaging(self.model, may_rest=may_rest)
 
-    def _agree(self) -> None:
-        """Raise ValueError, in the first process, unless all have the same options, weights and images."""
-        own = {f"{name} images": text for name, text in self.images().items()}
-        own["weights"] = f"those of SHA-256 {sum_of_tensors(self.model.state_dict())[:16]}"
-        own |= {name: str(value) for name, value in dotted(self.config).items() if name not in OF_A_MACHINE}
-        for rank, theirs in enumerate(self.processes.gather(own)):
-            other = next((name for name in own if theirs[name] != own[name]), None)
-            if other is not None and self.processes.is_first:
-                raise ValueError(
-                    f"every process must have the same {other}; rank {rank} has {theirs[other]}, and rank 0 has "
-                    f"{own[other]}: compare the command, the lists and the folders of their machines"
-                )
+    def _facts(self) -> dict[str, str]:
+        """Return what must be the same in all processes: images, weights and options."""
+        facts = {f"{name} images": text for name, text in self.images().items()}
+        facts["weights"] = f"those of SHA-256 {sum_of_tensors(self.model.state_dict())[:16]}"
+        return facts | {name: str(value) for name, value in dotted(self.config).items() if name not in OF_A_MACHINE}
 
     @property
     def passes(self) -> int:
@@ -201,11 +183,6 @@ class Run:
         most, least = -(-size // self.processes.size), size // self.processes.size
         of_a_branch = max(1, micro_batch // (2 if self.loader.two_batches else 1))
         return min(-(-most // of_a_branch), least)  # at most: a part has an image of each branch
-
-    def _features(self) -> str | None:
-        """What a resumed run must find again where its set is in memory or stored: of images, their files may move."""
-        known = isinstance(self.train_set, FeatureSet) or self.train_set.images is not None
-        return self.train_set.fingerprint() if known else None
 
     def select(self, measured: dict[str, Any]) -> bool:
         """Note what was measured after an epoch, on validation images; return whether it is the best one so far."""
@@ -219,78 +196,10 @@ class Run:
         """Whether there is nothing left to train."""
         return self.epoch >= self.config.train.epochs or self.selection.stops(self.config.train.patience)
 
-    def save(self, folder: Path, *, best: bool = False) -> None:
-        """Write the checkpoint of the epochs done, whose last one may be the best."""
-        training = {
-            "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": random_state(),
-            "class_counts": self.counts,
-            "features": self._features(),
-            "seconds": self.seconds,
-            "selection": self.selection.state(),
-        }
-        if self.average is not None:
-            training["model"] = self._saved_state(self.model)
-        frozen = self.frozen_sum if self._left_out() else None
-        card = Card.of(self.train_set, self.config.data)
-        model = checkpoint.Weights(self._saved_state(self.measured), frozen, card)
-        checkpoint.save(
-            folder, self.config, epoch=self.epoch, model=model, training=training, changes=self.changes, best=best
-        )
-
-    def _left_out(self) -> list[str]:
-        """Name what a checkpoint does not hold: pretrained weights that stay frozen, unless the run wants all saved."""
-        config = self.config
-        return self.model.frozen_names() if config.model.pretrained and config.train.save == "tuned" else []
-
-    def _saved_state(self, model: LongTailModel) -> dict[str, torch.Tensor]:
-        state = model.state_dict()
-        for name in self._left_out():
-            del state[name]
-        return state
-
-    def _whole_state(self, saved: dict[str, torch.Tensor], weights: checkpoint.Weights) -> dict[str, torch.Tensor]:
-        """Add the model's own frozen tensors where the checkpoint of these weights leaves them out."""
-        own, absent = self.model.state_dict(), [] if weights.frozen is None else self.model.frozen_names()
-        return {name: own[name] for name in absent} | saved
-
     @functools.cached_property
     def frozen_sum(self) -> str:
         """SHA-256 of the model's frozen tensors, which stay what they are."""
         return self.model.frozen_sum()
-
-    def restore(self, folder: Path) -> None:
-        """Continue from the checkpoint in a run folder.
-
-        Raises:
-            ValueError: there is none, it is damaged, or configuration or training set are not those of the run.
-        """
-        manifest, weights, state = checkpoint.load(folder)
-        self.changes = (*manifest.changes, *changes_on_resuming(manifest, self.config))
-        if not torch.equal(state["class_counts"], self.counts):
-            wrong = int((state["class_counts"] != self.counts).nonzero()[0])
-            raise ValueError(
-                f"a resumed run must have the training images it began with; class {wrong} has "
-                f"{int(self.counts[wrong])}, and had {int(state['class_counts'][wrong])}"
-            )
-        if state.get("features") not in (None, self._features()):  # None: of files, or of a version that did not look
-            what = "features" if isinstance(self.train_set, FeatureSet) else "images"
-            raise ValueError(f"a resumed run must have the {what} it began with; data.root holds others")
-        self.load_model(weights, manifest.epoch)
-        self.model.load_state_dict(self._whole_state(state.get("model", weights), weights))
-        if manifest.epoch > self.config.train.feature_epochs:
-            prepare_retraining(self)
-        self.loss.load_state_dict(state["loss"])
-        if manifest.config.train.optimizer == self.config.train.optimizer:  # else the new one starts without a past
-            self.optimizer.load_state_dict(state["optimizer"])
-        configure(self.optimizer, self.config.train)  # the state has the old settings
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        restore_random_state(state["random"])
-        self.seconds = state["seconds"]
-        self.selection = Selection(**state.get("selection", {}))  # an older version selected nothing
 
     def load_model(self, weights: checkpoint.Weights, epoch: int) -> None:
         """Take the weights that a checkpoint has after an epoch.
@@ -300,20 +209,6 @@ class Run:
         """
         weights.fill(self.measured, None if weights.frozen is None else self.frozen_sum)
         self.epoch, self.weights = epoch, weights.which
-
-    def check_weights(self) -> None:
-        """Raise DivergenceError unless all of the model, of the class means and of the optimiser is finite."""
-        tensors = {**self.model.state_dict(), **{f"loss.{n}": t for n, t in self.loss.state_dict().items()}}
-        if self.average is not None:
-            tensors |= {f"average.{n}": t for n, t in self.measured.state_dict().items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{n}": t for n, t in values.items() if isinstance(t, torch.Tensor)}
-        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
-        if broken:
-            raise DivergenceError(
-                f"the weights must stay finite; after epoch {self.epoch}, {len(broken)} of {len(tensors)} tensors are "
-                f"not ({broken[0]} ...)"
-            )
 
     def measure(self, prior: torch.Tensor | None = None) -> tuple[dict[str, Any], torch.Tensor]:
         """Return accuracy and calibration with collapse (of the training set), and the class means [C, F].
@@ -380,12 +275,3 @@ class Run:
             "many_above": self.config.data.many,
             "few_below": self.config.data.few,
         }
-
-
-def _moving_average(model: LongTailModel, decay: float | None) -> Any:
-    """The moving average of a model's weights and buffers: timm's ModelEmaV3, or None."""
-    if decay is None:
-        return None
-    from timm.utils.model_ema import ModelEmaV3  # where it is used: timm takes a second
-
-    return ModelEmaV3(model, decay=decay, use_warmup=True)

@@ -1,4 +1,4 @@
-"""What a run tells: a line an epoch on the console, metrics.jsonl, TensorBoard events, a final table."""
+"""What a run tells: first lines, a line an epoch on the console, metrics.jsonl, TensorBoard events, a final table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,11 +15,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from allnc.trainer.folder import METRICS, write_whole
 
+if TYPE_CHECKING:
+    from allnc.trainer.folder import RunFolder
+    from allnc.trainer.run import Run
+
 Record = dict[str, Any]
-PARTS = (  # short labels on the console; the files have the whole names
-    {"loss_cls": "cls", "loss_uniform": "uniform", "loss_rebalance": "rebalance"},
-    {"loss_hycon": "hycon"},
-    {"loss_p2p_means": "p2p mm", "loss_p2p_weights": "ww", "loss_p2p_duality": "mw"},
+PARTS = (  # short labels on the console, under a common name; the files have the whole names
+    ("", {"loss_cls": "cls", "loss_uniform": "uniform", "loss_rebalance": "rebalance"}),
+    ("", {"loss_hycon": "hycon"}),
+    ("p2p ", {"loss_p2p_means": "mm", "loss_p2p_weights": "ww", "loss_p2p_duality": "mw"}),
 )
 SHOTS = ("many", "medium", "few")
 QUALITY = {
@@ -41,8 +45,18 @@ COLLAPSE = {
 }
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long, and whatever rich would make of what stands in it."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 class RunLog:
     """Writes the records of a run; use it as a context manager.
+
+    Attributes:
+        records: of all epochs done.
+        board: TensorBoard's writer, until the end; None without a folder.
+        progress: the bar of the steps, a context manager: it is shown within.
 
     Args:
         folder: run folder; None for a process that keeps its records to itself.
@@ -72,21 +86,17 @@ class RunLog:
         kept = [line for line in lines if line.record is None or line.record["epoch"] <= done]
         damaged = [str(line.number) for line in kept if line.record is None]
         if damaged:
-            self.console.print(
+            say(
+                self.console,
                 f"warning: {path} has no record of an epoch in line {', '.join(damaged)}; kept as it is",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
             )
         write_whole(path, b"".join(line.text + b"\n" for line in kept))
         return [line.record for line in kept if line.record is not None]
 
     def __enter__(self) -> RunLog:
-        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
         if self.board is not None:
             self.board.close()
 
@@ -102,7 +112,7 @@ class RunLog:
         """Print a remark on an epoch, of which one is enough for the run; None is no remark."""
         if text is not None and not self.noted:
             self.noted = True
-            self.console.print(f"note: {text}", soft_wrap=True, highlight=False, markup=False)
+            say(self.console, f"note: {text}")
 
     def epoch(self, record: Record) -> None:
         """Write the record of an epoch everywhere; what is not finite becomes null, which JSON can hold."""
@@ -114,7 +124,39 @@ class RunLog:
             for name, value in record.items():
                 if name != "epoch" and value is not None:
                     self.board.add_scalar(name.replace("loss_", "loss/"), value, record["epoch"])
-        self.console.print(epoch_line(record, self.epochs), soft_wrap=True, highlight=False)
+        say(self.console, epoch_line(record, self.epochs))
+
+
+def headlines(run: Run, files: RunFolder) -> list[str]:
+    """Return what is said of a run before its first epoch, or before it goes on."""
+    config, counts = run.config, run.counts
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    number = str(run.dtype).removeprefix("torch.")
+    lines = [
+        f"{config.data.name}: {run.train_set.count_text} training images ({int(counts.max())} to {int(counts.min())} a "
+        f"class), {len(run.measured_set)} {run.measured_on} images; {config.model.name}, {parameters:.2f} M "
+        f"parameters; loss {config.loss.name}; {run.device.type}, {number}; {files}"
+    ]
+    if run.processes.size > 1:
+        lines.append(f"{run.processes.size} processes share each batch of {config.train.batch_size} images")
+    if run.passes > 1:
+        most = -(-config.train.batch_size // run.processes.size // run.passes) * (2 if run.loader.two_batches else 1)
+        lines.append(f"each batch passes the encoder in {run.passes} parts of at most {most} images")
+    if config.train.retrain_epochs:
+        lines.append(f"from epoch {config.train.feature_epochs + 1} on a new classifier trains alone")
+    if config.model.tune != "full":
+        sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+        tuned, whole = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        lines.append(f"model.tune {config.model.tune}: {tuned:,} of {whole:,} parameters train")
+    lines += [f"note: {note}" for part in (run.train_set, run.measured_set) for note in part.notes]
+    if run.epoch:
+        lines.append(f"continues after epoch {run.epoch} of {config.train.epochs}")
+    lines += [
+        f"changed: {c['option']} {c['from']} -> {c['to']}" for c in run.changes if run.epoch and c["epoch"] == run.epoch
+    ]
+    if not files.locked:
+        lines.append(f"warning: the file system of {files} has no locks; do not start a second run in it")
+    return lines
 
 
 class Line(NamedTuple):
@@ -144,11 +186,13 @@ def _record(text: bytes) -> Record | None:
 
 def epoch_line(record: Record, epochs: int) -> str:
     """Format one epoch: loss and its parts, eta, lr, accuracy by shot."""
-    parts = "; ".join(
-        " ".join(f"{label} {record[name]:.3f}" for name, label in group.items() if record.get(name) is not None)
-        for group in PARTS
-        if any(name in record for name in group)
-    )
+    # AllNC has exactly 0 for a pairing of P2P that it does not compute.
+    known = {name for name, value in record.items() if value is not None and (value or "p2p" not in name)}
+    groups = []
+    for common, labels in PARTS:
+        if told := [f"{label} {record[name]:.3f}" for name, label in labels.items() if name in known]:
+            groups.append(common + " ".join(told))
+    parts = "; ".join(groups)
     line = f"{record['epoch']:>3}/{epochs} loss {record['loss']:.3f} ({parts})"
     if record.get("eta") is not None:
         line += f" η {record['eta']:.2f}"

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.data import ImageSet, load
-from allnc.trainer import loop
+from allnc.trainer import ending, loop
 from allnc.trainer.options import ignored_options
 
 N, C = 12, 3
@@ -223,8 +223,8 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_any_size_trains(
     size: tuple[int, ...], augmentation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)  # drawing takes longer than the run
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)  # drawing takes longer than the run
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
     data = dataclasses.replace(
         written(tmp_path, arrays(*size)), augmentation=augmentation, many=5, few=3, workers=0, views=2
     )

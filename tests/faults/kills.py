@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from allnc.data import load
-from allnc.trainer import checkpoint, loop, run
+from allnc.trainer import checkpoint, ending, loop, run
 from allnc.trainer.manifest import read_manifest
 from tests.faults.runs import TINY, quiet
 
@@ -97,8 +97,8 @@ def main() -> None:
     torch.set_num_threads(1)
     images = load(CONFIG.data)  # once: the forks shall train, not import and draw
     run.load = lambda _, tested=False: images
-    loop.git_commit = lambda: None
-    loop.plot_angles = loop.plot_curves = loop.plot_confusion = lambda *_, **__: None
+    ending.git_commit = lambda: None
+    ending.plot_angles = ending.plot_curves = ending.plot_confusion = lambda *_, **__: None
     assert forked(lambda: loop.train(CONFIG, root / "straight", quiet())) == 0
     wanted = result(root / "straight")
     epochs: dict[str, int] = {}

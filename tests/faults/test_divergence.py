@@ -13,15 +13,15 @@ import torch
 from allnc import evaluate
 from allnc.losses import LossOutput
 from allnc.train import main
-from allnc.trainer import loop, step
+from allnc.trainer import divergence, ending, loop, state, step
 from allnc.trainer.checkpoint import load_weights
 from tests.faults.runs import TINY, quiet
 
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
 
 
 def break_epoch(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,15 +93,15 @@ def test_whatever_is_saved_is_looked_at(where: str) -> None:
     run = loop.Run(TINY)
     batch = next(iter(run.loader.epoch(0)))
     loop.train_step(run, batch, progress=0.0)
-    run.check_weights()
+    divergence.check_weights(run)
     tensor = {
         "model": lambda: next(b for n, b in run.model.named_buffers() if n.endswith("running_var")),
         "means": lambda: next(b for b in run.loss.buffers() if b.ndim == 2),
         "momentum": lambda: next(iter(run.optimizer.state.values()))["momentum_buffer"],
     }[where]()
     tensor.view(-1)[0] = torch.nan
-    with pytest.raises(loop.DivergenceError, match=r"must stay finite; after epoch 0, 1 of \d+ tensors"):
-        run.check_weights()
+    with pytest.raises(divergence.DivergenceError, match=r"must stay finite; after epoch 0, 1 of \d+ tensors"):
+        divergence.check_weights(run)
 
 
 def test_settings_of_the_optimiser_follow_the_new_configuration(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_settings_of_the_optimiser_follow_the_new_configuration(tmp_path: Path) 
         TINY, train=dataclasses.replace(TINY.train, epochs=2, momentum=0.0, weight_decay=0.25, precision="fp16")
     )
     run = loop.Run(changed)
-    run.restore(tmp_path / "run")
+    state.restore(run, tmp_path / "run")
     assert [g["weight_decay"] for g in run.optimizer.param_groups] == [0.25, 0.0]
     assert all(g["momentum"] == 0 and not g["nesterov"] for g in run.optimizer.param_groups)
     assert run.scaler.is_enabled() and run.epoch == 1

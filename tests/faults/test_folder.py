@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from allnc.train import main
+from allnc.trainer import ending, loop, state
 from allnc.trainer import folder as folders
-from allnc.trainer import loop
 from allnc.trainer.folder import (
     CHECKPOINT,
     LOCK,
@@ -200,7 +200,7 @@ def test_the_summary_does_not_wait_for_the_pictures(tmp_path: Path, monkeypatch:
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "plot_angles", killed)
+    monkeypatch.setattr(ending, "plot_angles", killed)
     with pytest.raises(KeyboardInterrupt, match="continues after epoch 3 of 3"):
         loop.train(TINY, tmp_path, quiet())
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 3
@@ -233,6 +233,25 @@ def test_ctrl_c_in_the_first_seconds(moment: str, tmp_path: Path) -> None:
     words = [moment, *WORDS, "--train.epochs", "4000", "--out", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=100)
     assert done.returncode == 130 and one_line(done.stderr).startswith("allnc.train: stopped")
+
+
+@pytest.mark.parametrize(("first", "status"), [("torch", 130), ("nothing", 0)])
+def test_ctrl_c_while_python_ends(first: str, status: int, tmp_path: Path) -> None:
+    """A second one, or two after all was done, find nothing to stop: torch's clean-up would show its traceback."""
+    program = (
+        "import atexit, os, signal, sys\n"
+        "def stop(*_): os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.addaudithook(lambda event, told: stop() if event == 'import' and told[0] == sys.argv[1] else None)\n"
+        "atexit.register(stop)\n"
+        "atexit.register(stop)\n"
+        "from allnc import train\n"
+        "words, sys.argv[0] = sys.argv[2:], train.__file__\n"  # as python -m allnc.train
+        "sys.exit(train.main(words))\n"
+    )
+    words = ["--print_config"] if status == 0 else [*WORDS, "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", program, first, *words], capture_output=True, text=True, timeout=100)
+    assert done.returncode == status
+    assert done.stderr.splitlines() == (["allnc.train: stopped"] if status else [])
 
 
 def test_a_summary_is_that_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +297,9 @@ def test_a_checkpoint_with_flipped_bits_is_refused(tmp_path: Path) -> None:
             data[random.randrange(len(data))] ^= 1 << random.randrange(8)
             (tmp_path / name).write_bytes(data)
             with pytest.raises(ValueError, match=f"{name} {message}"):
-                resumed.restore(tmp_path)
+                state.restore(resumed, tmp_path)
         (tmp_path / name).write_bytes(good)
-    resumed.restore(tmp_path)
+    state.restore(resumed, tmp_path)
 
 
 def test_other_training_images_are_not_resumed(tmp_path: Path) -> None:

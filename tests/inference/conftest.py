@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from allnc.config import Config, DataConfig
+from allnc.trainer import state
 from allnc.trainer.run import Run
 from tests.trainer.test_training import TINY, changed
 
@@ -74,7 +75,7 @@ def saved(config: Config, folder: Path) -> Run:
             if name.endswith("running_mean"):
                 buffer.uniform_(-0.1, 0.1)
     folder.mkdir(exist_ok=True)
-    run.save(folder)
+    state.save(run, folder)
     return run
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.plot.__main__ import DEFAULT, KINDS, main
-from allnc.trainer import loop
+from allnc.trainer import ending, loop
 
 TINY = Config(
     data=DataConfig(max_per_class=12, imbalance_ratio=3, augmentation="none", views=1, many=10, few=5),
@@ -36,8 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=dataclasses.replace(TINY.model, feature_dim=2),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_angles", lambda *_: None)
-        patch.setattr(loop, "plot_curves", lambda *_: None)
+        patch.setattr(ending, "plot_angles", lambda *_: None)
+        patch.setattr(ending, "plot_curves", lambda *_: None)
         for name, config in {"a": TINY, "b": dataclasses.replace(TINY, seed=1), "flat": flat}.items():
             loop.train(config, folder / name, Console(file=io.StringIO()))
     return folder

@@ -19,7 +19,7 @@ from allnc.metrics.plots import ClassVectors
 from allnc.report.__main__ import main
 from allnc.report.angles import ANGLE_CELLS, angle_maps
 from allnc.report.runs import read_run
-from allnc.trainer import loop
+from allnc.trainer import ending, loop
 
 TINY = Config(
     data=DataConfig(name="arrays", root="four.npz", augmentation="none", views=1, many=10, few=5),
@@ -38,9 +38,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "four.npz", images=images, labels=labels, test_images=images[:20], test_labels=labels[:20])
     config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, root=str(folder / "four.npz")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_angles", lambda *_: None)
-        patch.setattr(loop, "plot_curves", lambda *_: None)
-        patch.setattr(loop, "plot_confusion", lambda *_, **__: None)
+        patch.setattr(ending, "plot_angles", lambda *_: None)
+        patch.setattr(ending, "plot_curves", lambda *_: None)
+        patch.setattr(ending, "plot_confusion", lambda *_, **__: None)
         loop.train(config, folder / "run", Console(file=io.StringIO()))
     (folder / "run" / "predictions.npz").unlink(missing_ok=True)  # as in runs of older versions
     return folder / "run"

@@ -84,6 +84,8 @@ def test_a_run_is_known_by_the_options_that_it_reads() -> None:
     assert same_options(recorded, dataclasses.replace(ce, train=TrainConfig(threads=2), out="elsewhere", seed=5))
     assert not same_options(recorded, dataclasses.replace(ce, data=DataConfig(views=1)))
     assert not same_options(recorded, Config())
+    none = Config(loss=LossConfig(p2p_means=0, p2p_weights=0, p2p_duality=0))
+    assert same_options({**read_options(none), "loss.p2p_target": "softmax"}, none)  # which older versions recorded
 
 
 def test_an_option_that_did_not_exist_counts_as_its_default() -> None:

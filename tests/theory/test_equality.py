@@ -105,6 +105,8 @@ def test_an_unfinished_sweep_counts_where_it_is_complete() -> None:
     assert grid.left_out == 3
     (again,) = read_grids([*runs, result("ce", 0, 50.0)], "ce").values()  # the later record of a run counts
     assert again.cells["digits", 4, 35]["ce"][0]["balanced"] == 50.0
+    (best,) = read_grids([*runs, result("ce", 0, 50.0, weights="best")], "ce").values()
+    assert (grid.epoch, best.epoch) == ("the last epoch", "the best epoch on validation images or the last epoch")
 
 
 @pytest.mark.parametrize("runs", [{"ce": [98.0], "ls": [99.0]}, {"ce": [98.0, 99.0], "ls": [98.5, 99.5]}])
@@ -154,7 +156,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = tmp_path / "out"
     assert main(["losses", *map(str, folders), "--margin", "0.3", "--out", str(out)]) == 0
     told = capsys.readouterr().out
-    assert "on 1,500 test images after the last epoch" in told and "standard error of 0.36" in told
+    assert "on 1,500 test images after the last epoch;" in told and "standard error of 0.36" in told
     assert "--margin 0.3 is below that" in told and "outside: 1; open: 0" in told
     assert (out / "losses.png").stat().st_size > 5_000 and "<svg" in (out / "losses.svg").read_text()
     with (out / "equality.csv").open() as file:

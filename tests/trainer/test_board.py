@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -43,3 +44,11 @@ def test_pictures_options_and_final_measures(tmp_path: Path) -> None:
     measures = [info.name.tag for info in read(experiment).experiment.metric_infos]
     assert "final/accuracy" in measures and set(measures) <= set(events.Tags()["scalars"])
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir() and path.name != "plots"]
+
+    assert len(list((tmp_path / "run").glob("events.*"))) == 1
+    longer = replace(TINY, train=replace(TINY.train, epochs=3))
+    loop.train(longer, tmp_path / "run", Console(file=io.StringIO()), mode="resume")
+    assert len(list((tmp_path / "run").glob("events.*"))) == 2  # each process writes one
+    events.Reload()
+    assert [s.step for s in events.Scalars("loss")] == [1, 2, 3]
+    assert [s.step for s in events.Scalars("final/accuracy")] == [2, 3]

@@ -20,7 +20,7 @@ from allnc.config import Config, DataConfig, ModelConfig, TrainConfig
 from allnc.data import FeatureSet, load, loader_for, plain_batches
 from allnc.data.features import StoredFeatures, read_manifest
 from allnc.metrics import collapse
-from allnc.trainer import extract, loop
+from allnc.trainer import ending, extract, loop
 from allnc.trainer import run as run_module
 from allnc.trainer.checkpoint import load_weights
 from tests.faults.runs import ROOT, one_line, quiet
@@ -172,8 +172,8 @@ def test_killed_at_any_moment_they_become_the_same(tmp_path: Path) -> None:
 
 
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
 
 
 def test_a_linear_head_is_as_good_as_logistic_regression(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from allnc.config import Config, TrainConfig
-from allnc.trainer import loop
+from allnc.trainer import ending, loop
 from allnc.trainer.checkpoint import load, load_weights
 from allnc.trainer.optim import build_optimizer, learning_rate
 from allnc.trainer.run import Run
@@ -88,8 +88,8 @@ def changed(**train: Any) -> Config:
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
 
 
 def trained_in_two(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch, then: Config | None = None) -> None:

@@ -14,7 +14,7 @@ from allnc import evaluate
 from allnc.config import DataConfig
 from allnc.data import load
 from allnc.train import main
-from allnc.trainer import loop
+from allnc.trainer import ending
 from allnc.trainer.options import dotted
 from allnc.trainer.planning import plan
 
@@ -23,8 +23,8 @@ SHORT = ["--train.epochs", "1", "--train.threads", "1", "--model.width", "2"]
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
 
 
 def noise(number: int, *size: int, seed: int = 0) -> np.ndarray:

@@ -22,7 +22,7 @@ from allnc.data.own import Index, read_index
 from allnc.plot import __main__ as plot
 from allnc.report import __main__ as report
 from allnc.train import main
-from allnc.trainer import loop
+from allnc.trainer import ending
 from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.own import as_here
 from allnc.trainer.planning import plan
@@ -34,8 +34,8 @@ PRETRAINED = ["--model.name", "timm:resnet18", "--model.pretrained", "true"]
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
 
 
 def tree(root: Path, sizes: dict[str, int], side: int = 16, mode: str = "RGB") -> Path:
@@ -68,7 +68,9 @@ def test_from_a_folder_to_a_run_that_is_evaluated_from_another_folder(
     config = yaml.safe_load((run / "config.yaml").read_text())["data"]
     assert (config["root"], config["index"]) == (str(tmp_path / "photos"), str(run / "images.tsv"))
     assert len(read_index(str(run / "images.tsv"), "photos").rows) == 70
-    accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
+    summary = json.loads((run / "summary.json").read_text())
+    accuracy = summary["accuracy"]
+    assert (summary["recipe"], summary["loss"]) == ("own_images", "ce")
 
     tree(tmp_path / "photos", {"d": 5})  # belongs to no run that began before
     (tmp_path / "photos").rename(tmp_path / "moved")
@@ -81,7 +83,8 @@ def test_from_a_folder_to_a_run_that_is_evaluated_from_another_folder(
     assert f"{accuracy:.1f}" in capsys.readouterr().out
     words = ["--resume", "--out", "../run", "--data.root", "../moved", "--train.epochs", "2"]
     assert main(words) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["epochs"], summary["recipe"]) == (2, "own_images")
 
 
 def test_a_run_and_its_images_move_together(
@@ -289,6 +292,41 @@ def test_what_the_images_decide_later_is_no_contradiction_now(
     assert "on the validation images" in said([str(tmp_path / "parted"), "--train.patience", "2"], capsys)
     assert main([photos, "--train.patience", "2", "--dry_run"]) == 2
     assert "set data.validation" in capsys.readouterr().err
+    assert "200 epochs" in said([photos, "--train.retrain_epochs", "70"], capsys)  # of the recipe there are 60
+    for index, part in enumerate("ab"):
+        tree(tmp_path / "large" / part, {"c": 4 + index, "d": 5}, side=100)
+    assert "augmented by resized_crop" in said([str(tmp_path / "large"), "--data.test_crops", "5"], capsys)
+    tuned = [str(tmp_path / "large"), "--model.tune", "norm"]
+    assert "timm:resnet18" in said(tuned, capsys)
+    assert main([photos, *tuned[1:], "--dry_run"]) == 2  # small images have a network without pretrained parts
+    assert "model.tune must be full with model.name resnet8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.patience=5", "--data.validation=0"], "train.patience needs validation images"),
+        (
+            ["--model.pretrained=true", "--model.name=resnet20"],
+            "model.pretrained needs a timm:NAME model; got resnet20",
+        ),
+        (["--train.retrain_epochs=9", "--train.epochs=9"], "train.retrain_epochs must be in [0, 9)"),
+        (["--data.fit=whole", "--data.test_crops=5"], "data.test_crops must be 1 with data.fit whole"),
+        (["--data.fit=crop", "--data.augmentation=shift_rotate"], "got shift_rotate, which is for small images"),
+        (["--loss.name=ntce", "--model.classifier=linear"], "model.classifier must be normalised or etf"),
+        (["--config=own_images", "--config={recipe}", "--train.patience=5"], "train.patience needs validation images"),
+        (["--loss.name=ce", "--loss.gamma=3"], "--loss.gamma would be ignored: loss.name is ce"),
+    ],
+)
+def test_what_no_image_could_mend_is_answered_before_the_look(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = str(tree(tmp_path / "photos", {"a": 20, "b": 10}))
+    (tmp_path / "mine.yaml").write_text("data: {validation: 0}\n")
+    words = [word.format(recipe=tmp_path / "mine.yaml") for word in words]
+    assert main([photos, *words, "--dry_run"]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and "looking at" not in told.out
 
 
 @pytest.mark.parametrize(

@@ -139,11 +139,14 @@ def test_the_line_of_an_epoch() -> None:
         "loss": 1.25,
         "loss_cls": 0.5,
         "loss_hycon": -1.0,
-        "loss_p2p_means": 0.25,
+        "loss_p2p_means": 0.0,
+        "loss_p2p_weights": None,
+        "loss_p2p_duality": 0.25,
         "eta": 0.5,
     }
     record |= {"lr": 0.1, "accuracy": 71.234, "many": 90.0, "medium": 60.0, "few": None, "seconds": 1.26}
     assert epoch_line(record, 40) == (
-        "  3/40 loss 1.250 (cls 0.500; hycon -1.000; p2p mm 0.250) η 0.50 lr 0.1000 "
+        "  3/40 loss 1.250 (cls 0.500; hycon -1.000; p2p mw 0.250) η 0.50 lr 0.1000 "
         "acc 71.2 (many 90.0 medium 60.0 few -) 1.3 s"
     )
+    assert "(cls 0.500; hycon -1.000) η" in epoch_line(record | {"loss_p2p_duality": 0.0}, 40)  # no P2P is computed

@@ -17,7 +17,7 @@ from allnc import evaluate
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.data import ImageSet
 from allnc.data.paths import PathList
-from allnc.trainer import loop
+from allnc.trainer import ending, loop
 from allnc.trainer.classes import class_scores, class_table, write_classes
 from allnc.trainer.predictions import Predictions, read_predictions, scores, write_predictions
 from allnc.trainer.prior import assumed_prior, wanted_prior
@@ -249,8 +249,8 @@ def test_evaluate_measures_under_a_prior_and_writes_predictions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Cross-entropy on the digits: adjusted to uniform, rare classes win; under its own prior no prediction moves."""
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
     rare = {"imbalance_ratio": 30}
     config = changed(TINY, loss={"name": "ce"}, data=rare, train={"epochs": 25, "eval_every": 25})
     summary = loop.train(config, tmp_path, quiet())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from allnc.config import Config, TrainConfig
-from allnc.trainer import loop
+from allnc.trainer import ending, loop, state
 from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.command import parse
 from allnc.trainer.optim import learning_rate
@@ -74,16 +74,16 @@ def test_resuming_gives_the_same_bits(
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Uninterrupted runs: summary, records, and the weights after each epoch."""
     found: dict[str, Any] = {}
-    save, weights = loop.Run.save, dict[int, Any]()
+    save, weights = state.save, dict[int, Any]()
 
     def saved(run: Run, to: Path, *, best: bool = False) -> None:
         save(run, to, best=best)
         weights[run.epoch] = load_weights(to)[2]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_angles", lambda *_, **__: None)
-        patch.setattr(loop, "plot_curves", lambda *_: None)
-        patch.setattr(loop.Run, "save", saved)
+        patch.setattr(ending, "plot_angles", lambda *_, **__: None)
+        patch.setattr(ending, "plot_curves", lambda *_: None)
+        patch.setattr(state, "save", saved)
         for name, config in SETTINGS.items():
             folder = tmp_path_factory.mktemp("straight")
             summary = loop.train(config, folder, quiet())

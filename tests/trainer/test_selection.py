@@ -10,7 +10,7 @@ import torch
 
 from allnc import evaluate
 from allnc.config import Config, DataConfig, ModelConfig, TrainConfig
-from allnc.trainer import checkpoint, loop
+from allnc.trainer import checkpoint, ending, loop
 from allnc.trainer.predictions import read_predictions
 from allnc.trainer.selection import Selection
 from tests.faults.runs import shown
@@ -31,8 +31,8 @@ PLAYED = (30.0, 50.0, 40.0, 50.0, 45.0, 60.0)
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfi
 from allnc.losses import LossOutput
 from allnc.losses.build import LOSSES
 from allnc.train import main
-from allnc.trainer import loop, measure, step
+from allnc.trainer import divergence, ending, loop, measure, state, step
 from allnc.trainer.checkpoint import load_weights
 
 TINY = Config(
@@ -46,8 +46,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs; test_command.py looks at the plots."""
-    monkeypatch.setattr(loop, "plot_angles", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(ending, "plot_angles", lambda *_, **__: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *_: None)
 
 
 def stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:
 
 
 def test_a_record_without_its_checkpoint_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = loop.Run.save
+    save = state.save
 
     def killed(run: loop.Run, folder: Path, *, best: bool) -> None:
         if run.epoch == 3:
@@ -102,7 +102,7 @@ def test_a_record_without_its_checkpoint_is_written_anew(tmp_path: Path, monkeyp
         save(run, folder, best=best)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Run, "save", killed)
+        patch.setattr(state, "save", killed)
         loop.train(TINY, tmp_path, quiet())
     assert [r["epoch"] for r in records(tmp_path)] == [1, 2, 3]
     loop.train(TINY, tmp_path, quiet(), mode="resume")
@@ -203,7 +203,7 @@ def test_a_loss_that_diverges_is_named_and_the_checkpoint_stays(
         return LossOutput(total * float("nan"), {**parts, "hycon": total.detach() * float("nan")})
 
     monkeypatch.setattr(step, "forward", broken)
-    with pytest.raises(loop.DivergenceError, match=r"got nan by epoch 2, step 4 in .*hycon.*: lower train\.lr"):
+    with pytest.raises(divergence.DivergenceError, match=r"got nan by epoch 2, step 4 in .*hycon.*: lower train\.lr"):
         loop.train(TINY, tmp_path, quiet())
     _, epoch, weights = load_weights(tmp_path)
     assert epoch == 1 and all(w.isfinite().all() for w in weights.values())

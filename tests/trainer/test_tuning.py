@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from allnc import evaluate
 from allnc.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from allnc.data import ImageSet, load, plain_batches
-from allnc.trainer import loop, measure
+from allnc.trainer import loop, measure, state
 from allnc.trainer.checkpoint import Weights, load_weights
 from allnc.trainer.command import parse
 from allnc.trainer.processes import Processes
@@ -90,7 +90,7 @@ def test_a_tuned_checkpoint_evaluates_alike(mode: str, place: Path, tmp_path: Pa
     assert measured == {name: summary[name] for name in measured}
 
     run.config = changed(config, train={"save": "whole"})
-    run.save(tmp_path)
+    state.save(run, tmp_path)
     _, _, all_weights = load_weights(tmp_path)
     assert all_weights.frozen is None and {*all_weights} == {*run.model.state_dict()}
     assert all(torch.equal(all_weights[name], value) for name, value in weights.items())
@@ -110,7 +110,7 @@ def test_the_command_evaluates_beside_the_right_weights_only(
     with pytest.raises(ValueError, match="the pretrained weights must be those"):
         loop.train(changed(config, train={"epochs": 2}, model={"weights": other}), tmp_path, quiet(), mode="resume")
     run = Run(changed(config, train={"save": "whole"}))
-    run.save(tmp_path)
+    state.save(run, tmp_path)
     assert evaluate.main([str(tmp_path)]) == 0
     capsys.readouterr()
     assert evaluate.main([str(tmp_path), "--model.weights", other]) == 2
