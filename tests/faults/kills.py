@@ -99,6 +99,7 @@ def main() -> None:
     run.load = lambda _, tested=False: images
     loop.git_commit = lambda: None
     loop.plot_angles = loop.plot_curves = loop.plot_confusion = lambda *_, **__: None
+    run.Run(CONFIG)  # imports what each fork would import again
     assert forked(lambda: loop.train(CONFIG, root / "straight", quiet())) == 0
     wanted = result(root / "straight")
     epochs: dict[str, int] = {}
