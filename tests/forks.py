@@ -27,6 +27,13 @@ FORKS.set_forkserver_preload(
 )
 
 
+@atexit.register
+def _end() -> None:
+    """Kill what a failed test has left, before multiprocessing waits for it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 class Fork:
     """`python -m PROGRAM WORDS...`, or a call of a function; what of subprocess.Popen the tests use.
 
@@ -54,7 +61,6 @@ class Fork:
         self.stdout = os.fdopen(os.dup(reader.fileno()))
         reader.close()
         self.pid = self._process.pid or 0
-        atexit.register(self.kill)  # before multiprocessing waits for it
 
     @property
     def returncode(self) -> int | None:

@@ -82,6 +82,12 @@ def launch(size: int, *words: str, launcher: tuple[str, ...] = ("--standalone",)
     )
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def unlaunched(*words: str) -> None:
     """Train; a process whose mistake another one says does not wait for a launcher to end it."""
     _command._SPEAKING = 0
@@ -90,10 +96,7 @@ def unlaunched(*words: str) -> None:
 
 def together(*machines: Sequence[str]) -> list[Fork]:
     """Start a process for each list of words, with the environment in which torchrun would have started it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(machines))}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(len(machines))}
     where |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return [
         Fork(unlaunched, *words, environment={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -216,12 +219,12 @@ def test_what_one_process_finds_is_said_once(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--train.lr", "-1"], "train.lr must be > 0"),
-        (["--train.batch_size", "1"], "train.batch_size must be at least the number of processes"),
+        (["--train.batch_size", "2"], "train.batch_size must be at least the number of processes"),
         (["--config", "fashion_lt", "--data.root", "/nowhere"], "Fashion-MNIST's four idx files"),
     ],
 )
 def test_a_mistake_of_all_is_said_once(words: list[str], message: str, tmp_path: Path) -> None:
-    process = launch(2, *words, "--out", str(tmp_path / "run"))
+    process = launch(3, *words, "--out", str(tmp_path / "run"))
     _, errors = process.communicate(timeout=100)
     said = [line for line in errors.splitlines() if line.startswith("allnc.train: ")]
     assert process.returncode != 0 and message in one_line("\n".join(said))
@@ -230,7 +233,7 @@ def test_a_mistake_of_all_is_said_once(words: list[str], message: str, tmp_path:
 def test_two_machines(alone: dict[str, Any], tmp_path: Path) -> None:
     """Two launches that find each other over the network, here the loopback."""
     words = (*TINY, *TWO_BATCHES, "--train.epochs", "4", "--train.lr", "0.02", "--out", str(tmp_path / "run"))
-    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(20_000 + os.getpid() % 20_000))
+    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", free_port())
     machines = [launch(1, *words, launcher=(*where, "--node-rank", str(rank))) for rank in range(2)]
     for machine in machines:
         _, errors = machine.communicate(timeout=200)
