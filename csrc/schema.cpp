@@ -43,10 +43,11 @@ STABLE_TORCH_LIBRARY(allnc_C, m) {
   // x, y [C, F] of any floating types, seen [C] bool -> u and v [C, F] (v [0] without y) and the factors that brought
   // rows to unit length [1 or 2, C], 0 for rows of zeros; all of `dtype`, float32 or float64
   m.def(
-      "centred_unit_forward(Tensor x, Tensor? y, Tensor seen, ScalarType dtype) -> (Tensor u, Tensor v, Tensor scale)");
+      "centred_unit_forward(Tensor x, Tensor? y, Tensor seen, bool centre_x, bool centre_y, ScalarType dtype) -> "
+      "(Tensor u, Tensor v, Tensor scale)");
   m.def(
       "centred_unit_backward(Tensor du, Tensor? dv, Tensor u, Tensor? v, Tensor scale, Tensor seen, "
-      "ScalarType x_dtype, ScalarType y_dtype) -> (Tensor dx, Tensor dy)");
+      "bool centre_x, bool centre_y, ScalarType x_dtype, ScalarType y_dtype) -> (Tensor dx, Tensor dy)");
   // x, y [C, F] unit rows float32 or float64, zero where not seen; blocks: each side with itself (own), x with y
   // (cross)
   // -> values of the blocks [own sides, then cross], and gradients of these values [of own sides, then x and y of

@@ -3,9 +3,10 @@
     m = (1/K) Σ_c x_c,   u_c = r_c (x_c - m),   r_c = 1/|x_c - m|, or 0 where |x_c - m| <= noise
     dc_c = r_c (du_c - u_c (u_c·du_c)),   dx_c = dc_c - (1/K) Σ_c' dc_c'
 
-with sums over the K classes seen; rows of the others are never read and their results are zero. A row as near to the
-centre as rounding puts it, noise = 8 ε max_c |x_c|, has no direction and no gradient. Nor has any where max_c |x_c| is
-below 2^-100. Lengths are formed of rows times a power of two, so that no square overflows or vanishes.
+or, of a side that is not centred, m = 0 and dx_c = dc_c. Sums are over the K classes seen; rows of the others are never
+read and their results are zero. A row as near to the centre as rounding puts it, noise = 8 ε max_c |x_c|, has no
+direction and no gradient; nor has one of a side that is not centred up to noise = 2^-30 max_c |x_c|, nor any where
+max_c |x_c| is below 2^-100. Lengths are formed of rows times a power of two, so that no square overflows or vanishes.
 
 Legend: C classes, F columns; x [C, F] and, if there is a second matrix, y [C, F], each in a type of its own; side 0
 is x, side 1 is y.
@@ -29,6 +30,7 @@ from allnc.kernels.p2p import count_seen
 
 SHARES = 64
 _NOISE = tl.constexpr(8 * torch.finfo(torch.float32).eps)
+_SHORTEST = tl.constexpr(2.0**-30)  # as in allnc/ops/p2p/centred_unit.py
 
 
 class Sides(NamedTuple):
@@ -66,6 +68,13 @@ def added_shares(sum_ptr, num_shares, F: tl.constexpr, WIDTH: tl.constexpr):
     for share in range(num_shares):
         total += tl.load(sum_ptr + share * F + columns, mask=columns < F, other=0.0)
     return total
+
+
+@triton.jit
+def centre_of(total, seen_ptr, side, C, CENTRE_X: tl.constexpr, CENTRE_Y: tl.constexpr):
+    """The mean over the classes seen of rows that add up to `total`, or zeros of a side that is not centred."""
+    centred = ((side == 0) & CENTRE_X) | ((side == 1) & CENTRE_Y)
+    return tl.where(centred, total / tl.maximum(count_seen(seen_ptr, C), 1.0), 0.0), centred
 
 
 @triton.jit
@@ -119,6 +128,8 @@ def unit_rows_kernel(
     C,
     num_shares,
     F: tl.constexpr,
+    CENTRE_X: tl.constexpr,
+    CENTRE_Y: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
     SHARES: tl.constexpr,
@@ -130,23 +141,22 @@ def unit_rows_kernel(
     length_ptr += side * num_shares
     largest = tl.max(tl.load(length_ptr + shares, mask=shares < num_shares, other=0.0), 0)
     total = added_shares(sum_ptr + side * num_shares * F, num_shares, F, WIDTH)
-    centre = total / tl.maximum(count_seen(seen_ptr, C), 1.0)
+    centre, centred = centre_of(total, seen_ptr, side, C, CENTRE_X, CENTRE_Y)
 
     rows, offsets, mask = seen_offsets(seen_ptr, tl.program_id(0) % num_panels * BLOCK_C, C, F, BLOCK_C, WIDTH)
     factor, short = near_one(largest)
     # Scaled before they are subtracted, because the difference of two large rows may overflow.
     scaled = load_rows(x, side, offsets, mask) * factor - (centre * factor)[None, :]
-    centred = tl.where(mask, scaled, 0.0)
-    squared = tl.sum(centred * centred, 1)
-    # The tensor is on the left: where the constant is, the interpreter of Triton 3.8 makes the product a constant.
-    noise = largest * factor * _NOISE
+    scaled = tl.where(mask, scaled, 0.0)
+    squared = tl.sum(scaled * scaled, 1)
+    noise = largest * factor * tl.where(centred, _NOISE, _SHORTEST)
     has_direction = squared > tl.where(short, float("inf"), noise * noise)
     scale = tl.where(has_direction, tl.rsqrt(tl.where(has_direction, squared, 1.0)), 0.0)
     out_ptr = u.x
     if side == 1:
         out_ptr = u.y
     inside = (rows < C)[:, None] & (tl.arange(0, WIDTH) < F)[None, :]
-    tl.store(out_ptr + offsets, centred * scale[:, None], mask=inside)
+    tl.store(out_ptr + offsets, scaled * scale[:, None], mask=inside)
     tl.store(scale_ptr + side * C + rows, scale * factor, mask=rows < C)
 
 
@@ -187,6 +197,8 @@ def unit_bwd_rows_kernel(
     C,
     num_shares,
     F: tl.constexpr,
+    CENTRE_X: tl.constexpr,
+    CENTRE_Y: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -194,7 +206,7 @@ def unit_bwd_rows_kernel(
     num_panels = tl.cdiv(C, BLOCK_C)
     side = tl.program_id(0) // num_panels
     total = added_shares(sum_ptr + side * num_shares * F, num_shares, F, WIDTH)
-    centre = total / tl.maximum(count_seen(seen_ptr, C), 1.0)
+    centre, _ = centre_of(total, seen_ptr, side, C, CENTRE_X, CENTRE_Y)
     rows, offsets, mask = seen_offsets(seen_ptr, tl.program_id(0) % num_panels * BLOCK_C, C, F, BLOCK_C, WIDTH)
     dc = unit_gradient(du, u, scale_ptr, side, rows, offsets, mask, C)
     dx_rows = tl.where(mask, dc - centre[None, :], 0.0)
@@ -212,6 +224,11 @@ def unit_constants(features: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return constants, launch_options(num_warps=8, num_stages=2)
 
 
+def centres(centre: tuple[bool, bool]) -> dict[str, Any]:
+    """Compile-time arguments that say which side is centred."""
+    return {"CENTRE_X": centre[0], "CENTRE_Y": centre[1]}
+
+
 def shares_of(num_classes: int, block_c: int) -> tuple[int, int]:
     """Number of shares of the classes and rows of a share, a multiple of BLOCK_C."""
     panels = triton.cdiv(num_classes, block_c)
@@ -219,13 +236,16 @@ def shares_of(num_classes: int, block_c: int) -> tuple[int, int]:
     return triton.cdiv(num_classes, share_rows), share_rows
 
 
-def centred_unit_forward(x: Tensor, y: Tensor | None, seen: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def centred_unit_forward(
+    x: Tensor, y: Tensor | None, seen: Tensor, centre: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Centred unit rows of x and y in two launches, by the formula at the head.
 
     Args:
         x: [C, F] float16, bfloat16 or float32.
         y: [C, F], its type may differ from x's; or None.
         seen: [C] bool.
+        centre: whether x, and whether y, is centred.
 
     Returns:
         u and v [C, F] float32, v None where y is, and r [1 or 2, C] float32 for the backward.
@@ -246,7 +266,7 @@ def centred_unit_forward(x: Tensor, y: Tensor | None, seen: Tensor) -> tuple[Ten
         )
         unit_rows_kernel[(sides * triton.cdiv(num_classes, constants["BLOCK_C"]),)](
             Sides(x, pointer(y, x)), seen, sums, lengths, Sides(u, pointer(v, u)), scale, num_classes, num_shares,
-            **constants, SHARES=SHARES, **options,
+            **constants, **centres(centre), SHARES=SHARES, **options,
         )  # fmt: skip
     return u, v, scale
 
@@ -258,6 +278,7 @@ def centred_unit_backward(
     v: Tensor | None,
     scale: Tensor,
     seen: Tensor,
+    centre: tuple[bool, bool],
     x_dtype: torch.dtype,
     y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
@@ -265,7 +286,7 @@ def centred_unit_backward(
 
     Args:
         du, dv: [C, F] float32, dL/du and dL/dv; dv None where v is.
-        u, v, scale, seen: results and argument of the forward.
+        u, v, scale, seen, centre: results and arguments of the forward.
         x_dtype, y_dtype: types of x and y, and of their gradients.
 
     Returns:
@@ -285,6 +306,6 @@ def centred_unit_backward(
             *inputs, num_classes, num_shares, share_rows, **constants, **options
         )
         unit_bwd_rows_kernel[(sides * triton.cdiv(num_classes, constants["BLOCK_C"]),)](
-            *inputs, Sides(dx, pointer(dy, dx)), num_classes, num_shares, **constants, **options
+            *inputs, Sides(dx, pointer(dy, dx)), num_classes, num_shares, **centres(centre), **constants, **options
         )
     return dx, dy

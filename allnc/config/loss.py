@@ -51,6 +51,9 @@ class LossConfig:
         p2p_duality: weight of P2P between means and classifier vectors, >= 0; None as for p2p_weights.
         p2p_target: softmax (separation), etf (squared distance to a simplex), or auto: etf where there is a simplex.
         p2p_temperature: temperature of P2P's softmax target, > 0.
+        p2p_centre: whether P2P subtracts from the class vectors what all of them share, as it does from the class
+            means. True suits a linear classifier, whose softmax is the same without it; false compares the vectors of a
+            normalised classifier as they predict.
         rebalance: loss of the re-balancing branch.
         tau: strength of the logit adjustment, wherever it is used, >= 0.
         label_smoothing: share of the target that is spread over all classes, in [0, 1), for cross-entropy and logit
@@ -97,6 +100,7 @@ class LossConfig:
     p2p_duality: float | None = None
     p2p_target: Literal["auto", "etf", "softmax"] = "softmax"
     p2p_temperature: float = 0.1
+    p2p_centre: bool = True
     rebalance: Literal["ce", "logit_adjusted", "focal", "class_balanced", "ldam"] = "logit_adjusted"
     tau: float = 1.0
     label_smoothing: float = 0.0

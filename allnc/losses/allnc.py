@@ -2,7 +2,7 @@
 
     L = η CE + (1 - η) ( L_reb + w_ww P2P(B, B) ) + α ( w_h HyCon + w_mm P2P(A, A) + w_mw P2P(A, B) )
 
-A are the centred unit class means in feature space, B the centred unit classifier vectors.
+A are the centred unit class means in feature space, B the unit classifier vectors, centred if p2p_centre says so.
 
 Legend: V views, N = V·B activations, F features, D columns of the projection, C classes.
 """
@@ -228,7 +228,7 @@ class AllNC(nn.Module):
         means, seen = weight, None
         if self.feature_means is not None:
             means, seen = self.feature_means.update(features, labels, ranks)
-        options = {"pairings": self.pairings, "target": config.p2p_target}
+        options = {"pairings": self.pairings, "target": config.p2p_target, "centre_weights": config.p2p_centre}
         if self.projection_means is not None:
             assert z is not None
             projected, seen = self.projection_means.update(z, labels, ranks)
@@ -281,4 +281,5 @@ class AllNC(nn.Module):
     def extra_repr(self) -> str:
         config = self.config
         p2p = f"p2p=({self.p2p_means:g}, {self.p2p_weights:g}, {self.p2p_duality:g})"  # means, classifier, duality
-        return f"hycon={config.contrast!r}, hycon_weight={config.hycon_weight}, {p2p}, alpha={config.alpha}"
+        hycon = f"hycon={config.contrast!r}, hycon_weight={config.hycon_weight}"
+        return f"{hycon}, {p2p}, p2p_centre={config.p2p_centre}, alpha={config.alpha}"

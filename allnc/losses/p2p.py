@@ -21,7 +21,7 @@ class P2PTerms(NamedTuple):
 
     total: Tensor  # w_mm means + w_ww weights + w_mw duality
     means: Tensor  # P2P(A, A), A the centred unit class means
-    weights: Tensor  # P2P(B, B), B the centred unit classifier vectors
+    weights: Tensor  # P2P(B, B), B the unit classifier vectors, centred or not
     duality: Tensor  # P2P(A, B)
 
 
@@ -36,6 +36,8 @@ class P2P(ClassMeans):
         duality_weight: w_mw >= 0, means with classifier vectors.
         target: "etf", "softmax" or "auto" (softmax where F < C - 1 leaves no room for a simplex ETF).
         temperature: τ > 0 of the softmax target.
+        centre_weights: whether what all classifier vectors share is subtracted from them; False for a normalised
+            classifier.
         momentum: share of the old class mean kept at each step, in [0, 1).
         gradient: gradient through the class means, "exact" or "straight_through".
         backend: "auto", "eager", "cpp" or "cuda" for the class means, or "triton" for P2P; the other is "auto".
@@ -66,6 +68,7 @@ class P2P(ClassMeans):
         duality_weight: float = 1.0,
         target: Target = "auto",
         temperature: float = 0.1,
+        centre_weights: bool = True,
         momentum: float = 0.9,
         gradient: MeanGradient = "exact",
         backend: Backend = "auto",
@@ -79,7 +82,7 @@ class P2P(ClassMeans):
         self.means_weight, self.classifier_weight = means_weight, classifier_weight
         self.duality_weight = duality_weight
         self.target: Target = target
-        self.temperature = temperature
+        self.temperature, self.centre_weights = temperature, centre_weights
 
     def forward(self, features: Tensor, labels: Tensor, weight: Tensor) -> P2PTerms:
         """Update the class means with the features (in training mode) and return the three terms.
@@ -109,6 +112,7 @@ class P2P(ClassMeans):
             pairings=[pairing for pairing, scale in zip(PAIRINGS, scales, strict=True) if scale > 0],
             target=self.target,
             temperature=self.temperature,
+            centre_weights=self.centre_weights,
             backend=backend_for(self.backend, "cpp", "triton"),
         )
         mm, ww, mw = values.unbind()

@@ -59,6 +59,7 @@ def all_around_reference(
     seen: Tensor | None = None,
     target: Target = "auto",
     p2p_temperature: float = 0.1,
+    centre_weights: bool = True,
     **hycon_options,
 ) -> AllAroundLosses:
     """The terms as their formulas are written, with autograd; arguments as in `all_around`."""
@@ -66,8 +67,8 @@ def all_around_reference(
     return AllAroundLosses(
         hycon_reference(z, labels, proj_means, seen=seen, **hycon_options),
         p2p_reference(means, **p2p_options),
-        p2p_reference(weights, **p2p_options),
-        p2p_reference(means, weights, **p2p_options),
+        p2p_reference(weights, **p2p_options, centre=centre_weights),
+        p2p_reference(means, weights, **p2p_options, centre=(True, centre_weights)),
     )
 
 
@@ -174,13 +175,15 @@ def all_around(
     pairings: Collection[Pairing] = PAIRINGS,
     target: Target = "auto",
     p2p_temperature: float = 0.1,
+    centre_weights: bool = True,
     ignore_index: int = -100,
     group: ProcessGroup | Ranks | None = None,
     backend: Backend = "auto",
 ) -> AllAroundLosses:
     """HyCon of the activations and P2P of class means and classifier vectors, all terms of AllNC's geometry.
 
-    Equal to `hycon(z, labels, proj_means)`, `p2p(means)`, `p2p(weights)` and `p2p(means, weights)`. With the Triton
+    Equal to `hycon(z, labels, proj_means)`, `p2p(means)`, `p2p(weights)` and `p2p(means, weights)`, of which the last
+    two may leave the weights uncentred. With the Triton
     backend the Gram work of all four forward passes is one kernel launch, that of the gradients two, wherever all
     pairings are asked for, P2P is not faster as matrix products of the library, and HyCon's settings are those of
     the losses of this package: D <= 256, τ a number >= 1/32, no `anchor_weight`, no `group`.
@@ -190,12 +193,13 @@ def all_around(
         labels: [N] int64 in [0, C), or `ignore_index` for rows that take no part in HyCon.
         proj_means: [C, D] class means in z's space; normalised here.
         means: [C, F] class means in the space of the classifier's input; centred and normalised here.
-        weights: [C, F] classifier weight; centred and normalised here.
+        weights: [C, F] classifier weight; centred and normalised here, or only normalised, see `centre_weights`.
         seen: [C] bool, classes that have means; the others are masked in every term. Default: all.
         temperature, mean_weight, balance, anchor_weight, ignore_index: as in `hycon`.
         pairings: the terms of P2P that are wanted, of "means", "weights" and "duality"; the others are 0 and cost
             nothing.
         target, p2p_temperature: `target` and `temperature` of `p2p`.
+        centre_weights: False for the weights of a normalised classifier, see `centre` of `p2p`.
         group: the contrast is over the batches of all ranks, as in `hycon`; means, weights and options are the same
             on all. Gradients are shares: their sum over ranks is that of one process with all rows. One
             synchronisation; none with `Ranks` that already hold this batch's agreement.
@@ -232,6 +236,7 @@ def all_around(
             "p2p_temperature": p2p_temperature,
             "target (auto 0, etf 1, softmax 2)": get_args(Target).index(target),
             "pairings (the sum of means 1, weights 2, duality 4)": sum(1 << PAIRINGS.index(p) for p in set(pairings)),
+            "centre_weights (False 0, True 1)": float(centre_weights),
         }
 
     if group is not None and not isinstance(group, Ranks):
@@ -242,14 +247,14 @@ def all_around(
         form, p2p_backend = pair_form(target, (len(means), means.shape[1]), blocks="all", backend=used)
         one_launch = used == p2p_backend == "triton" and set(pairings) == set(PAIRINGS)
         if one_launch and group is None and fuses(batch, options, used):
-            x, y = centred_units(means, weights, everyone, backend=used)
+            x, y = centred_units(means, weights, everyone, backend=used, centre=(True, centre_weights))
             assert y is not None
             loss, p2p = _in_one_launch(batch._replace(seen=everyone), options, x, y, form, p2p_temperature)
             return AllAroundLosses(loss, *p2p.unbind())
         loss = contrast(batch, options, used, group)
         if not pairings:
             return AllAroundLosses(loss, *loss.new_zeros(3).unbind())
-        p2p = pairings_of_checked(means, weights, everyone, pairings, target, p2p_temperature, used)
+        p2p = pairings_of_checked(means, weights, everyone, pairings, target, p2p_temperature, used, centre_weights)
         return AllAroundLosses(loss, *(p2p if group is None else group.replicated(p2p)).unbind())
 
 

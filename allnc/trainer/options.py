@@ -76,6 +76,8 @@ def ignored_options(config: Config) -> dict[str, str]:
             drop("loss", "p2p_weights", "model.classifier is etf, whose vectors do not train")
     if loss.hycon == "none" and loss.name == "allnc":
         drop("loss", "hycon_weight", "loss.hycon is none")
+    if loss.name == "allnc" and loss.p2p_weights == loss.p2p_duality == 0:
+        drop("loss", "p2p_centre", "loss.p2p_weights and loss.p2p_duality are 0")
     if loss.p2p_target == "etf":
         drop("loss", "p2p_temperature", "loss.p2p_target is etf")
     if loss.horizon == 0 and loss.name == "allnc":

@@ -227,8 +227,10 @@ def _class_modes(features: int) -> Iterator[_Mode]:
             yield "p2p_finish", f"{target}, {blocks}", (p2p.p2p_finish_constants(forward[0]), {})
     constants, options = centred_unit.unit_constants(features)
     for name in ("unit_sums", "unit_rows", "unit_bwd_sums", "unit_bwd_rows"):
-        shares = {"SHARES": centred_unit.SHARES} if name == "unit_rows" else {}
-        yield name, "", (constants | shares, options)
+        more = {"SHARES": centred_unit.SHARES} if name == "unit_rows" else {}
+        if name.endswith("_rows"):
+            more |= centred_unit.centres((True, False))
+        yield name, "", (constants | more, options)
 
 
 _ALIGNMENT = [["tt.divisibility", 16]]  # of pointers: as torch's allocator aligns

@@ -6,7 +6,7 @@
 //
 // with sums over the K rows seen; the others are never read, and their results are 0. A row as near to the centre as
 // rounding puts it, noise = 8 eps max_c |x_c|, has no direction and no gradient. Nor has any row where all entries are
-// below kLeastEntry.
+// below kLeastEntry. A side that is not centred has m = 0, noise = kShortest max_c |x_c|, and dx_c = dc_c.
 
 #include <torch/csrc/stable/library.h>
 
@@ -22,6 +22,7 @@ namespace allnc {
 namespace cpu {
 
 constexpr double kLeastEntry = 0x1p-100;  // as in allnc/ops/_common.py
+constexpr double kShortest = 0x1p-30;     // as in allnc/ops/p2p/centred_unit.py
 
 // Sums over a row are kept in this many partial sums, which vector units add at once.
 constexpr int64_t kLanes = 16;
@@ -124,9 +125,13 @@ struct Scratch {
 
 // u [C, F] and scale [C] (r of the head) of x [C, F].
 template <class X, class T>
-void unit_rows(const X* x, const Seen& seen, int64_t columns, T* u, T* scale) {
+void unit_rows(const X* x, const Seen& seen, int64_t columns, bool centred, T* u, T* scale) {
   Scratch<T> centre(columns);
-  mean_of_seen(x, seen, columns, centre.data());
+  if (centred) {
+    mean_of_seen(x, seen, columns, centre.data());
+  } else {
+    std::fill_n(centre.data(), columns, T(0));
+  }
   std::vector<double> squares(seen.rows, 0);
   for_each_row(seen, columns, [&](int64_t c) {
     const X* const row = x + c * columns;
@@ -154,12 +159,12 @@ void unit_rows(const X* x, const Seen& seen, int64_t columns, T* u, T* scale) {
       for_each_row(seen, columns, [&](int64_t c) {
         if (seen.mask[c]) scale_to(scaled.data() + c * columns, x + c * columns, factor, columns);
       });
-      unit_rows(scaled.data(), seen, columns, u, scale);
+      unit_rows(scaled.data(), seen, columns, centred, u, scale);
       multiply_row(scale, factor, seen.rows);
       return;
     }
   }
-  const double noise = 8.0 * std::numeric_limits<T>::epsilon() * std::sqrt(largest);
+  const double noise = (centred ? 8.0 * std::numeric_limits<T>::epsilon() : kShortest) * std::sqrt(largest);
   for_each_row(seen, columns, [&](int64_t c) {
     T* const row = u + c * columns;
     scale[c] = 0;
@@ -180,22 +185,27 @@ void unit_rows(const X* x, const Seen& seen, int64_t columns, T* u, T* scale) {
 
 // dx [C, F] from du [C, F].
 template <class X, class T>
-void unit_rows_backward(const T* du, const T* u, const T* scale, const Seen& seen, int64_t columns, X* dx) {
+void unit_rows_backward(
+    const T* du, const T* u, const T* scale, const Seen& seen, int64_t columns, bool centred, X* dx) {
   Scratch<T> own(std::is_same_v<X, T> ? 0 : seen.rows * columns), mean(columns);
-  T* const centred = std::is_same_v<X, T> ? reinterpret_cast<T*>(dx) : own.data();  // [C, F]
+  T* const of_units = std::is_same_v<X, T> ? reinterpret_cast<T*>(dx) : own.data();  // dc [C, F]
   for_each_row(seen, columns, [&](int64_t c) {
     const T *const of_u = du + c * columns, *const unit = u + c * columns;
     if (scale[c] != 0) {
-      project(centred + c * columns, of_u, unit, dot_rows<T>(unit, of_u, columns), scale[c], columns);
+      project(of_units + c * columns, of_u, unit, dot_rows<T>(unit, of_u, columns), scale[c], columns);
     } else {
-      std::fill_n(centred + c * columns, columns, T(0));
+      std::fill_n(of_units + c * columns, columns, T(0));
     }
   });
-  mean_of_seen(centred, seen, columns, mean.data());
+  if (centred) {
+    mean_of_seen(of_units, seen, columns, mean.data());
+  } else {
+    std::fill_n(mean.data(), columns, T(0));
+  }
   for_each_row(seen, columns, [&](int64_t c) {
     X* const row = dx + c * columns;
     if (seen.mask[c]) {
-      subtract_row(row, centred + c * columns, mean.data(), columns);
+      subtract_row(row, of_units + c * columns, mean.data(), columns);
     } else {
       std::fill_n(row, columns, X(0));
     }
@@ -217,7 +227,7 @@ const T* data(const Tensor& t) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> centred_unit_forward(
-    Tensor x, std::optional<Tensor> y, Tensor seen, ScalarType dtype) {
+    Tensor x, std::optional<Tensor> y, Tensor seen, bool centre_x, bool centre_y, ScalarType dtype) {
   check_dim(x, "x", 2);
   const int64_t rows = x.size(0), columns = x.size(1);
   if (y) check_shape(*y, "y", {rows, columns});
@@ -231,21 +241,22 @@ std::tuple<Tensor, Tensor, Tensor> centred_unit_forward(
   dispatch_sums(dtype, [&](auto of_sums) {
     using T = decltype(of_sums);
     T* const scales = static_cast<T*>(scale.mutable_data_ptr());
-    const auto side = [&](const Tensor& side, const char* name, Tensor& out, T* scales) {
+    const auto side = [&](const Tensor& side, const char* name, bool centred, Tensor& out, T* scales) {
       const Tensor dense = torch::stable::contiguous(side);
       dispatch_floating(dense.scalar_type(), name, [&](auto of_side) {
-        unit_rows(data<decltype(of_side)>(dense), mask, columns, static_cast<T*>(out.mutable_data_ptr()), scales);
+        T* const to = static_cast<T*>(out.mutable_data_ptr());
+        unit_rows(data<decltype(of_side)>(dense), mask, columns, centred, to, scales);
       });
     };
-    side(x, "x", u, scales);
-    if (y) side(*y, "y", v, scales + rows);
+    side(x, "x", centre_x, u, scales);
+    if (y) side(*y, "y", centre_y, v, scales + rows);
   });
   return {u, v, scale};
 }
 
 std::tuple<Tensor, Tensor> centred_unit_backward(
-    Tensor du, std::optional<Tensor> dv, Tensor u, std::optional<Tensor> v, Tensor scale, Tensor seen,
-    ScalarType x_dtype, ScalarType y_dtype) {
+    Tensor du, std::optional<Tensor> dv, Tensor u, std::optional<Tensor> v, Tensor scale, Tensor seen, bool centre_x,
+    bool centre_y, ScalarType x_dtype, ScalarType y_dtype) {
   check_dim(u, "u", 2);
   const int64_t rows = u.size(0), columns = u.size(1);
   const ScalarType type = u.scalar_type();
@@ -265,16 +276,17 @@ std::tuple<Tensor, Tensor> centred_unit_backward(
   dispatch_sums(type, [&](auto of_sums) {
     using T = decltype(of_sums);
     const T* const scales = data<T>(scale);
-    const auto side = [&](const Tensor& grad, const Tensor& unit, const T* scales, const char* name, Tensor& out) {
+    const auto side = [&](const Tensor& grad, const Tensor& unit, const T* scales, const char* name, bool centred,
+                          Tensor& out) {
       const Tensor dense_grad = torch::stable::contiguous(grad), dense_unit = torch::stable::contiguous(unit);
       dispatch_floating(out.scalar_type(), name, [&](auto of_side) {
         using X = decltype(of_side);
         X* const to = static_cast<X*>(out.mutable_data_ptr());
-        unit_rows_backward(data<T>(dense_grad), data<T>(dense_unit), scales, mask, columns, to);
+        unit_rows_backward(data<T>(dense_grad), data<T>(dense_unit), scales, mask, columns, centred, to);
       });
     };
-    side(du, u, scales, "x_dtype", dx);
-    if (v) side(*dv, *v, scales + rows, "y_dtype", dy);
+    side(du, u, scales, "x_dtype", centre_x, dx);
+    if (v) side(*dv, *v, scales + rows, "y_dtype", centre_y, dy);
   });
   return {dx, dy};
 }

@@ -77,8 +77,10 @@ def test_hycon_ragged_sizes(n: int) -> None:
 
 @pytest.mark.parametrize("target", ["etf", "softmax"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_around(target: str, dtype: torch.dtype) -> None:
-    check(all_around, all_around_reference, make_case(500, 128, 70, 256, dtype=dtype), target=target, backend="triton")
+@pytest.mark.parametrize("centre", [True, False])
+def test_all_around(target: str, dtype: torch.dtype, centre: bool) -> None:
+    case = make_case(500, 128, 70, 256, dtype=dtype)
+    check(all_around, all_around_reference, case, target=target, centre_weights=centre, backend="triton")
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])

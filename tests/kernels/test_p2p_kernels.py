@@ -155,25 +155,33 @@ def unit_case(c: int, f: int, dtypes: tuple[torch.dtype, ...], seen: Tensor, off
     return rows
 
 
-def check_units(c: int, f: int, dtypes: tuple[torch.dtype, ...], seen: Tensor, offset: float = 1.0) -> None:
+def check_units(
+    c: int,
+    f: int,
+    dtypes: tuple[torch.dtype, ...],
+    seen: Tensor,
+    offset: float = 1.0,
+    centre: tuple[bool, bool] = (True, True),
+) -> None:
     rows = unit_case(c, f, dtypes, seen, offset)
-    u, v, scale = centred_unit_forward(rows[0], rows[1] if len(rows) > 1 else None, seen)
+    u, v, scale = centred_unit_forward(rows[0], rows[1] if len(rows) > 1 else None, seen, centre)
     grads = [torch.randn(c, f, device=DEVICE) for _ in rows]
     got_grads = centred_unit_backward(
-        grads[0], grads[1] if len(rows) > 1 else None, u, v, scale, seen, rows[0].dtype, rows[-1].dtype
+        grads[0], grads[1] if len(rows) > 1 else None, u, v, scale, seen, centre, rows[0].dtype, rows[-1].dtype
     )
-    for matrix, grad, unit, of_matrix in zip(rows, grads, (u, v), got_grads, strict=False):
+    for matrix, grad, unit, of_matrix, centred in zip(rows, grads, (u, v), got_grads, centre, strict=False):
         results = []
         for dtype in (torch.float64, torch.float32):
             leaf = matrix.to(dtype).requires_grad_()
-            want = centred_unit(leaf, seen)
+            want = centred_unit(leaf, seen, centred)
             results.append((want, torch.autograd.grad(want, leaf, grad.to(dtype))[0]))
         (exact, exact_grad), (same, same_grad) = results
         assert unit is not None and of_matrix is not None and of_matrix.dtype == matrix.dtype
         # Rows nearer to the centre than they are long: the rounding of x - m is 1/|x - m| times larger in u, and once
         # more in du's share along u, which is left out. With one column all of du lies along u.
         rows_seen = matrix[seen].detach().double()
-        distance = float((rows_seen - rows_seen.mean(0)).norm(dim=1).min()) if len(rows_seen) > 1 else 1.0
+        centre_of = rows_seen.mean(0) if centred else 0.0
+        distance = float((rows_seen - centre_of).norm(dim=1).min()) if len(rows_seen) > 1 else 1.0
         length = float(rows_seen.norm(dim=1).max()) if len(rows_seen) else 1.0
         condition = max(1.0, length / distance)
         assert_as_exact(unit, same, exact, floor=condition)
@@ -191,13 +199,15 @@ def check_units(c: int, f: int, dtypes: tuple[torch.dtype, ...], seen: Tensor, o
 )
 def test_centred_unit_rows(c: int, f: int, dtypes: tuple[torch.dtype, ...]) -> None:
     check_units(c, f, dtypes, (torch.arange(c) % 4 != 1).to(DEVICE))
+    check_units(c, f, dtypes, (torch.arange(c) % 4 != 1).to(DEVICE), centre=(len(dtypes) > 1, False))
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), c=st.integers(1, 90), f=st.integers(1, 40), sides=st.integers(1, 2))
 def test_centred_unit_rows_of_any_shape_and_mask(data: st.DataObject, c: int, f: int, sides: int) -> None:
     seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=c, max_size=c))).to(DEVICE)
-    check_units(c, f, (torch.float32,) * sides, seen)
+    centre = (data.draw(st.booleans()), data.draw(st.booleans()))
+    check_units(c, f, (torch.float32,) * sides, seen, centre=centre)
 
 
 def test_many_classes_share_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,5 +224,5 @@ def test_a_row_at_the_centre_has_no_direction_and_no_gradient() -> None:
     seen = torch.ones(5, dtype=torch.bool, device=DEVICE)
     u, _, scale = centred_unit_forward(x, None, seen)
     assert not u[4].any() and scale[0, 4] == 0 and bool((u[:4].norm(dim=1) - 1).abs().max() < 1e-5)
-    dx, _ = centred_unit_backward(torch.ones_like(u), None, u, None, scale, seen, x.dtype, x.dtype)
+    dx, _ = centred_unit_backward(torch.ones_like(u), None, u, None, scale, seen, (True, True), x.dtype, x.dtype)
     assert bool(dx.isfinite().all())

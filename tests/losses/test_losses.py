@@ -147,11 +147,12 @@ def test_a_finished_branch_cannot_break_the_other() -> None:
 
 @pytest.mark.parametrize("form", ["softmax", "cosine", "none"])
 @pytest.mark.parametrize("progress", [0.0, 0.15, 1.0])
-def test_allnc_is_its_formula(form: str, progress: float) -> None:
+@pytest.mark.parametrize("centre", [True, False])
+def test_allnc_is_its_formula(form: str, progress: float, centre: bool) -> None:
     """Value and gradients against the parts' references on a first batch, whose means are batch means."""
     options: dict[str, Any] = {"alpha": 0.7, "hycon_weight": 1.3, "horizon": 0.3, "mean_gradient": "exact"}
-    weights = {"p2p_means": 0.5, "p2p_weights": 0.9, "p2p_duality": 1.1}
-    loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(hycon=form, **options, **weights)).double()  # pyright: ignore[reportArgumentType]
+    options |= {"hycon": form, "p2p_means": 0.5, "p2p_weights": 0.9, "p2p_duality": 1.1, "p2p_centre": centre}
+    loss = AllNC(COUNTS, WIDTH, DIM, LossConfig(**options)).double()
     batch = _Batch()
     output = batch.call(loss, progress)
 
@@ -159,8 +160,9 @@ def test_allnc_is_its_formula(form: str, progress: float) -> None:
     seen = torch.tensor([True, True, True, True, False])
     means = _class_means(batch.features, batch.labels)
     p2p: dict[str, Any] = {"seen": seen, "target": "softmax", "temperature": 0.1}
-    ww = p2p_reference(batch.weight, **p2p)
-    on_means = 0.5 * p2p_reference(means, **p2p) + 1.1 * p2p_reference(means, batch.weight, **p2p)
+    ww = p2p_reference(batch.weight, **p2p, centre=centre)
+    duality = p2p_reference(means, batch.weight, **p2p, centre=(True, centre))
+    on_means = 0.5 * p2p_reference(means, **p2p) + 1.1 * duality
     if form == "softmax":
         z_means = _class_means(batch.z, batch.labels)
         on_means = on_means + 1.3 * hycon_reference(batch.z, batch.labels, z_means, seen=seen)
@@ -224,12 +226,13 @@ def test_first_batch_of_one_class_and_of_none() -> None:
 
 def test_p2p_terms_and_their_weights() -> None:
     batch = _Batch()
-    loss = P2P(C, WIDTH, means_weight=2.0, classifier_weight=0.0, duality_weight=0.5).double()
+    loss = P2P(C, WIDTH, means_weight=2.0, classifier_weight=0.0, duality_weight=0.5, centre_weights=False).double()
     terms = loss(batch.features, batch.labels, batch.weight)
     seen = torch.arange(C) < 4
     means = _class_means(batch.features, batch.labels)
     assert math.isclose(terms.means.item(), p2p_reference(means, seen=seen).item(), rel_tol=1e-9)
-    assert math.isclose(terms.duality.item(), p2p_reference(means, batch.weight, seen=seen).item(), rel_tol=1e-9)
+    duality = p2p_reference(means, batch.weight, seen=seen, centre=(True, False))
+    assert math.isclose(terms.duality.item(), duality.item(), rel_tol=1e-9)
     assert terms.weights.item() == 0
     assert math.isclose(terms.total.item(), 2 * terms.means.item() + 0.5 * terms.duality.item(), rel_tol=1e-9)
 

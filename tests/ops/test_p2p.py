@@ -37,6 +37,9 @@ cpp_only = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not bu
 in_torch = pytest.mark.parametrize("form", ["pairwise", "softmax", "closed"])
 
 
+CENTRES = st.sampled_from((True, False, (True, False), (False, True)))
+
+
 def _leaves(num_classes: int, dim: int, *, with_y: bool, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (num_classes, dim)
@@ -66,12 +69,13 @@ def simplex(num_classes: int, dim: int) -> Tensor:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), num_classes=st.integers(1, 12), dim=st.integers(1, 40), with_y=st.booleans())
 def test_matches_reference(backend, data: st.DataObject, num_classes: int, dim: int, with_y: bool) -> None:
-    """Value and gradients for any shape and any mask, among them none, one, two and all classes seen."""
+    """Value and gradients for any shape, any mask, among them none, one, two and all classes seen, and any centring."""
     seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes)))
     target = data.draw(st.sampled_from(("auto", "etf", "softmax")))
     leaves = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
-    got = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend=backend)
-    want = p2p_reference(*leaves, target=target, temperature=0.3, seen=seen)
+    options = {"target": target, "temperature": 0.3, "seen": seen, "centre": data.draw(CENTRES)}
+    got = p2p(*leaves, **options, backend=backend)
+    want = p2p_reference(*leaves, **options)
     assert error(got, want) < 1e-12
     # With few columns a row can lie close to the centre, where the slope of its direction is unbounded.
     for g, w in zip(_grads(got, leaves), _grads(want, leaves), strict=True):
@@ -216,12 +220,13 @@ def test_gradcheck_and_opcheck(form: str, with_y: bool) -> None:
 @cpp_only
 @pytest.mark.parametrize("blocks", ["own", "cross", "all"])
 @pytest.mark.parametrize("target", ["etf", "softmax"])
-def test_values_of_rows(blocks: Blocks, target: Target) -> None:
+@pytest.mark.parametrize("centre", [(True, True), (False, True)])
+def test_values_of_rows(blocks: Blocks, target: Target, centre: tuple[bool, bool]) -> None:
     """The C++ op that takes rows as they are: gradcheck, opcheck, mixed types, and the values of single pairs."""
     leaves = _leaves(5, 12, with_y=True)
     seen = torch.tensor([True, True, False, True, True])
     sides = leaves[:1] if blocks == "own" else leaves
-    options = {"target": target, "temperature": 0.2, "backend": "cpp"}
+    options = {"target": target, "temperature": 0.2, "backend": "cpp", "centre": centre}
 
     def values(x: Tensor, y: Tensor | None = None) -> Tensor:
         return p2p_values(x, y, seen, blocks=blocks, **options)
@@ -233,21 +238,24 @@ def test_values_of_rows(blocks: Blocks, target: Target) -> None:
         arguments = [leaf.detach().to(t).requires_grad_() for leaf, t in zip(sides, types, strict=False)]
         arguments += [None] * (2 - len(arguments))
         for with_gradient in (True, False):
-            rest = (seen, blocks, form, 0.2, with_gradient)
+            rest = (seen, *centre, blocks, form, 0.2, with_gradient)
             inputs = arguments if with_gradient else [None if x is None else x.detach() for x in arguments]
             torch.library.opcheck(torch.ops.allnc.p2p_values.default, (*inputs, *rest))
     pairs = {"own": [(0, None)], "cross": [(0, 1)], "all": [(0, None), (1, None), (0, 1)]}[blocks]
-    want = [p2p_reference(leaves[a], None if b is None else leaves[b], target=target, temperature=0.2, seen=seen)
-            for a, b in pairs]  # fmt: skip
+    rest = {"target": target, "temperature": 0.2, "seen": seen}
+    want = [
+        p2p_reference(leaves[a], None if b is None else leaves[b], centre=(centre[a], centre[b or 0]), **rest)
+        for a, b in pairs
+    ]
     assert error(values(*sides), torch.stack(want)) < 1e-12
 
 
 @cpp_only
 def test_gradient_must_be_asked_for() -> None:
     seen = torch.ones(5, dtype=torch.bool)
-    for op, rest in (("p2p_values", ()), ("p2p_blocks", ("eager",))):
+    for op, first, last in (("p2p_values", (True, True), ()), ("p2p_blocks", (), ("eager",))):
         x = _leaves(5, 6, with_y=False)[0]
-        value = getattr(torch.ops.allnc, op)(x, None, seen, "own", "pairwise", 0.1, False, *rest)[0]
+        value = getattr(torch.ops.allnc, op)(x, None, seen, *first, "own", "pairwise", 0.1, False, *last)[0]
         with pytest.raises(RuntimeError, match="call it with True to differentiate it"):
             value.sum().backward()
     with torch.no_grad():
@@ -315,11 +323,12 @@ def test_cpp_unit_rows(data: st.DataObject, num_classes: int, dim: int, with_y: 
     """Rows and gradients equal those of torch operations; rows of unseen classes are not read."""
     seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes)))
     leaves = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
+    centre = (data.draw(st.booleans()), data.draw(st.booleans()))
     garbage = [leaf.detach().where(seen[:, None], torch.nan).requires_grad_() for leaf in leaves]
     weights = torch.randn(2, num_classes, dim, dtype=torch.float64)
 
     def units(rows: list[Tensor], backend: str) -> list[Tensor]:
-        u, v = centred_units(rows[0], rows[1] if with_y else None, seen, backend=backend)
+        u, v = centred_units(rows[0], rows[1] if with_y else None, seen, backend=backend, centre=centre)
         assert (v is not None) == with_y
         return [u] if v is None else [u, v]
 
@@ -339,10 +348,11 @@ def test_cpp_unit_ops_pass_opcheck(dtypes: tuple[torch.dtype, ...]) -> None:
     sides = [leaf.detach().to(t) for leaf, t in zip(_leaves(5, 3, with_y=True), dtypes, strict=False)]
     x, y = [side.requires_grad_() for side in sides] + [None] * (2 - len(sides))
     seen = torch.tensor([True, True, False, True, True])
-    torch.library.opcheck(torch.ops.allnc.centred_unit.default, (x, y, seen, "cpp"))
-    u, v, scale = (t.detach() for t in torch.ops.allnc.centred_unit(x, y, seen, "cpp"))
+    arguments = (x, y, seen, True, False, "cpp")
+    torch.library.opcheck(torch.ops.allnc.centred_unit.default, arguments)
+    u, v, scale = (t.detach() for t in torch.ops.allnc.centred_unit(*arguments))
     v = None if y is None else v
-    arguments = (u, v, u, v, scale, seen, dtypes[0], dtypes[-1], "cpp")
+    arguments = (u, v, u, v, scale, seen, True, False, dtypes[0], dtypes[-1], "cpp")
     torch.library.opcheck(torch.ops.allnc.centred_unit_backward.default, arguments)
 
 
@@ -414,6 +424,18 @@ def test_row_at_the_centre_has_no_direction(backend) -> None:
 
 
 @on_cpu
+def test_rows_as_they_are_have_a_direction_at_any_centre(backend) -> None:
+    """What lies at the centre, or is short, is compared too; a row of zeros has no direction and no gradient."""
+    x = torch.randn(4, 8) + 1000
+    x = torch.cat((x, x.mean(0, keepdim=True), 1e-6 * x[:1], torch.zeros(1, 8))).requires_grad_()
+    seen = torch.ones(7, dtype=torch.bool)
+    lengths = centred_units(x, None, seen, backend=backend, centre=(False, False))[0].norm(dim=1)
+    assert bool((lengths[:6] - 1).abs().max() < 1e-5) and lengths[6] == 0
+    gradient = _grads(p2p(x, target="etf", centre=False, backend=backend), [x])[0]
+    assert bool(gradient.isfinite().all()) and not gradient[6].any() and bool(gradient[:6].any(1).all())
+
+
+@on_cpu
 def test_nan_is_not_hidden(backend) -> None:
     x = torch.randn(4, 8)
     x[1, 2] = torch.nan
@@ -464,12 +486,12 @@ def test_triton_is_as_good_as_eager(dtype: torch.dtype, target: Target, with_y: 
 @given(data=st.data(), num_classes=st.integers(1, 12), dim=st.integers(1, 10), with_y=st.booleans())
 def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: int, with_y: bool) -> None:
     seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes)))
-    target = data.draw(st.sampled_from(("auto", "etf", "softmax")))
+    options = {"target": data.draw(st.sampled_from(("auto", "etf", "softmax"))), "centre": data.draw(CENTRES)}
     exact = _leaves(num_classes, dim, with_y=with_y, seed=data.draw(st.integers(0, 999)))
     leaves = [leaf.detach().float().requires_grad_() for leaf in exact]
-    got = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="triton")
-    same = p2p(*leaves, target=target, temperature=0.3, seen=seen, backend="eager")
-    want = p2p_reference(*exact, target=target, temperature=0.3, seen=seen)
+    got = p2p(*leaves, **options, temperature=0.3, seen=seen, backend="triton")
+    same = p2p(*leaves, **options, temperature=0.3, seen=seen, backend="eager")
+    want = p2p_reference(*exact, **options, temperature=0.3, seen=seen)
     assert_as_exact(got, same, want, floor=1.0)  # 0 for two classes: a difference of cosines
     for g, s, w in zip(_grads(got, leaves), _grads(same, leaves), _grads(want, exact), strict=True):
         assert_as_exact(g, s, w, floor=max(1.0, float(w.abs().max()) ** 2))
@@ -481,11 +503,12 @@ def test_triton_ops_pass_opcheck(form: str, blocks: str) -> None:
     leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(5, 3, with_y=True)]
     seen = torch.tensor([True, True, False, True, True])
     sides = (leaves[0], None if blocks == "own" else leaves[1])
-    torch.library.opcheck(torch.ops.allnc.centred_unit.default, (*sides, seen, "triton"))
-    u, v, scale = (t.detach() for t in torch.ops.allnc.centred_unit(*sides, seen, "triton"))
+    arguments = (*sides, seen, True, False, "triton")
+    torch.library.opcheck(torch.ops.allnc.centred_unit.default, arguments)
+    u, v, scale = (t.detach() for t in torch.ops.allnc.centred_unit(*arguments))
     v = None if blocks == "own" else v
-    types = (torch.float32, torch.float32)
-    torch.library.opcheck(torch.ops.allnc.centred_unit_backward.default, (u, v, u, v, scale, seen, *types, "triton"))
+    arguments = (u, v, u, v, scale, seen, True, False, torch.float32, torch.float32, "triton")
+    torch.library.opcheck(torch.ops.allnc.centred_unit_backward.default, arguments)
     rest = (seen, blocks, form, 0.2)
     sides = (u.requires_grad_(), None if v is None else v.requires_grad_())
     torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*sides, *rest, True, "triton"))

@@ -1,6 +1,7 @@
 """P2P: peer-to-peer alignment of class means and classifier vectors, pair by pair (restores NC2 and NC3).
 
-Over the K classes seen so far, with X = unit(x - mean_c x), Y = unit(y - mean_c y) and the simplex ETF's Gram
+Over the K classes seen so far, with X = unit(x - mean_c x), Y = unit(y - mean_c y), of a side that is not centred
+without its mean subtracted, and the simplex ETF's Gram
 matrix ρ_cc' = 1 if c = c', else -1/(K-1):
 
     etf       P2P(X, Y) = (1/K²) Σ_{c,c'} ( X_c·Y_c' - ρ_cc' )²
@@ -37,7 +38,7 @@ from allnc.ops._common import (
     resolve_backend,
     unit_rows,
 )
-from allnc.ops.p2p.centred_unit import centred_units, pair_dtype
+from allnc.ops.p2p.centred_unit import BOTH, Sides, centred_units, pair_dtype
 from allnc.ops.p2p.forms import (
     Blocks,
     Target,
@@ -57,18 +58,19 @@ def p2p_reference(
     target: Target = "auto",
     temperature: float = 0.1,
     seen: Tensor | None = None,
+    centre: bool | Sides = True,
 ) -> Tensor:
     """P2P as the formula is written, pair by pair with C x C matrices and autograd; arguments as in `p2p`."""
     dtype = pair_dtype(x, y)
-    target = _resolve_target(target, x)
+    target, (centre_x, centre_y) = _resolve_target(target, x), _both(centre)
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device) if seen is None else seen
     own = x.to(dtype)[keep]  # [K, F]
     other = own if y is None else y.to(dtype)[keep]  # [K, F]
     num_seen = len(own)
     if num_seen < 2:
         return (own.sum() + other.sum()) * 0
-    X = unit_rows(own - own.mean(0))
-    Y = unit_rows(other - other.mean(0))
+    X = unit_rows(own - own.mean(0) if centre_x else own)
+    Y = X if y is None else unit_rows(other - other.mean(0) if centre_y else other)
     cosines = X @ Y.T  # [K, K]
     same = torch.eye(num_seen, dtype=torch.bool, device=x.device)
     if target == "etf":
@@ -164,7 +166,7 @@ def p2p_blocks(
     temperature: float,
     backend: str = "eager",
 ) -> Tensor:
-    """P2P of rows that `centred_units` has centred and normalised, differentiable once.
+    """P2P of rows that are ready, as of `centred_units`, differentiable once.
 
     Args:
         x: [C, F] float32 or float64, zero rows for unseen classes.
@@ -185,7 +187,15 @@ def p2p_blocks(
 
 @torch.library.custom_op("allnc::p2p_values", mutates_args=())
 def _p2p_values(
-    x: Tensor, y: Tensor | None, seen: Tensor, blocks: str, form: str, temperature: float, with_gradient: bool
+    x: Tensor,
+    y: Tensor | None,
+    seen: Tensor,
+    centre_x: bool,
+    centre_y: bool,
+    blocks: str,
+    form: str,
+    temperature: float,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values [B], and their gradients by x and y [C, F]: of the blocks of a side with itself, of the cross block.
 
@@ -194,7 +204,8 @@ def _p2p_values(
     ops, dtype = torch.ops.allnc_C, pair_dtype(x, y)
     own, cross = blocks != "cross", blocks != "own"
     with torch.autocast(x.device.type, enabled=False):
-        u, v, scale = ops.centred_unit_forward(x, y, seen, dtype)
+        centre = (centre_x, centre_y)
+        u, v, scale = ops.centred_unit_forward(x, y, seen, *centre, dtype)
         v = None if y is None else v
         options = (form == "softmax", temperature, with_gradient)
         values, of_units = ops.p2p_blocks_forward(u, v, seen, own, cross, *options)
@@ -202,7 +213,7 @@ def _p2p_values(
             return values, u.new_empty(0), u.new_empty(0), u.new_empty(0), u.new_empty(0)
 
         def through_centring(du: Tensor, dv: Tensor | None) -> tuple[Tensor, Tensor]:
-            return ops.centred_unit_backward(du, dv, u, v, scale, seen, dtype, dtype)
+            return ops.centred_unit_backward(du, dv, u, v, scale, seen, *centre, dtype, dtype)
 
         own_x, own_y, cross_x, cross_y = (u.new_empty(0) for _ in range(4))
         if own:
@@ -213,7 +224,7 @@ def _p2p_values(
 
 
 @_p2p_values.register_fake
-def _(x, y, seen, blocks, form, temperature, with_gradient):
+def _(x, y, seen, centre_x, centre_y, blocks, form, temperature, with_gradient):
     dtype = pair_dtype(x, y)
 
     def empty(wanted: bool) -> Tensor:
@@ -225,7 +236,7 @@ def _(x, y, seen, blocks, form, temperature, with_gradient):
 
 
 def _save_for_values(ctx, inputs, output) -> None:
-    x, y, _, ctx.blocks, *_, ctx.with_gradient = inputs
+    x, y, _, _, _, ctx.blocks, *_, ctx.with_gradient = inputs
     ctx.types = (x.dtype, None if y is None else y.dtype)
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -243,7 +254,7 @@ def _values_autograd(ctx, grad: Tensor, *_unused: Tensor | None):
     else:
         dx = torch.addcmul(own_x * grad[0], cross_x, grad[2])
         dy = torch.addcmul(own_y * grad[1], cross_y, grad[2])
-    return dx.to(x_type), None if y_type is None else dy.to(y_type), None, None, None, None, None
+    return dx.to(x_type), None if y_type is None else dy.to(y_type), *(None,) * 7
 
 
 _p2p_values.register_autograd(_values_autograd, setup_context=_save_for_values)
@@ -258,6 +269,7 @@ def p2p_values(
     target: Target,
     temperature: float,
     backend: str,
+    centre: Sides = BOTH,
 ) -> Tensor:
     """P2P of several blocks at once, from rows as they are: `p2p` of arguments that `check_p2p` has passed.
 
@@ -268,6 +280,7 @@ def p2p_values(
         blocks: "own" for (x, x), "cross" for (x, y), "all" for (x, x), (y, y) and (x, y).
         target, temperature: as in `p2p`.
         backend: "eager", "cpp" or "triton" (resolved).
+        centre: whether x, and whether y, is centred.
 
     Returns:
         [1] or, for "all", [3] in the accumulation type of x and y.
@@ -277,9 +290,9 @@ def p2p_values(
         if computed_by == "cpp":
             with_gradient = needs_gradient(x, y)
             y = None if y is None else y.contiguous()
-            rest = (blocks, form, float(temperature), with_gradient)
+            rest = (*centre, blocks, form, float(temperature), with_gradient)
             return torch.ops.allnc.p2p_values(x.contiguous(), y, seen, *rest)[0]
-        own, other = centred_units(x, y, seen, backend=backend)
+        own, other = centred_units(x, y, seen, backend=backend, centre=centre)
         rest = {"form": form, "temperature": temperature, "backend": computed_by}
         return p2p_blocks(own, other, seen, blocks=blocks, **rest)
 
@@ -317,6 +330,7 @@ def p2p(
     target: Target = "auto",
     temperature: float = 0.1,
     seen: Tensor | None = None,
+    centre: bool | Sides = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """Peer-to-peer loss: pulls the cosines between the rows of x and of y towards those of a simplex ETF.
@@ -325,6 +339,10 @@ def p2p(
     centre to rounding, or all rows where every entry is below 8e-31, are zero rows without gradient. With fewer than
     two seen classes the loss and its gradient are 0.
 
+    What is centred is compared as if a part that all rows share did not matter. Nor does it in a linear classifier,
+    whose softmax is the same without it. In a normalised one it does: give `centre=(True, False)` for class means with
+    its vectors, which are zero in sum in a simplex ETF, and are pulled there.
+
     Args:
         x: [C, F] float16, bfloat16, float32 or float64; class means or classifier vectors.
         y: [C, F], the peers of x; None for x with itself. Its type may differ from x's.
@@ -332,6 +350,8 @@ def p2p(
             where no simplex ETF exists) or "auto": "etf" if F >= C - 1, else "softmax".
         temperature: τ > 0 of the softmax form, on cosines (no unit).
         seen: [C] bool, classes that take part. Default: all.
+        centre: whether both, or (x, y) each, are centred; False normalises rows as they are, and a row shorter than
+            1e-9 of the longest is a zero row.
         backend: "auto" (fastest that can run), "eager", "cpp" (CPU) or "triton". C++ and the kernels are used at shapes
             where they should be faster than matrix products of the library. `all_around` has this loss in one launch
             with HyCon.
@@ -351,8 +371,12 @@ def p2p(
     used = resolve_backend(backend, op="p2p", device=x.device, dtype=dtype, supported=("cpp", "triton"))
     if seen is None:
         seen = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    options = {"target": target, "temperature": temperature, "backend": used}
+    options = {"target": target, "temperature": temperature, "backend": used, "centre": _both(centre)}
     return p2p_values(x, y, seen, blocks="own" if y is None else "cross", **options).reshape(())
+
+
+def _both(centre: bool | Sides) -> Sides:
+    return (centre, centre) if isinstance(centre, bool) else centre
 
 
 def _resolve_target(target: Target, x: Tensor) -> Target:
