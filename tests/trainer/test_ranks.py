@@ -224,10 +224,16 @@ def test_what_one_process_finds_is_said_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_of_all_is_said_once(words: list[str], message: str, tmp_path: Path) -> None:
-    process = launch(3, *words, "--out", str(tmp_path / "run"))
+    processes = together(*[[*words, "--out", str(tmp_path / "run")]] * 3)
+    errors = "".join(process.communicate(timeout=100)[1] for process in processes)
+    assert all(process.returncode == 2 for process in processes) and message in one_line(errors)
+
+
+def test_a_launcher_ends_those_that_leave_the_word_to_the_first(tmp_path: Path) -> None:
+    process = launch(3, "--train.lr", "-1", "--out", str(tmp_path / "run"))
     _, errors = process.communicate(timeout=100)
     said = [line for line in errors.splitlines() if line.startswith("allnc.train: ")]
-    assert process.returncode != 0 and message in one_line("\n".join(said))
+    assert process.returncode != 0 and "train.lr must be > 0" in one_line("\n".join(said))
 
 
 def test_two_machines(alone: dict[str, Any], tmp_path: Path) -> None:
