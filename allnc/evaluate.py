@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="other labelled images: a folder of class folders, a CSV, TSV, text or JSON list, a .npz or .safetensors",
     )
     parser.add_argument(
+        "--max_bad", type=int, metavar="N", help="with --data: leave out up to N files that cannot be read; default 0"
+    )
+    parser.add_argument(
         "--on", choices=("test", "validation"), help="which images; default the run's own (its data.validation)"
     )
     add_weights(parser)
@@ -82,7 +85,7 @@ def _measure_data(options: argparse.Namespace, console: Console) -> None:
     # A folder is the one from which the paths of a list start.
     root = options.root if options.root and os.path.isfile(options.root) else None
     run = _restored(options, root)
-    labelled = labelled_images(options.data, run, options.root)
+    labelled = labelled_images(options.data, run, options.root, max_bad=options.max_bad or 0)
     for note in labelled.notes:
         _say(console, f"note: {note}")
     _measure(options, run, labelled.images, options.data, console)
@@ -180,6 +183,10 @@ def _prior(options: argparse.Namespace, run: Run) -> Tensor | None:
 def _check_options(options: argparse.Namespace) -> None:
     if options.prior is not None and options.predictions:
         raise ValueError("--predictions would write those of another class prior; give it without --prior")
+    if options.max_bad is not None and options.max_bad < 0:
+        raise ValueError(f"--max_bad must be >= 0; got {options.max_bad}")
+    if options.max_bad is not None and not options.data:
+        raise ValueError("--max_bad would be ignored without --data; add it or remove --max_bad")
     for name, value in (("layers", options.layers), ("ood", options.ood)):
         if value is not None and not options.collapse:
             raise ValueError(f"--{name} would be ignored without --collapse; add it or remove --{name}")

@@ -33,8 +33,9 @@ class DataConfig:
         test_list: text file with the test images (image_list and own).
         index: file in which an own set's images stand with class and split, as a run leaves it in its folder
             (images.tsv); what it says is taken, and the folder is not looked through. None looks.
-        test_share: share of the images of each class, in (0, 1), that an own set without test images is tested on: at
-            least one of a class of two images, and no two copies of a file on both sides. `subset_seed` decides which.
+        test_share: share of the images of each class, in (0, 1), that an own set or a file of arrays is tested on where
+            it has no test images: at least one of a class of two images, and no two copies of an image on both sides.
+            `subset_seed` decides which.
         max_bad: files of an own set that cannot be read and are left out, >= 0; with more of them nothing starts.
         download: let torchvision download the files when they are not there.
         imbalance: profile of the class sizes that are cut out of the training images; none takes every image; auto

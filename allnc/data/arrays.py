@@ -1,10 +1,11 @@
 """Sets of small images in one file: what `data.name arrays` reads.
 
-    images, test_images    [n, H, W] or [n, H, W, c] uint8, all of one size
+    images, test_images    [n, H, W] or [n, H, W, c] uint8, all of one size; without test_images and test_labels, a
+                           share of each class is held out (data.test_share)
     labels, test_labels    [n] integers, 0 to C - 1; every class has a training image
     classes                [C] names of the classes; optional
-    groups                 [n] integers; optional: training images with the same number stay together where a share of
-                           them is held out, such as those of one font, patient or video
+    groups                 [n] integers; optional: images with the same number stay together where a share of them is
+                           held out, such as those of one font, patient or video
     source                 text on where the images come from; optional, not read
 
 The file is a .npz of numpy, or a .safetensors, whose names of the classes are a JSON list in the metadata (`classes`).
@@ -15,36 +16,34 @@ Legend: n images, H, W height and width, c channels, C classes.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import warnings
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 
 from allnc.config import DataConfig
+from allnc.data.array_files import TESTED, Array, read_file
 from allnc.data.images import shown
+from allnc.data.own.split import draw_groups
 from allnc.data.sources import ImageSet
 
-NEEDED = ("images", "labels", "test_images", "test_labels")
-LABELLED = ("images", "labels")  # of a file that is measured on only
-OPTIONAL = ("classes", "groups", "source")
 MOST_CLASSES = 2**31 - 1
-Array = npt.NDArray[Any]
+_FROM_ONE = "subtract 1 from labels and test_labels, which begin at 1"
 
 
 def read_arrays(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """Return the training and the test set in the file data.root.
 
-    Mean and deviation of the pixels are those of all its training images.
+    Mean and deviation of the pixels are those of all its training images. Where the file has no test images, they are a
+    share of each class: at least one of a class of two images, and of a group, or else of images with the same pixels,
+    all or none.
 
     Args:
-        config: of which root, a .npz or .safetensors file, and augmentation are read.
+        config: of which root, a .npz or .safetensors file, test_share, subset_seed and augmentation are read.
 
     Returns:
         Two sets with images [n, c, H, W] uint8.
@@ -59,8 +58,7 @@ def read_arrays(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     if not os.path.isfile(path):
         raise ValueError(f"data.root must be a .npz or .safetensors file; got {shown(path)}, which is no file")
     try:
-        arrays = _read(path, NEEDED)
-        train, test = _sets(arrays)
+        train, test = _sets(read_file(path), config)
     except ValueError as error:
         raise ValueError(f"{shown(path)} {error}") from error
     channels, height, width = train.shape(config)
@@ -86,8 +84,8 @@ def read_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...
         ValueError: as `read_arrays`.
     """
     try:
-        arrays = _read(path, LABELLED)
-        part = "test_" if {"test_images", "test_labels"} <= set(arrays) else ""
+        arrays = read_file(path, trained_on=False)
+        part = "test_" if {*TESTED} <= {*arrays} else ""
         images = _images(f"{part}images", arrays[f"{part}images"])
         labels = _integers(f"{part}labels", arrays[f"{part}labels"], len(images), f"{part}images")
         classes = _class_names(arrays.get("classes"), MOST_CLASSES)
@@ -99,107 +97,70 @@ def read_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...
     return _channels_first(images), torch.from_numpy(labels), classes
 
 
-def _read(path: str, needed: tuple[str, ...]) -> dict[str, Array]:
-    return (_read_safetensors if path.lower().endswith(".safetensors") else _read_npz)(path, needed)
-
-
-def _read_npz(path: str, needed: tuple[str, ...]) -> dict[str, Array]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except Exception as error:  # what damaged bytes drive a reader to, here and below
-        raise ValueError(f"must be a whole .npz file, as numpy.savez writes it; got: {_reason(error)}") from error
-    with archive:
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
-        _check_names(names, needed)
-        return {name: _read_npy(archive, name) for name in sorted(set(names) - {"source"})}
-
-
-def _read_npy(archive: zipfile.ZipFile, name: str) -> Array:
-    try:
-        with warnings.catch_warnings(), archive.open(f"{name}.npy") as file:
-            warnings.simplefilter("ignore")  # numpy's on headers that other versions wrote
-            array = np.lib.format.read_array(file, allow_pickle=False)
-            if file.read(1):  # and reading to the end makes zipfile compare the checksum
-                raise ValueError("it has more bytes than its shape tells")
-            return array
-    except Exception as error:
-        if "Object arrays" in str(error):
-            raise ValueError(
-                f"must hold plain arrays; {name} is one of Python objects, which is not unpickled: save numbers, or "
-                "for classes strings (numpy.array(names, dtype=str))"
-            ) from error
-        raise ValueError(f"must be a whole .npz file; {name} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if line.isprintable() else ascii(line)
-
-
-def _read_safetensors(path: str, needed: tuple[str, ...]) -> dict[str, Array]:
-    try:
-        with safe_open(path, "pt") as file:  # numpy would not know bfloat16
-            tensors = {name: file.get_tensor(name) for name in set(file.keys()) - {"source"}}
-            classes = (file.metadata() or {}).get("classes")
-    except Exception as error:
-        raise ValueError(f"must be a whole .safetensors file; got: {_reason(error)}") from error
-    _check_names([*tensors], needed)
-    arrays: dict[str, Array] = {}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() or tensor.is_complex():
-            raise ValueError(f"must have {name} of integers; got {list(tensor.shape)} of type {tensor.dtype}")
-        arrays[name] = tensor.clone().numpy()  # not the file's own bytes, which others may change
-    if classes is not None:
-        arrays["classes"] = _listed(classes)
-    return arrays
-
-
-def _listed(text: str) -> Array:
-    try:
-        names = json.loads(text)
-    except (ValueError, RecursionError):
-        names = None
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"must name its classes in a JSON list of strings; got {text[:40]!r}")
-    return np.array(names, dtype=str)
-
-
-def _check_names(names: list[str], needed: tuple[str, ...]) -> None:
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise ValueError(f"must hold {', '.join(needed)}; {', '.join(missing)} missing")
-    unknown = sorted(set(names) - {*NEEDED, *OPTIONAL})
-    if unknown:
-        raise ValueError(
-            f"must hold no more than {', '.join((*NEEDED, *OPTIONAL))}; got {', '.join(map(ascii, unknown))}, too"
-        )
-
-
-def _sets(arrays: Mapping[str, Array]) -> tuple[ImageSet, ImageSet]:
-    images, tests = (_images(name, arrays[name]) for name in ("images", "test_images"))
-    if images.shape[1:] != tests.shape[1:]:
-        raise ValueError(
-            f"must have test_images of the size of images, {_size(images)}; got {_size(tests)}: resize one of them"
-        )
+def _sets(arrays: Mapping[str, Array], config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    images = _images("images", arrays["images"])
     labels = _integers("labels", arrays["labels"], len(images), "images")
-    test_labels = _integers("test_labels", arrays["test_labels"], len(tests), "test_images")
     classes = _class_names(arrays.get("classes"), len(labels))
     num_classes = _number_of_classes(labels, classes)
-    if test_labels.min() < 0 or test_labels.max() >= num_classes:
-        raise ValueError(
-            f"must have test_labels in 0 to {num_classes - 1}, as labels; got {test_labels.min()} to "
-            f"{test_labels.max()}"
-        )
     groups = arrays.get("groups")
+    groups = None if groups is None else _integers("groups", groups, len(images), "images")
+    notes: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
+    if TESTED[0] in arrays:
+        tests = _images("test_images", arrays["test_images"])
+        if images.shape[1:] != tests.shape[1:]:
+            raise ValueError(
+                f"must have test_images of the size of images, {_size(images)}; got {_size(tests)}: resize one of them"
+            )
+        test_labels = _integers("test_labels", arrays["test_labels"], len(tests), "test_images")
+        if test_labels.min() < 0 or test_labels.max() >= num_classes:
+            raise ValueError(
+                f"must have test_labels in 0 to {num_classes - 1}, as labels; got {test_labels.min()} to "
+                f"{test_labels.max()}"
+            )
+    else:
+        held = _drawn(images, labels, groups, config)
+        tests, test_labels = images[held], labels[held]
+        images, labels, groups = images[~held], labels[~held], None if groups is None else groups[~held]
+        without = num_classes - len(np.unique(test_labels))
+        notes = (f"{without} of {num_classes} classes have no test image",) if without else ()
+        drawn = (
+            f"the file has no test images: {config.test_share:.0%} of each class are tested, drawn by data.subset_seed "
+            f"{config.subset_seed}",
+        )
     mean, std = statistics(images)
     common: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "classes": classes}
     train = ImageSet(
         labels=torch.from_numpy(labels),
         images=_channels_first(images),
-        groups=None if groups is None else torch.from_numpy(_integers("groups", groups, len(images), "images")),
+        groups=None if groups is None else torch.from_numpy(groups),
+        notes=drawn,
         **common,
     )
-    return train, ImageSet(labels=torch.from_numpy(test_labels), images=_channels_first(tests), **common)
+    test = ImageSet(labels=torch.from_numpy(test_labels), images=_channels_first(tests), notes=notes, **common)
+    return train, test
+
+
+def _drawn(
+    images: Array, labels: npt.NDArray[np.int64], groups: npt.NDArray[np.int64] | None, config: DataConfig
+) -> npt.NDArray[np.bool_]:
+    """Return which images of a file without test images are these, [n]."""
+    together = first_copies(images) if groups is None else groups.tolist()
+    held = np.zeros(len(labels), np.bool_)
+    held[sorted(draw_groups(labels.tolist(), together, config.test_share, config.subset_seed, least=1))] = True
+    if not held.any():
+        raise ValueError(
+            f"must have images to test on; got none, and none can be held out of {len(labels)}: each class has one "
+            f"image, copy or group alone; add {' and '.join(TESTED)}"
+        )
+    return held
+
+
+def first_copies(images: Array) -> list[int]:
+    """Return for each of some images [n, ...] the position of the first one with the same pixels."""
+    first: dict[bytes, int] = {}
+    sums = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
+    return [first.setdefault(digest, position) for position, digest in enumerate(sums)]
 
 
 def _images(name: str, images: Array) -> Array:
@@ -207,7 +168,7 @@ def _images(name: str, images: Array) -> Array:
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
         raise ValueError(
             f"must have {name} [n, H, W] or [n, H, W, c] of type uint8 (0 to 255), none of which is 0; got "
-            f"{list(images.shape)} of type {images.dtype}"
+            f"{list(images.shape)} of type {images.dtype}{_scaled(name, images)}"
         )
     if images.ndim == 3:
         return images[..., None]
@@ -219,11 +180,19 @@ def _images(name: str, images: Array) -> Array:
     return images
 
 
+def _scaled(name: str, images: Array) -> str:
+    """Say how numbers of another type become what is wanted."""
+    if images.dtype.kind == "f":
+        return f": save (255 * {name}).round().astype('uint8') where they are 0 to 1"
+    return f": save ({name} >> 8).astype('uint8') where they have 16 bits" if images.dtype == np.uint16 else ""
+
+
 def _integers(name: str, values: Array, number: int, counted: str) -> npt.NDArray[np.int64]:
     if values.dtype.kind not in "iu" or values.shape != (number,):
+        named = ": save classes, labels = numpy.unique(labels, return_inverse=True)" if values.dtype.kind == "U" else ""
         raise ValueError(
             f"must have {name} [{number}] of integers, one for each of {counted}; got {list(values.shape)} of type "
-            f"{values.dtype}"
+            f"{values.dtype}{named}"
         )
     if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
         raise ValueError(f"must have {name} that int64 holds; got {values.max()}")
@@ -253,13 +222,12 @@ def _number_of_classes(labels: npt.NDArray[np.int64], classes: tuple[str, ...]) 
     num_classes = len(classes) or int(found[-1]) + 1
     if found[0] < 0 or found[-1] >= num_classes:
         by = ", one for each of its classes" if classes else ""
-        raise ValueError(f"must have labels in 0 to {num_classes - 1}{by}; got {found[0]} to {found[-1]}")
+        shifted = f": {_FROM_ONE}" if classes and found[0] == 1 and found[-1] == num_classes else ""
+        raise ValueError(f"must have labels in 0 to {num_classes - 1}{by}; got {found[0]} to {found[-1]}{shifted}")
     if len(found) != num_classes:
         gap = int(np.flatnonzero(found != np.arange(len(found)))[0]) if found[-1] >= len(found) else len(found)
-        raise ValueError(
-            f"must have an image of every class in 0 to {num_classes - 1}; class {gap} has none: number the classes "
-            "without gaps"
-        )
+        remedy = _FROM_ONE if found[0] == 1 and len(found) == found[-1] else "number the classes without gaps"
+        raise ValueError(f"must have an image of every class in 0 to {num_classes - 1}; class {gap} has none: {remedy}")
     return num_classes
 
 

@@ -172,6 +172,23 @@ def load(config: DataConfig, *, tested: bool = False, index: Index | None = None
         train, test = read_own(config, index, tested=tested)
     else:
         train, test = _image_folder(config)
+    return divided(train, test, config, tested=tested)
+
+
+def divided(train: ImageSet, test: ImageSet, config: DataConfig, *, tested: bool = False) -> tuple[ImageSet, ImageSet]:
+    """Hold validation images out of a training set and cut class sizes out of it, as `load` does.
+
+    Args:
+        train, test: all images of a data set.
+        config: what is wanted of them.
+        tested: as `load`.
+
+    Returns:
+        As `load`.
+
+    Raises:
+        ValueError: the classes have too few images.
+    """
     if config.validation > 0 and config.name != "own":  # whose table says which
         kept, held = held_out(
             train.labels.numpy(),

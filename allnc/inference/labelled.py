@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from allnc.config import ARRAY_ENDINGS, TEST, TRAIN, VALIDATION, Config
 from allnc.data import ImageSet
+from allnc.data.array_files import has_test_images
 from allnc.data.arrays import read_labelled
 from allnc.data.images import shown
 from allnc.data.own import Row, read_index
 from allnc.data.own.find import SPLITS, Entry, Found, find_images
 from allnc.data.own.index import COLUMNS
 from allnc.data.own.tables import read_table
-from allnc.data.paths import PathList
 from allnc.inference.paths import image_paths
 from allnc.inference.predictor import Restored
-from allnc.inference.reading import read_parts
+from allnc.inference.sets import set_of, set_of_files
 from allnc.inference.transform import Transform
+
+MOST_LISTED = 20  # names in a message
 
 
 class Labelled(NamedTuple):
@@ -36,8 +37,8 @@ class Labelled(NamedTuple):
     notes: tuple[str, ...]
 
 
-def labelled_images(source: str, run: Restored, root: str | None = None) -> Labelled:
-    """Read labelled images for a run.
+def labelled_images(source: str, run: Restored, root: str | None = None, *, max_bad: int = 0) -> Labelled:
+    """Read labelled images for a run; every file is looked at before the network sees one.
 
     Args:
         source: a folder with a folder for each class, or with train/, val/ and test/ of these; a .npz or .safetensors
@@ -45,12 +46,14 @@ def labelled_images(source: str, run: Restored, root: str | None = None) -> Labe
             split, those of the test set are taken, or else those of the validation set.
         run: its classes are the labels, its pixels those of the images.
         root: folder from which the paths of a list start; None: the list's own.
+        max_bad: files that cannot be read and are left out, each with a note, >= 0.
 
     Returns:
         A set of which every image has a class of the run; classes without an image are no fault.
 
     Raises:
-        ValueError: no such images, one that cannot be read, or a class that the run does not have, by name.
+        ValueError: no such images, more than `max_bad` that cannot be read, or a class that the run does not have, by
+            name.
     """
     source = os.path.expanduser(source)
     if len(run.card.shape) != 3:
@@ -59,7 +62,7 @@ def labelled_images(source: str, run: Restored, root: str | None = None) -> Labe
             "makes of images: give their folder by --data.root"
         )
     if os.path.isdir(source):
-        return _of_found(_in_folder(source), source, source, run)
+        return _of_found(_in_folder(source), source, source, run, max_bad)
     if not os.path.isfile(source):
         raise ValueError(f"--data must be a folder, a list or a .npz file; there is no {shown(source)}")
     if source.lower().endswith(ARRAY_ENDINGS):
@@ -67,9 +70,9 @@ def labelled_images(source: str, run: Restored, root: str | None = None) -> Labe
     if _is_index(source):  # whose paths start from the images' folder, wherever the run lies
         start = os.path.expanduser(root or run.config.data.root or "")
         entries = [Entry(row.path, row.label, row.split) for row in read_index(source, start).rows if row.split]
-        return _of_found(Found(entries=entries), start, source, run)
+        return _of_found(Found(entries=entries), start, source, run, max_bad)
     start = os.path.expanduser(root) if root else os.path.dirname(source) or "."
-    return _of_found(read_table(source, start), start, source, run)
+    return _of_found(read_table(source, start), start, source, run, max_bad)
 
 
 def _in_folder(source: str) -> Found:
@@ -105,15 +108,12 @@ def _is_same(one: str, other: str) -> bool:
     return os.path.exists(other) and os.path.samefile(one, other)
 
 
-def _of_found(found: Found, start: str, source: str, run: Restored) -> Labelled:
+def _of_found(found: Found, start: str, source: str, run: Restored, max_bad: int) -> Labelled:
     """Return the set of what a folder or a list names, without its training images where it says which they are."""
     counts = Counter(entry.split for entry in found.entries)
     split = next((split for split in (TEST, VALIDATION, TRAIN) if counts[split]), "")
     entries = [entry for entry in found.entries if entry.split == split]
-    bad = next(((entry, why) for entry, why in found.bad if entry.split == split), None)
-    if bad is not None:
-        path = os.path.join(start, bad[0].path)
-        raise ValueError(f"{shown(path)} must be a readable image; got {bad[1]}: mend or remove it")
+    bad = [(os.path.join(start, entry.path), why) for entry, why in found.bad if entry.split == split]
     if not entries:
         raise ValueError(f"{shown(source)} must name images; it names none")
     names = [entry.label for entry in entries]
@@ -126,12 +126,10 @@ def _of_found(found: Found, start: str, source: str, run: Restored) -> Labelled:
     elif split:
         notes.append(f"{shown(source)} has splits: its {len(entries):,} {split} images of {counts.total():,} are taken")
     elif any(place and _is_same(source, place) for place in (run.config.data.root, run.config.data.train_list)):
-        notes.append(
-            f"{shown(source)} is what the run was made of: its training images are measured, too; without --data, its "
-            "test images alone are"
-        )
+        notes.append(_trained_on(source))
     paths = [os.path.join(start, entry.path) for entry in entries]
-    return Labelled(_of_files(paths, labels, run), (*found.notes, *notes))
+    images, left_out = set_of_files(paths, labels, run, bad, max_bad)
+    return Labelled(images, (*found.notes, *notes, *left_out))
 
 
 def _numbers(names: Sequence[str], classes: Sequence[str], source: str) -> np.ndarray:
@@ -143,15 +141,27 @@ def _numbers(names: Sequence[str], classes: Sequence[str], source: str) -> np.nd
     number = {name: place for place, name in enumerate(classes)}
     unknown = list(dict.fromkeys(name for name in names if name not in number))
     if unknown:
-        listed = ", ".join(map(shown, unknown[:5])) + (" ..." if len(unknown) > 5 else "")
-        few = ", ".join(map(shown, classes[:5])) + (" ..." if len(classes) > 5 else "")
+        listed, few = _listed(unknown), _listed(classes)
         hint = f": give one of its folders, such as {shown(os.path.join(source, unknown[0]))}"
         inner = unknown[0].lower() in SPLITS and os.path.isdir(source)
         raise ValueError(
-            f"{shown(source)} must have classes of the run ({few}); it does not know {len(unknown)} of them: {listed}"
-            f"{hint if inner else ''}"
+            f"{shown(source)} must have classes of the run; it does not know {listed}{hint if inner else ''}; the run "
+            f"has {few}"
         )
     return np.array([number[name] for name in names], dtype=np.int64)
+
+
+def _trained_on(source: str) -> str:
+    return (
+        f"{shown(source)} is what the run was made of: its training images are measured, too; without --data, its test "
+        "images alone are"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return some names, and how many there are if these are not all."""
+    more = f" ... ({len(names):,} in all)" if len(names) > MOST_LISTED else ""
+    return ", ".join(map(shown, names[:MOST_LISTED])) + more
 
 
 def _of_list(names: Sequence[str], classes: Sequence[str], source: str) -> tuple[np.ndarray, list[str]]:
@@ -175,19 +185,6 @@ def _as_numbers(source: str, classes: Sequence[str]) -> str:
     return f"{shown(source)} has numbers for classes: 0 is taken for {classes[0]}, 1 for {classes[1]} ..."
 
 
-def _of_files(paths: Sequence[str], labels: np.ndarray, run: Restored) -> ImageSet:
-    """Return the set of some files; small images in memory are read now."""
-    transform = Transform(run.card, run.config.data)
-    if not transform.of_arrays:
-        return _set(labels, run, paths=PathList.of(paths))
-    images: list[Tensor] = []
-    for part in read_parts(paths, transform, torch.device("cpu")):
-        if part.errors:
-            raise ValueError(next(iter(part.errors.values())))
-        images.append(part.pixels)
-    return _set(labels, run, images=torch.cat(images), paths=PathList.of(paths))
-
-
 def _of_arrays(source: str, run: Restored) -> Labelled:
     """Return the set of a file of arrays; images of another size become what the run takes, one by one."""
     values, labels, classes = read_labelled(source)
@@ -202,24 +199,14 @@ def _of_arrays(source: str, run: Restored) -> Labelled:
         if run.card.classes:
             notes.append(_as_numbers(source, run.classes))
     transform = Transform(run.card, run.config.data)
+    if not has_test_images(source) and run.config.data.root and _is_same(source, run.config.data.root):
+        notes.append(_trained_on(source))
     if values.shape[1:] != run.card.shape or not transform.of_arrays:
         if transform.size != run.card.shape[1:]:
             raise ValueError("--data.test_crops must be 1 with images in one file; got 5")
         values = torch.stack([transform.pixels(image) for image in values])
         notes.append(f"images of {shown(source)} were fitted to {' x '.join(map(str, run.card.shape[1:]))} pixels")
-    return Labelled(_set(labels.numpy(), run, images=values), tuple(notes))
-
-
-def _set(labels: np.ndarray, run: Restored, *, images: Tensor | None = None, paths: Iterable[str] = ()) -> ImageSet:
-    return ImageSet(
-        labels=torch.from_numpy(labels),
-        num_classes=len(run.classes),
-        mean=run.card.mean,
-        std=run.card.std,
-        images=images,
-        paths=paths if isinstance(paths, PathList) else PathList.of(paths),
-        classes=run.classes,
-    )
+    return Labelled(set_of(labels.numpy(), run, images=values), tuple(notes))
 
 
 def has_test_images_alone(config: Config, on: str | None) -> bool:
@@ -256,7 +243,7 @@ def test_images(run: Restored) -> ImageSet:
         assert data.index
         rows = read_index(data.index, root).of(TEST)
         labels = _numbers([row.label for row in rows], run.classes, root)
-        return _of_files([os.path.join(root, row.path) for row in rows], labels, run)
+        return set_of_files([os.path.join(root, row.path) for row in rows], labels, run)[0]
     folder = _test_folder(root)
     assert folder is not None
     return labelled_images(folder, run).images

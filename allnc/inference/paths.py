@@ -12,9 +12,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
+from allnc.data.folders import IMAGE_ENDINGS
+from allnc.data.images import shown
+
 
 def check_sources(sources: Iterable[str]) -> None:
-    """Raise ValueError unless each source is there: `-`, a file, a folder, or a pattern that fits something."""
+    """Raise ValueError unless each source is there: `-`, a file, a folder with an image, or a pattern that fits one."""
     seen_stdin = False
     for source in sources:
         if source == "-":
@@ -25,6 +28,11 @@ def check_sources(sources: Iterable[str]) -> None:
             what = "no file fits the pattern" if glob.has_magic(source) else "there is no such file or folder"
             raise ValueError(
                 f"IMAGES must be files, folders, patterns or - (a list on standard input); {what}: {source}"
+            )
+        elif os.path.isdir(source) and next(_walk(source, IMAGE_ENDINGS, set()), None) is None:
+            raise ValueError(
+                f"IMAGES must name images; the folder {shown(source)} holds none, nor do those in it (what counts ends "
+                f"in {' '.join(IMAGE_ENDINGS)})"
             )
 
 
@@ -54,8 +62,6 @@ def _matches(pattern: str) -> list[str]:
 
 def _of(path: str) -> Iterator[str]:
     """Yield a file, or the images of a folder."""
-    from allnc.data.folders import IMAGE_ENDINGS  # whose package imports torch
-
     if not os.path.isdir(path):
         yield path
         return

@@ -64,12 +64,13 @@ TRAIN = Program(
 )
 
 
-def parse(words: Sequence[str], program: Program = TRAIN) -> tuple[Config, str]:
+def parse(words: Sequence[str], program: Program = TRAIN, *, waits: bool = False) -> tuple[Config, str]:
     """Return the configuration of a command line without flags, and the names of its recipes joined by a dash.
 
     Args:
         words: the command line, without the program's own flags and options.
         program: the program whose options --help lists and whose names are known.
+        waits: whether options that would be ignored are left to who chooses the others.
 
     Raises:
         ValueError: an unknown option or recipe, a value that does not fit, an option that would be ignored.
@@ -92,7 +93,8 @@ def parse(words: Sequence[str], program: Program = TRAIN) -> tuple[Config, str]:
     except ArgumentError as error:
         raise ValueError(_readable(error)) from None
     config = _config_of(values)
-    if config.data.name != "own" or config.data.index is not None:  # else what they are read for is not chosen yet
+    own = config.data.name == "own" and config.data.index is None  # what options are read for is not chosen yet
+    if not own and not waits:
         refuse_ignored(config, given)
     return config, "-".join(recipe.stem for recipe in recipes)
 

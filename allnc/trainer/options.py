@@ -116,12 +116,14 @@ def ignored_options(config: Config) -> dict[str, str]:
         drop("data", "flip", f"data.augmentation {data.augmentation} mirrors nothing")
     if data.augmentation not in ("resized_crop", "crop_flip", "randaugment"):
         drop("data", "crop_scale", f"data.augmentation is {data.augmentation}")
+    if data.name not in ("own", "arrays"):
+        drop("data", "test_share", f"data.name is {data.name}")
     if data.name != "own":
-        drop("data", "test_share max_bad", f"data.name is {data.name}")
+        drop("data", "max_bad", f"data.name is {data.name}")
     elif data.index:
         drop("data", "test_share max_bad train_list test_list", "data.index says what every image is for")
-    else:
-        ignored.pop("data.subset_seed", None)  # it also splits training from test images
+    if data.name in ("own", "arrays") and not data.index:
+        ignored.pop("data.subset_seed", None)  # it also splits training from test images, where there are none
     if data.name == "features":
         drop("data", "image_size fit workers mean std", "features are read as they were stored")
         drop("train", "channels_last", "features are rows of numbers, not images")

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allnc.config import ARRAY_ENDINGS, TEST, TRAIN, VALIDATION, Config
+from allnc.config import ARRAY_ENDINGS, REWEIGHTED, TEST, TRAIN, VALIDATION, Config, DataConfig
+from allnc.trainer import choices
 from allnc.trainer.folder import INDEX
 from allnc.trainer.options import OF_A_MACHINE, dotted
 
@@ -20,15 +21,7 @@ if TYPE_CHECKING:
     from allnc.data.own import Index
 
 LIST_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".lst", ".list")
-SMALL = 64  # pixels: longest side of images that are seen whole and held in memory
 RECIPE = "own_images"
-STEPS = 1300  # of training, where the number of epochs allows
-EPOCHS, EPOCHS_PRETRAINED = (20, 200), (10, 40)  # least and most
-LARGEST_BATCH = 64
-MEMORY = 2 * 2**30  # bytes of images that are held in memory
-PHOTOGRAPH = 160  # pixels: median of the shorter side from which on images are seen at 224, else at 128
-PRETRAINED = 224  # pixels: what most pretrained networks were trained at
-PRETRAINED_NETWORK = "timm:resnet50"
 Say = Callable[[str], None]
 
 
@@ -46,23 +39,36 @@ def spelled_out(words: Sequence[str]) -> list[str]:
             f"the first word must be a folder of images, a list of them or a file of arrays; got {words[0]!r}, which "
             "is missing (a recipe is given by --config, a run to continue by --resume --out)"
         )
-    recipe = [] if any(word == "--config" or word.startswith("--config=") for word in rest) else ["--config", RECIPE]
     if os.path.isdir(place):
-        return [*recipe, "--data.name=own", f"--data.root={place}", *rest]
-    if place.lower().endswith(ARRAY_ENDINGS):
-        return [*recipe, "--data.name=arrays", f"--data.root={place}", *rest]
-    if place.lower().endswith(LIST_ENDINGS):
-        return [
-            *recipe,
-            "--data.name=own",
-            f"--data.root={os.path.dirname(place)}",
-            f"--data.train_list={place}",
-            *rest,
-        ]
-    raise ValueError(
-        f"the first word must be a folder of images, a list of them ({' '.join(LIST_ENDINGS)}) or a file of arrays "
-        f"(.npz .safetensors); got the file {words[0]!r}"
-    )
+        name, places = "own", {"data.root": place}
+    elif place.lower().endswith(ARRAY_ENDINGS):
+        name, places = "arrays", {"data.root": place}
+    elif place.lower().endswith(LIST_ENDINGS):
+        name, places = "own", {"data.train_list": place}
+    else:
+        raise ValueError(
+            f"the first word must be a folder of images, a list of them ({' '.join(LIST_ENDINGS)}) or a file of arrays "
+            f"(.npz .safetensors); got the file {words[0]!r}"
+        )
+    for option in ("data.name", *places):
+        if _is_given(option, rest):
+            raise ValueError(
+                f"the first word, {words[0]}, and --{option} both say which images: remove one of the two (without the "
+                "first word, --config gives a recipe)"
+            )
+    if name == "own" and "data.root" not in places:
+        places = {"data.root": os.path.dirname(place), **places}  # another one may follow, from which the paths start
+    recipe = [] if _is_given("config", rest) else ["--config", RECIPE]
+    return [*recipe, f"--data.name={name}", *(f"--{option}={value}" for option, value in places.items()), *rest]
+
+
+def is_file_of_arrays(words: Sequence[str]) -> bool:
+    """Whether a command line begins with a file of arrays and has no recipe, so that the file is looked at."""
+    return words[:1] != [] and words[0].lower().endswith(ARRAY_ENDINGS) and not _is_given("config", words)
+
+
+def _is_given(option: str, words: Sequence[str]) -> bool:
+    return any(word == f"--{option}" or word.startswith(f"--{option}=") for word in words)
 
 
 def settle(config: Config, given: Collection[str], typed: Collection[str], say: Say) -> tuple[Config, Index]:
@@ -95,19 +101,13 @@ def settle(config: Config, given: Collection[str], typed: Collection[str], say: 
             "--data.validation would be ignored: there are validation images already; remove it, or give 0 to measure "
             "on the test images"
         )
-    if "train.lr" not in given and (config.train.optimizer != "sgd" or config.train.lr_scaling != "none"):
-        raise ValueError(
-            f"--train.lr must be given with train.optimizer {config.train.optimizer} and train.lr_scaling "
-            f"{config.train.lr_scaling}: the rate that is chosen is SGD's for the batch that is chosen"
-        )
-    chosen = {name: value for name, value in _choices(config, index, given).items() if name not in given}
-    config = changed(config, chosen)
-    if config.train.batch_size > len(index.of(TRAIN)):
-        raise ValueError(
-            f"--train.batch_size must be at most {len(index.of(TRAIN))}, the number of training images; got "
-            f"{config.train.batch_size}"
-        )
-    for line in _description(config, index):
+    choices.check_rate(config, given)
+    trained = _trained(data, index)
+    number = sum(trained.values())
+    chosen = choices.of_files(config, index, number, given)
+    config = changed(config, {name: value for name, value in chosen.items() if name not in given})
+    choices.check_batch(config, number)
+    for line in _description(config, index, trained):
         say(line)
     return config, index
 
@@ -120,6 +120,32 @@ def changed(config: Config, options: Mapping[str, Any]) -> Config:
         sections.setdefault(section, {})[option] = value
     parts = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
     return dataclasses.replace(config, **parts)
+
+
+def check_trainable(config: Config, index: Index | None) -> None:
+    """Raise ValueError where the run would: for a device that is not there, or weights of unknown classes.
+
+    torch is imported only if there is something to ask it.
+
+    Args:
+        config: of the run.
+        index: table of the images; None: they are in a file of arrays.
+    """
+    if config.train.device == "cuda":
+        from allnc.trainer.runtime import pick_device
+
+        pick_device(config.train)
+    weights = config.loss.class_weights
+    if config.loss.name in REWEIGHTED and isinstance(weights, Mapping):
+        from allnc.data import load
+        from allnc.losses.base import class_weights
+
+        if index is None:
+            images = load(config.data)[0]
+            classes = images.classes or tuple(map(str, range(images.num_classes)))
+        else:
+            classes = index.classes
+        class_weights(weights, [1] * len(classes), classes)
 
 
 def tabled(config: Config, folder: Path, index: Index | None) -> tuple[Config, Index | None]:
@@ -154,79 +180,35 @@ def with_index(config: Config, folder: Path) -> Config:
     return changed(config, {"data.index": str(table.absolute())})
 
 
-def _choices(config: Config, index: Index, given: Collection[str]) -> dict[str, Any]:
-    """Return what the images ask for, as dotted options; those that were given are taken into account."""
-    data, model = config.data, config.model
-    seen_at = _image_size(index)
-    size = data.image_size if "data.image_size" in given else PRETRAINED if model.pretrained else seen_at
-    number = len(index.of(TRAIN))
-    channels = 1 if index.all_grey and not model.pretrained else 3
-    small = min(size, seen_at) <= SMALL
-    bytes_in_memory = channels * size**2 * sum(1 for row in index.rows if row.split)
-    cropped = "data.fit" in given and data.fit == "crop"
-    gentle = small and not cropped
-    augmentation = data.augmentation if "data.augmentation" in given else "shift_rotate" if gentle else "resized_crop"
-    whole = small or augmentation in ("shift_rotate", "crop_flip_cutout", "autoaugment")
-    batch = min(LARGEST_BATCH, 2 ** max(1, (number // 2).bit_length() - 1))
-    batch = config.train.batch_size if "train.batch_size" in given else batch
-    least, most = EPOCHS_PRETRAINED if model.pretrained else EPOCHS
-    epochs = min(most, max(least, round(STEPS / max(1, number // batch))))
-    epochs = config.train.epochs if "train.epochs" in given else epochs
-    validation = len(index.of(VALIDATION))
-    network = "resnet8" if size <= SMALL else "timm:resnet18"
-    width = 16 if len(index.classes) <= 100 else 32  # features are 4 x as many: room between the classes
-    return {
-        "data.image_size": size,
-        "data.fit": "whole" if whole else "crop",
-        "data.channels": channels,
-        "data.in_memory": size <= SMALL and bytes_in_memory <= MEMORY and not cropped,
-        "data.augmentation": augmentation,
-        "data.flip": not index.all_grey and augmentation not in ("none", "shift_rotate"),
-        "data.workers": min(data.workers, len(os.sched_getaffinity(0))),
-        "data.validation": validation / (validation + number),
-        "model.name": PRETRAINED_NETWORK if model.pretrained else network,
-        "model.width": width,
-        "train.batch_size": batch,
-        "train.epochs": epochs,
-        "train.lr": (0.02 if model.pretrained else 0.1) * batch / LARGEST_BATCH,
-        "train.warmup_epochs": epochs / 20,
-    }
-
-
-def _image_size(index: Index) -> int:
-    """Return the side that nearly all small images fit into, or for photographs 224 or 128."""
-    rows = [row for row in index.rows if row.split]
-    longer = sorted(max(row.width, row.height) for row in rows)[int(0.95 * (len(rows) - 1))]
-    if longer <= SMALL:
-        return max(8, -(-longer // 4) * 4)
-    shorter = sorted(min(row.width, row.height) for row in rows)[len(rows) // 2]
-    return 224 if shorter >= PHOTOGRAPH else 128
-
-
-def _description(config: Config, index: Index) -> list[str]:
-    data, model, train = config.data, config.model, config.train
-    rows = [row for row in index.rows if row.split]
+def _trained(data: DataConfig, index: Index) -> dict[str, int]:
+    """Return the training images of each class, once class sizes were cut out of them as `allnc.data.load` does."""
     counts = Counter(row.label for row in index.of(TRAIN))
-    most, least = max(counts.values()), min(counts.values())
+    sizes = [counts[name] for name in index.classes]
+    if data.profile != "none":
+        from allnc.data.longtail import sizes_within
+
+        sizes = sizes_within(sizes, data.max_per_class, data.imbalance_ratio, data.profile, index.classes)
+    return dict(zip(index.classes, sizes, strict=True))
+
+
+def _description(config: Config, index: Index, trained: Mapping[str, int]) -> list[str]:
+    data = config.data
+    rows = [row for row in index.rows if row.split]
     sizes = sorted({(row.width, row.height) for row in rows}, key=lambda size: size[0] * size[1])
     pixels = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
-    modes = ", ".join(f"{number:,} {mode}" for mode, number in Counter(row.mode for row in rows).most_common(4))
-    lines = [
-        f"{os.path.basename(data.train_list or data.root or '')}: {len(rows):,} images of {len(counts)} classes, "
-        f"{pixels} pixels ({modes}); {most:,} to {least:,} training images a class, ratio {most / least:.3g}"
-    ]
-    numbers = {split: len(index.of(split)) for split in (TRAIN, VALIDATION, TEST)}
-    split = ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
+    kinds = Counter(row.mode for row in rows).most_common()
+    modes = ", ".join(f"{number:,} {mode}" for mode, number in kinds[:4]) + ", ..." * (len(kinds) > 4)
+    name = os.path.basename(data.train_list or data.root or "")
+    numbers = {split: f"{len(index.of(split)):,}" for split in (TRAIN, VALIDATION, TEST) if index.of(split)}
+    if data.profile != "none":
+        numbers[TRAIN] = f"{sum(trained.values()):,} of {numbers[TRAIN]}"
+    split = ", ".join(f"{number} {name}" for name, number in numbers.items())
     drawn = f"{data.test_share:.0%} of each class, drawn by data.subset_seed {data.subset_seed}"
     how = "as given" if {TEST, VALIDATION} & {*index.given} else drawn
-    lines.append(f"split: {split} images ({how}), written into {INDEX} of the run folder")
-    lines += [f"note: {note}" for note in index.notes]
-    mirrored = data.augmentation not in ("none", "shift_rotate") and data.flip
-    mirror = "mirrored (--data.flip false if left and right differ)" if mirrored else "not mirrored"
-    lines.append(
-        f"plan: {data.image_size} x {data.image_size} pixels, {'grey' if data.channels == 1 else 'colour'}, "
-        f"{'in memory' if data.in_memory else 'from disk'}, augmented by {data.augmentation}, {mirror}; {model.name}; "
-        f"loss {config.loss.name}; {train.epochs} epochs of {numbers[TRAIN] // train.batch_size} batches of "
-        f"{train.batch_size}; measured on the {VALIDATION if data.validation else TEST} images"
-    )
-    return lines
+    size, kind = f"{data.image_size} x {data.image_size}", "grey" if data.channels == 1 else "colour"
+    return [
+        choices.sizes_line(name, len(rows), trained, f"{pixels} pixels ({modes})"),
+        f"split: {split} images ({how}), written into {INDEX} of the run folder",
+        *(f"note: {note}" for note in index.notes),
+        choices.plan_line(config, sum(trained.values()), size, kind),
+    ]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from allnc.config import SECTIONS, Config
-from allnc.trainer import launcher, own
+from allnc.trainer import choices, launcher, own, own_arrays
 from allnc.trainer.command import FLAGS, given_options, parse, recipe_path, refuse_ignored, take
 from allnc.trainer.folder import CONFIG, INDEX, Mode, check_folder, new_folder
 from allnc.trainer.manifest import changes_on_resuming, read_manifest
@@ -51,18 +51,19 @@ def plan(words: Sequence[str]) -> Plan:
         raise ValueError("--resume and --overwrite exclude each other: choose one")
     if given == ["resume"]:
         return _resumed(words)
-    words = own.spelled_out(words)
-    config, recipe = parse([*_stand_ins(words), *words])
+    looks, words = own.is_file_of_arrays(words), own.spelled_out(words)
+    config, recipe = parse([*_stand_ins(words), *words], waits=looks)
     config = _in_a_new_folder(config, words)
     if given and config.out is None:
         raise ValueError(f"--{given[0]} needs --out DIR, the folder of the run")
     _check_depth(config.model.name)
     mode: Mode = "overwrite" if given else "new"
-    if launcher.rank() > 0:  # the first process looks at the images, and tells the others
+    if launcher.rank() > 0:  # the first process looks at the images, and tells the others; each reads arrays
+        config, _ = settled(config, words, _say_nothing, looks=True) if looks else (config, None)
         return Plan(_with_whole_paths(config), Path(config.out or "runs"), mode)
     if config.out is not None:
         check_folder(path_of(config.out), mode)  # before minutes of looking at images
-    config, index = settled(config, words, functools.partial(print, flush=True))
+    config, index = settled(config, words, functools.partial(print, flush=True), looks=looks)
     if config.out is None:
         place = Path(config.data.train_list or config.data.root or recipe)
         name = recipe if recipe != own.RECIPE else place.name if place.is_dir() else place.stem
@@ -72,18 +73,29 @@ def plan(words: Sequence[str]) -> Plan:
     return Plan(dataclasses.replace(config, out=os.path.abspath(folder)), folder, mode, index)
 
 
-def settled(config: Config, words: Sequence[str], say: own.Say) -> tuple[Config, own.Index | None]:
-    """Return the configuration with what one's own images ask for, and their table; others as they are.
+def settled(
+    config: Config, words: Sequence[str], say: own.Say, *, looks: bool = False
+) -> tuple[Config, own.Index | None]:
+    """Return the configuration with what one's own images ask for, and their table, which arrays have not.
 
     Args:
         config: what `parse` has made of the words.
         words: the command line.
         say: called with each line on the images.
+        looks: whether a file of arrays is looked at as well, and options are chosen for it.
+
+    Raises:
+        ValueError: the images cannot be trained on, or an option does not fit them.
     """
-    config = _with_whole_paths(config)
+    config, typed = _with_whole_paths(config), given_options(words)
+    if config.data.name == "arrays":
+        own_arrays.refuse_split(config, typed)
+        if looks:
+            config = own_arrays.settle(config, {*typed}, say)
+            refuse_ignored(config, typed)
+        return config, None
     if config.data.name != "own" or config.data.index is not None:
         return config, None
-    typed = given_options(words)
     given = {*typed}
     for name in take(words, "config")[0]:
         values = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8-sig")) if name != own.RECIPE else {}
@@ -103,7 +115,7 @@ def _stand_ins(words: Sequence[str]) -> list[str]:
 
     found = []
     if value("model.pretrained") == "true" and value("model.name") is None:
-        found.append(f"--model.name={own.PRETRAINED_NETWORK}")
+        found.append(f"--model.name={choices.PRETRAINED_NETWORK}")
     if value("data.fit") == "crop" and value("data.augmentation") is None:
         found.append("--data.augmentation=resized_crop")
     if value("train.patience") not in (None, "null") and value("data.validation") is None:
@@ -114,30 +126,33 @@ def _stand_ins(words: Sequence[str]) -> list[str]:
 def look_only(words: Sequence[str]) -> None:
     """Say what a run on one's own images would do."""
     mode: Mode = "overwrite" if "--overwrite" in words else "new"
-    words = own.spelled_out([word for word in words if word not in ("--dry_run", "--overwrite")])
-    config, _ = parse([*_stand_ins(words), *words])
+    words = [word for word in words if word not in ("--dry_run", "--overwrite")]
+    looks, words = own.is_file_of_arrays(words), own.spelled_out(words)
+    config, _ = parse([*_stand_ins(words), *words], waits=looks)
     _check_depth(config.model.name)
     if config.out is not None:
         check_folder(path_of(config.out), mode)
-    if settled(config, words, functools.partial(print, flush=True))[1] is None:
-        if config.data.name == "arrays":
-            raise ValueError(
-                "--dry_run looks at folders and lists; a file of arrays is taken as it is: --print_config prints what "
-                "the run would do"
-            )
+    if not looks and (config.data.name != "own" or config.data.index is not None):
         raise ValueError(
-            "--dry_run looks at a folder or a list of images: give it as the first word (--print_config prints what "
-            "other runs would do)"
+            "--dry_run looks at a folder, a list or a file of arrays: give it as the first word, a file of arrays "
+            "without --config (--print_config prints what other runs would do)"
         )
+    config, index = settled(config, words, functools.partial(print, flush=True), looks=looks)
+    own.check_trainable(config, index)
 
 
 def print_config(words: Sequence[str]) -> None:
     """Print the whole configuration of a command line as YAML."""
-    words = own.spelled_out([word for word in words if word != "--print_config"])
-    config, _ = parse([*_stand_ins(words), *words])
-    if config.data.name == "own":
-        config, _ = settled(config, words, lambda _: None)
+    words = [word for word in words if word != "--print_config"]
+    looks, words = own.is_file_of_arrays(words), own.spelled_out(words)
+    config, _ = parse([*_stand_ins(words), *words], waits=looks)
+    if config.data.name == "own" or looks:
+        config, _ = settled(config, words, _say_nothing, looks=looks)
     print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _resumed(words: Sequence[str]) -> Plan:

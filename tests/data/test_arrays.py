@@ -115,6 +115,15 @@ F32, I64 = np.float32, np.int64
     [
         ({"images": None}, "must hold images, labels, test_images, test_labels; images missing"),
         ({"test_labels": None, "labels": None}, "labels, test_labels missing"),
+        ({"test_images": None, "labels": None}, "must hold images, labels, test_.*; labels, test_images missing"),
+        (
+            {"images": np.ones((N, 6, 8))},
+            r"float64: save \(255 \* images\)\.round\(\)\.astype\('uint8'\) where",
+        ),
+        ({"images": np.ones((N, 6, 8), np.uint16)}, r"of type uint16: save \(images >> 8\)\.astype\('uint8'\) where"),
+        ({"labels": np.array(list("abc") * 4)}, r"type <U1: save classes, labels = numpy\.unique\(labels, return_inv"),
+        ({"labels": np.arange(N) % C + 1}, "classes; got 1 to 3: subtract 1 from labels and test_labels, which begin"),
+        ({"labels": np.arange(N) % C + 1, "classes": None}, "class 0 has none: subtract 1 from labels and test_lab"),
         ({"group": np.arange(N)}, "must hold no more than images, .*, source; got 'group', too"),
         ({"images": np.zeros((N, 6, 8), F32)}, r"must have images \[n, H, W\] or .* uint8 .*got \[12, 6, 8\].*float32"),
         ({"test_images": np.zeros((6, 48), np.uint8)}, r"must have test_images \[n, H, W\].*got \[6, 48\]"),
@@ -147,6 +156,12 @@ def test_mistakes_in_a_file_are_one_line(change: dict[str, Any], message: str, t
     assert str(caught.value).isprintable()
 
 
+def test_a_file_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path) -> None:
+    values = {"images": np.arange(48, dtype=np.uint8).reshape(2, 4, 6), "labels": np.arange(2)}
+    with pytest.raises(ValueError, match="must have images to test on; got none, and none can be held out of 2: each"):
+        load(written(tmp_path, values))
+
+
 def test_files_that_are_none_or_damaged_are_named(tmp_path: Path) -> None:
     config = written(tmp_path, arrays())
     path = Path(config.root or "")
@@ -175,7 +190,7 @@ def test_files_that_are_none_or_damaged_are_named(tmp_path: Path) -> None:
     ("raw", "message"),
     [
         (b"", "must be a whole .safetensors file; got: "),
-        ({"images": np.zeros((2, 2), F32)}, "must hold images, labels, test_images, test_labels; labels, "),
+        ({"images": np.zeros((2, 2), F32)}, "must hold images, labels; labels "),
         (arrays() | {"images": np.zeros((N, 6, 8), F32)}, "must have images of integers; got .12, 6, 8. of type "),
         (arrays(), "must name its classes in a JSON list of strings; got '.1, 2, 3.'"),
     ],

@@ -15,7 +15,7 @@ from PIL import Image
 from allnc.config import DataConfig
 from allnc.data import ImageSet, load
 from allnc.data.own import Index, read_index, scan
-from allnc.data.own.split import held_out
+from allnc.data.own.split import draw_groups
 from tests.rights import needs_root, without_rights
 
 
@@ -249,7 +249,7 @@ def test_a_class_in_the_test_images_only_is_left_out(tmp_path: Path) -> None:
         ({"only": 3}, "must hold at least two classes; got one, only$"),
         ({"flowers/rose": 2, "flowers/lily": 2}, r"got one, flowers: the classes seem to be in .*flowers, give that"),
         ({"test/a": 2, "val/a": 2}, "must hold the training images in train/ beside test, val/; got none"),
-        ({"a": 1, "b": 1}, "must hold training and test images; got 2 and 0"),
+        ({"a": 1, "b": 1}, "must hold a class of two images or more, .*; got one image in each class, or copies"),
     ],
 )
 def test_a_folder_that_holds_no_set(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
@@ -261,6 +261,13 @@ def test_a_folder_that_holds_no_set(tmp_path: Path, sizes: dict[str, int], messa
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.root must be the folder of the images; got .*x, which is missing"):
         looked(tmp_path / "x")
+
+
+def test_classes_that_differ_in_capitals_are_said(tmp_path: Path) -> None:
+    tree(tmp_path, {"Cat": 3, "cat": 3, "dog": 2})
+    index = looked(tmp_path)
+    assert index.classes == ("Cat", "cat", "dog")
+    assert any(note.startswith("Cat and cat differ in capitals alone and are 2 classes") for note in index.notes)
 
 
 def test_numbers_as_names_of_classes_are_in_their_order(tmp_path: Path) -> None:
@@ -437,5 +444,5 @@ def test_images_of_other_sizes_are_seen_whole(tmp_path: Path) -> None:
 def test_a_share_of_groups_in_two_classes_leaves_each_class_an_image() -> None:
     labels, groups = ["a", "b", "a", "b"], [0, 0, 1, 1]
     for seed in range(20):
-        chosen = held_out(labels, groups, 0.5, seed, least=1)
+        chosen = draw_groups(labels, groups, 0.5, seed, least=1)
         assert chosen in ({0, 1}, {2, 3})

@@ -87,7 +87,7 @@ def test_of_images_with_splits_those_of_the_test_set_are_measured(
     link = parts / "Val" / CLASSES[0] / "link.png"
     link.symlink_to("nowhere")
     assert evaluate.main([str(run_of_files), "--data", str(parts)]) == 2
-    assert f"{link} must be a readable image; got a link that leads nowhere" in capsys.readouterr().err
+    assert f"{link} (a link that leads nowhere)" in capsys.readouterr().err
     (parts / "Val").rename(parts / "train")
     (parts / "train" / CLASSES[0] / "link.png").unlink()
     assert evaluate.main([str(run_of_files), "--data", str(parts)]) == 0
@@ -139,7 +139,7 @@ def test_classes_of_other_names_are_refused_by_name(
     shutil.copytree(tree / "test" / CLASSES[0], folder / "plum")
     assert evaluate.main([str(run_of_files), "--data", str(folder)]) == 2
     error = capsys.readouterr().err
-    assert "must have classes of the run (apple, red" in error and "does not know 1 of them: plum" in error
+    assert "does not know plum; the run has apple, red, " in error
     (folder / "test").mkdir()
     shutil.copy(tree / "test" / CLASSES[0] / "0.png", folder / "test")
     shutil.rmtree(folder / "plum")
@@ -148,7 +148,51 @@ def test_classes_of_other_names_are_refused_by_name(
     shutil.rmtree(folder / "test")
     next((folder / CLASSES[2]).iterdir()).write_text("no image")
     assert evaluate.main([str(run_of_files), "--data", str(folder)]) == 2
-    assert "must be a readable image" in capsys.readouterr().err
+    assert "1 of 2 images cannot be read, and none may be, such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["files", "arrays"])
+def test_files_that_cannot_be_read_are_counted_and_listed(
+    kind: str,
+    tree: Path,
+    arrays: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, data = "run", Path("data")
+    saved(on_files(tree) if kind == "files" else on_arrays(arrays), tmp_path / "run")
+    shutil.copytree(tree / "test", data)
+    assert evaluate.main([run, "--data", str(data)]) == 0
+    whole = capsys.readouterr().out
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (100, 100, 3), dtype=np.uint8)).save("large.png")
+    middle = bytearray(Path("large.png").read_bytes())
+    middle[len(middle) // 2 : len(middle) // 2 + 40] = bytes(40)  # begins and ends as it should
+    bad = {f"{CLASSES[0]}/broken.png": bytes(middle), f"{CLASSES[2]}/a\nb.png": b"no image"}
+    for name, content in bad.items():
+        (data / name).write_bytes(content)
+    (data / CLASSES[1] / "link.png").symlink_to("nowhere")
+    assert evaluate.main([run, "--data", str(data), "--max_bad", "2"]) == 2
+    said = capsys.readouterr()
+    assert "3 of 12 images cannot be read, and --max_bad allows 2, such as" in said.err and not said.out
+    assert said.err.count("\n") == 1 and "leave them out with --max_bad 3" in said.err
+    assert evaluate.main([run, "--data", str(data), "--max_bad", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "note: 3 of 12 images left out that cannot be read:" in said and "9 images of 3 of 3 classes" in said
+    for name in (CLASSES[0] + "/broken.png", "a\\nb.png", "link.png (a link that leads nowhere)"):
+        assert name in said
+    assert accuracy_of(said) == accuracy_of(whole)
+
+
+def test_images_none_of_which_can_be_read(
+    run_of_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.csv").write_text(f'path,label\r\na.png,"{CLASSES[0]}"\r\n', newline="")
+    (tmp_path / "a.png").write_text("no image")
+    assert evaluate.main([str(run_of_files), "--data", str(tmp_path / "list.csv"), "--max_bad", "9"]) == 2
+    error = capsys.readouterr().err
+    assert "1 of 1 images cannot be read" in error and "leave them out" not in error
 
 
 def test_own_test_images_are_enough(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +240,8 @@ def test_a_relative_root_is_found_from_another_folder(
     ("words", "message"),
     [
         (["--data", "gone"], "--data must be a folder, a list or a .npz file; there is no gone"),
+        (["--max_bad", "3"], "--max_bad would be ignored without --data"),
+        (["--data", ".", "--max_bad", "-1"], "--max_bad must be >= 0; got -1"),
         (["--data", ".", "--on", "test"], "--on would be ignored with --data"),
         (["--data", ".", "--collapse"], "--data would be ignored with --collapse"),
         (["--data", ".", "--predictions"], "--predictions would replace those of the run's own images"),

@@ -17,7 +17,7 @@ import allnc
 from allnc import predict
 from allnc.inference import predict as predicting
 from allnc.inference.formats import Row, Writer
-from allnc.inference.paths import image_paths
+from allnc.inference.paths import check_sources, image_paths
 from allnc.inference.predict import predict_files
 from tests.inference.conftest import CLASSES, rows_of
 
@@ -83,7 +83,9 @@ def test_sources_come_in_their_order(photos: Path) -> None:
     ]
     empty = photos / "empty"
     empty.mkdir()
-    assert [*image_paths([str(empty)])] == [str(empty)]  # reading it says that it is no image
+    with pytest.raises(ValueError, match=r"the folder .*empty holds none, .* ends in \.jpg "):
+        check_sources([first[1], str(empty)])
+    check_sources([first[1], str(photos)])
 
 
 def test_workers_change_nothing(run_of_files: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,15 @@ def test_cells_names_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     saved[0].savefig(tmp_path / "names.png")  # the names are no formulas
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_that_no_font_has(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, line ends and rare letters, as names of folders have them."""
+    labels = torch.arange(4)
+    names = ["bad\udcff", "new\nline", "tab\there", "😀"]
+    plot_confusion(labels, labels, tmp_path / "odd.png", class_counts=[1, 1, 1, 1], classes=names)
+    assert (tmp_path / "odd.png").is_file()
+
+
 def test_many_classes_fit_and_more_are_refused(tmp_path: Path) -> None:
     labels = torch.arange(MOST_CLASSES)
     plot_confusion(labels, labels, tmp_path / "large.png", class_counts=torch.ones(MOST_CLASSES))

@@ -179,7 +179,7 @@ def test_mistakes_need_no_torch(tmp_path: Path) -> None:
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize(("name", "runs"), [("losses", 54), ("losses_fashion", 16), ("losses_cifar10", 64)])
+@pytest.mark.parametrize(("name", "runs"), [("losses", 54), ("losses_fashion", 20), ("losses_cifar10", 64)])
 def test_the_sweeps_are_grids_with_the_settings_of_the_source(name: str, runs: int, tmp_path: Path) -> None:
     values = yaml.safe_load((SWEEPS / f"{name}.yaml").read_text())
     assert len(values["seeds"]) == 3

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -27,6 +28,7 @@ from allnc.trainer.own import as_here
 from allnc.trainer.planning import plan
 
 SHORT = ["--train.epochs", "1", "--train.threads", "1", "--model.width", "2", "--loss.name", "ce"]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
 PRETRAINED = ["--model.name", "timm:resnet18", "--model.pretrained", "true"]
 
 
@@ -234,9 +236,11 @@ def test_a_list_and_a_file_of_arrays(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["{root}/photos", "--data.channels", "2"], "data.channels must be 3 (colour) or 1 (grey); got 2"),
         (["{root}/photos", "--data.channels", "1", "--model.pretrained", "true", "--model.name", "timm:resnet18"],
          "data.channels must be 3 with model.pretrained"),
+        (["{root}/photos", "--data.root", "{root}/split"], "and --data.root both say which images"),
+        (["{root}/photos", "--data.name=image_folder"], "and --data.name both say which images"),
         (["{root}/photos", "--data.fit", "crop", "--data.in_memory", "true"], "data.fit must be whole"),
         (["{root}/split", "--data.test_share", "0.3"], "--data.test_share would be ignored"),
-        (["--dry_run"], "--dry_run looks at a folder or a list"),
+        (["--dry_run"], "--dry_run looks at a folder, a list or a file of arrays"),
         (["--data.index", "x"], "data.index and data.in_memory are read by own only"),
     ],
 )  # fmt: skip
@@ -293,6 +297,9 @@ def test_what_the_images_decide_later_is_no_contradiction_now(
         (["--train.optimizer", "adamw"], "--train.lr must be given with train.optimizer adamw"),
         (["--train.batch_size", "99"], "--train.batch_size must be at most 24"),
         (["--model.name", "resnet50"], "give timm:resnet50"),
+        (["--data.imbalance", "exponential"], "data.imbalance exponential leaves no image of class 1 (b)"),
+        (["--loss.name", "ce", "--loss.class_weights", "{B: 2}"], "got 'B': the classes are a, b"),
+        pytest.param(["--train.device", "cuda"], "train.device must be cpu or auto here", marks=NO_GPU),
         (["--report"], "--report would be ignored with --dry_run"),
     ],
 )
@@ -302,6 +309,13 @@ def test_a_look_finds_what_training_would(
     photos = str(tree(tmp_path / "photos", {"a": 20, "b": 10}))
     assert main([photos, *words, "--dry_run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_class_sizes_that_are_cut_out_are_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = str(tree(tmp_path / "photos", {"a": 40, "b": 40}))
+    out = said([photos, "--data.imbalance", "exponential", "--data.imbalance_ratio", "4"], capsys)
+    assert "32 to 8 training images a class, ratio 4" in out and "split: 40 of 64 train, 16 test images" in out
+    assert "epochs of 2 batches of 16" in out
 
 
 def test_runs_among_the_images_are_no_class(
@@ -343,10 +357,3 @@ def test_the_first_process_tells_the_others_what_it_found() -> None:
     config, told = as_here(found, index, here)
     assert (config.data.root, config.data.workers, config.data.image_size, config.out) == ("/other", 3, 64, None)
     assert told is not None and told.root == "/other"
-
-
-def test_a_file_of_arrays_is_not_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, labels = np.zeros((6, 8, 8), np.uint8), np.arange(6) % 3
-    np.savez(tmp_path / "set.npz", images=images, labels=labels, test_images=images, test_labels=labels)
-    assert main([str(tmp_path / "set.npz"), "--dry_run"]) == 2
-    assert "a file of arrays is taken as it is" in capsys.readouterr().err

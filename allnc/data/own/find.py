@@ -119,9 +119,10 @@ class _Reader:
                 "the class folders"
             )
         for label in folders:
-            before = len(self.found.entries) + len(self.found.bad)
+            found = self.found
+            before = len(found.entries) + len(found.bad), len(found.notes)
             self._walk(os.path.join(folder, label), label, split)
-            if len(self.found.entries) + len(self.found.bad) == before:
+            if (len(found.entries) + len(found.bad), len(found.notes)) == before:  # else a note says why it has none
                 self.found.notes.append(f"{shown(os.path.join(self.root, folder, label))} has no image: no class")
         if self.others:
             self.found.notes.append(

@@ -19,7 +19,8 @@ from allnc.config import TEST, TRAIN, VALIDATION, DataConfig
 from allnc.data.images import shown
 from allnc.data.own.find import Entry, Found, find_images
 from allnc.data.own.look import Seen, Tell, copies, look
-from allnc.data.own.split import held_out
+from allnc.data.own.notes import case_notes, copy_notes, dark_notes, many
+from allnc.data.own.split import draw_groups
 from allnc.data.own.tables import read_table
 
 COLUMNS = ("path", "class", "split", "width", "height", "mode", "copy_of", "reason")
@@ -146,11 +147,11 @@ def scan(config: DataConfig, tell: Tell | None = None) -> Index:
     ]
     rows += [Row(entry.path, entry.label, "", 0, 0, "", "", reason) for entry, reason in found.bad]
     if bad:
-        notes = [f"{_many(len(bad), 'file')} left out that cannot be read, such as {_example(bad)}", *notes]
-    notes = [*found.notes, *notes, *_copy_notes(rows), *_dark_note(seen)]
+        notes = [f"{many(len(bad), 'file')} left out that cannot be read, such as {_example(bad)}", *notes]
+    notes = [*found.notes, *notes, *case_notes(trained), *copy_notes(rows), *dark_notes(seen)]
     if strangers:
         notes.append(
-            f"{_many(strangers.total(), 'image')} left out of classes without a training image, such as "
+            f"{many(strangers.total(), 'image')} left out of classes without a training image, such as "
             f"{shown(min(strangers))}"
         )
     grey = all(one.is_grey for one in seen if not one.fault)
@@ -176,7 +177,7 @@ def _check_bad(bad: list[tuple[Entry, str]], number: int, config: DataConfig) ->
         return
     allowed = f"data.max_bad allows {config.max_bad}" if config.max_bad else "none may be"
     raise ValueError(
-        f"{len(bad):,} of {_many(number, 'image')} cannot be read, and {allowed}, such as {_example(bad)}: mend or "
+        f"{len(bad):,} of {many(number, 'image')} cannot be read, and {allowed}, such as {_example(bad)}: mend or "
         f"remove them, or leave them out with --data.max_bad {len(bad)}"
     )
 
@@ -206,9 +207,15 @@ def _splits(
         alone = labels[TRAIN] - labels[TEST]
         if alone:
             notes.append(
-                f"{_many(len(alone), 'class', 'classes')} trained but not tested, having one image alone or copies of "
+                f"{many(len(alone), 'class', 'classes')} trained but not tested, having one image alone or copies of "
                 f"it, such as {shown(min(alone))}"
             )
+    if not tested and not {VALIDATION, TEST} & {*given}:
+        raise ValueError(
+            f"{shown(config.root or '')} must hold a class of two images or more, one of which can be tested; got one "
+            "image in each class, or copies of it: add images, or give test images (a folder test/ beside train/, or "
+            "--data.test_list)"
+        )
     if TRAIN not in splits or not tested:
         raise ValueError(
             f"{shown(config.root or '')} must hold training and test images; got {splits.count(TRAIN)} and {tested}"
@@ -233,48 +240,5 @@ def _hold_out(
     """Move a share of the training images of each class to a split."""
     among = [position for position, known in enumerate(splits) if known == TRAIN]
     labels = [images[position].label for position in among]
-    for chosen in held_out(labels, [first[position] for position in among], share, seed, least=least):
+    for chosen in draw_groups(labels, [first[position] for position in among], share, seed, least=least):
         splits[among[chosen]] = split
-
-
-def _copy_notes(rows: Sequence[Row]) -> list[str]:
-    """Say which files are there twice: in two classes, and in training and test set."""
-    by_path: dict[str, Row] = {}
-    for row in rows:
-        by_path.setdefault(row.path, row)
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.split and row.copy_of:
-            groups.setdefault(row.copy_of, [by_path[row.copy_of]]).append(row)
-    notes = []
-    copied = sum(len(group) - 1 for group in groups.values())
-    if copied:
-        notes.append(f"{_many(copied, 'file')} with the same bytes as another one (column copy_of)")
-    for column, words in (("label", "in two classes"), ("split", "in two of training, validation and test set")):
-        pairs = [
-            (group[0], other)
-            for group in groups.values()
-            if (other := next((row for row in group if getattr(row, column) != getattr(group[0], column)), None))
-        ]
-        if pairs:
-            one, other = pairs[0]
-            notes.append(
-                f"{_many(len(pairs), 'image')} {words}, such as {shown(one.path)} and {shown(other.path)}: remove one "
-                "of the two"
-            )
-    return notes
-
-
-def _dark_note(seen: Sequence[Seen]) -> list[str]:
-    """Say when images of 16 bits use few of them, as those of cameras with 12 bits do."""
-    deep = [one.brightest for one in seen if one.mode.startswith("I") and not one.fault]
-    if not deep or max(deep) >= 128:
-        return []
-    return [
-        f"{_many(len(deep), 'image')} of 16 bits with no value above {256 * max(deep) + 255:,} of 65,535: only the "
-        "upper 8 bits are seen, nearly black here; scale them to the whole range"
-    ]
-
-
-def _many(number: int, one: str, several: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else several or one + 's'}"

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -49,7 +50,7 @@ class Seen(NamedTuple):
         return self.mode in GREY
 
 
-def look(paths: Sequence[str], tell: Tell | None = None) -> list[Seen]:
+def look(paths: Sequence[str], tell: Tell | None = None, *, whole: bool = False) -> list[Seen]:
     """Look at every image.
 
     Small images are decoded whole, and so are larger ones, except JPEG, PNG and WebP files that have their end: of
@@ -58,11 +59,12 @@ def look(paths: Sequence[str], tell: Tell | None = None) -> list[Seen]:
     Args:
         paths: of the files.
         tell: called now and then with how many were looked at, and of how many.
+        whole: decode all of them, so that every one without a fault can be read.
     """
     readable_formats()
     seen: list[Seen] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        for one in pool.map(_look, paths, chunksize=64):
+        for one in pool.map(partial(_look, whole=whole), paths, chunksize=64):
             seen.append(one)
             if tell is not None and len(seen) % 64 == 0:
                 tell(len(seen), len(paths))
@@ -100,7 +102,7 @@ def teller(word: str) -> Tell:
     return tell
 
 
-def _look(path: str) -> Seen:
+def _look(path: str, whole: bool) -> Seen:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -117,7 +119,7 @@ def _look(path: str) -> Seen:
             tail = file.read()
         ended = kind in _ENDS and tail.rstrip(b"\0").endswith(_ENDS[kind])
         brightest = 255
-        if not ended or max(width, height) <= DECODED or mode == "F" or mode.startswith("I"):
+        if whole or not ended or max(width, height) <= DECODED or mode == "F" or mode.startswith("I"):
             pixels = read_image(path)
             if mode.startswith("I"):
                 brightest = int(np.asarray(pixels).max())

@@ -87,6 +87,7 @@ def plot_confusion(
 
 
 def _clipped(name: str) -> str:
-    """A name that matplotlib takes as it is: without the dollar signs of formulas."""
+    """A name that matplotlib takes as it is: without formulas' dollar signs, line ends, or bytes that are no text."""
+    name = name if name.isprintable() else ascii(name)
     name = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
     return name.replace("$", r"\$")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from typing import Any
 
 import matplotlib
@@ -35,12 +36,14 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
     PNG files have a palette of 256 colours, which makes them a third as large.
     """
-    if os.fspath(path).endswith(".svg"):
-        with matplotlib.rc_context({"svg.hashsalt": "allnc"}):
-            figure.savefig(path, metadata={"Date": None})
-        return
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box is drawn for it, which says enough
+        if os.fspath(path).endswith(".svg"):
+            with matplotlib.rc_context({"svg.hashsalt": "allnc"}):
+                figure.savefig(path, metadata={"Date": None})
+            return
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
     image = Image.open(buffer).convert("RGB")
     # Refined by k-means, large surfaces such as the cells of a heat map keep their colours; only edges lose some.
     few = image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
