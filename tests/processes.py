@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,18 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.forks import Fork
+
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
 def run_ranks(module: str, world: int, folder: Path, *arguments: str) -> list[dict[Any, Any]]:
     """What each of `world` processes `python -m MODULE RANK WORLD FOLDER ...` has passed to `save`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(rank), str(world), str(folder), *arguments], env=environment
-        )
-        for rank in range(world)
-    ]
+    words = (str(world), str(folder), *arguments)
+    processes = [Fork(module, str(rank), *words, environment=environment) for rank in range(world)]
     end = time.monotonic() + 240
     try:
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
@@ -36,7 +33,7 @@ def run_ranks(module: str, world: int, folder: Path, *arguments: str) -> list[di
     finally:
         for process in processes:
             process.kill()
-    assert [process.wait() for process in processes] == [0] * world
+    assert [process.wait() for process in processes] == [0] * world, [process.errors() for process in processes]
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 

@@ -66,8 +66,8 @@ class LossConfig:
             are not named. The mean is over the weights, so that only their ratios matter. (class_balanced, the
             published form, weighs by effective numbers of images.) None: all alike.
         gamma: exponent of the schedule: eta = 1 - min(1, progress / horizon) ** gamma, > 0.
-        horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 0: from the
-            start.
+        horizon: share of training after which the re-balancing branch alone remains, in [0, 1]; 1 is the source's, 0:
+            from the start.
         backend: implementation of the ops; auto takes the fastest that can run.
     """
 
@@ -108,7 +108,7 @@ class LossConfig:
     drw: float | None = None
     class_weights: Literal["auto"] | dict[str, float] | None = field(default=None, hash=False)  # a dict has no hash
     gamma: float = 2.0
-    horizon: float = 0.3
+    horizon: float = 0.0
     backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
 
     @property

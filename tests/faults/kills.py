@@ -99,6 +99,7 @@ def main() -> None:
     run.load = lambda _, tested=False: images
     ending.git_commit = lambda: None
     ending.plot_angles = ending.plot_curves = ending.plot_confusion = lambda *_, **__: None
+    run.Run(CONFIG)  # imports what each fork would import again
     assert forked(lambda: loop.train(CONFIG, root / "straight", quiet())) == 0
     wanted = result(root / "straight")
     epochs: dict[str, int] = {}

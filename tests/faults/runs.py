@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from allnc.config import Config, DataConfig, ModelConfig, TrainConfig
+from tests.forks import Fork
 
 TINY = Config(
     data=DataConfig(max_per_class=60, imbalance_ratio=6, many=40, few=15),
@@ -36,20 +36,20 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
-def start(*words: str, program: str = "allnc.train", largest_file: int | None = None, **environment: str) -> Process:
+def start(*words: str, program: str = "allnc.train", largest_file: int | None = None, **environment: str) -> Fork:
     """Start the command in a process of its own, which can write no file of more than so many bytes."""
+    given = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return Fork(program, *words, environment=given, largest_file=largest_file)
 
-    def limit() -> None:
-        if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
+def start_afresh(*words: str, **environment: str) -> Process:
+    """Start the command as a shell does, by an interpreter that has imported nothing."""
     return subprocess.Popen(
-        [sys.executable, "-m", program, *words],
+        [sys.executable, "-m", "allnc.train", *words],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limit,
     )
 
 
@@ -57,7 +57,7 @@ def command(*words: str, **options: Any) -> tuple[int, str]:
     """Run the command in a process of its own (see `start`); return its exit status and its standard error."""
     process = start(*words, **options)
     _, errors = process.communicate(timeout=120)
-    return process.returncode, errors
+    return process.wait(0), errors
 
 
 def one_line(errors: str) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from allnc import evaluate
 from allnc.train import main
-from tests.faults.runs import TINY, WORDS, one_line, start
+from tests.faults.runs import TINY, WORDS, one_line, start, start_afresh
 
 SMALL = [*WORDS, "--train.epochs", "1"]
 
@@ -66,17 +66,16 @@ def test_a_home_that_nobody_has(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_terminal_without_greek(tmp_path: Path) -> None:
-    process = start(*SMALL, "--out", str(tmp_path / "run"), PYTHONIOENCODING="ascii")
+    process = start_afresh(*SMALL, "--out", str(tmp_path / "run"), PYTHONIOENCODING="ascii")
     shown, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and not errors and "\\u03b7 " in shown
 
 
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     process = start(*WORDS, "--train.epochs", "400", "--out", str(tmp_path / "run"))
-    assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(60) in (1, 2) and "Traceback" not in process.stderr.read()
+    assert process.wait(60) in (1, 2) and "Traceback" not in process.errors()
 
 
 @pytest.mark.parametrize(

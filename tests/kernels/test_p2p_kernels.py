@@ -85,7 +85,7 @@ def check(c: int, f: int, seen: Tensor, target, blocks: PairBlocks, temperature:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize(("c", "f"), [(10, 16), (70, 33), (65, 5), (3, 300), (17, 520)])
+@pytest.mark.parametrize(("c", "f"), [(10, 16), (65, 33), (3, 300), (17, 520)])
 def test_values_and_gradients(c: int, f: int, blocks: PairBlocks, target: str) -> None:
     check(c, f, (torch.arange(c) % 4 != 1).to(DEVICE), target, blocks)
 

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import resource
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from allnc import _extension
 from allnc.ops._common import accumulation_dtype
+from tests.forks import called
 from tests.poison import poisoned_allocations  # noqa: F401 (a fixture, found by name)
 from tests.tolerances import assert_as_exact
 
@@ -153,11 +153,16 @@ def test_exponential_is_accurate(shifted: bool, dtype: torch.dtype) -> None:
     check_exponential(shifted, dtype)
 
 
+def check_exponentials() -> None:
+    for shifted in (True, False):
+        for dtype in (torch.float32, torch.float64):
+            check_exponential(shifted, dtype)
+
+
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_exponential_is_accurate_on_lesser_processors(isa: str) -> None:
     """The least has no fused multiply-add."""
-    checks = "[check_exponential(s, t) for s in (True, False) for t in (torch.float32, torch.float64)]"
-    run_in_subprocess(checks, ALLNC_CPU_ISA=isa)
+    called(check_exponentials, ALLNC_CPU_ISA=isa)
 
 
 # Around panels of 48 rows, blocks of up to 192 rows and tiles of 4 to 48 columns; one to many blocks.
@@ -370,20 +375,6 @@ def test_reads_no_uninitialised_memory() -> None:
         assert share[1].isfinite().all() and dmu.isfinite().all()
 
 
-def run_in_subprocess(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", f"from tests.ops.test_hycon_cpp import *\n{code}"],
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def cpu_flags() -> list[str]:
     return Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 
@@ -404,7 +395,7 @@ def check_small_cases() -> None:
 def test_every_instruction_set() -> None:
     # Beyond what the processor has, the variable changes nothing.
     sets = ("avx512", "avx2", "baseline")  # what the processor has beyond them, the other tests reach
-    digests = {isa: run_in_subprocess("check_small_cases()", ALLNC_CPU_ISA=isa) for isa in sets}
+    digests = {isa: called(check_small_cases, ALLNC_CPU_ISA=isa) for isa in sets}
     flags = cpu_flags()
     for higher, lower in (("avx512", "avx2"), ("avx2", "baseline")):
         if f"{higher}f" in flags or higher in flags:
@@ -418,7 +409,7 @@ def check_bfloat16_products() -> None:
 
 def test_bfloat16_products_where_they_are_asked_for() -> None:
     """Processors on which they are the slower way take them only by this variable."""
-    run_in_subprocess("check_bfloat16_products()", ALLNC_CPU_ISA="avx512bf16")
+    called(check_bfloat16_products, ALLNC_CPU_ISA="avx512bf16")
 
 
 @pytest.mark.parametrize("shifted", [True, False])
@@ -451,7 +442,7 @@ def check_cold_bfloat16() -> None:
 
 @pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "baseline"])
 def test_a_cold_contrast_of_bfloat16_rows_keeps_its_means(isa: str) -> None:
-    run_in_subprocess("check_cold_bfloat16()", ALLNC_CPU_ISA=isa)
+    called(check_cold_bfloat16, ALLNC_CPU_ISA=isa)
 
 
 def print_peak_memory_growth() -> None:
@@ -473,6 +464,6 @@ def print_peak_memory_growth() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_is_linear_in_n() -> None:
     # N x N: 64, then 256 MiB. Needed: 4 buffers of N x D, 1 MiB each at N = 8192, and a block per thread.
-    first, second = map(float, run_in_subprocess("print_peak_memory_growth()").split())
+    first, second = map(float, called(print_peak_memory_growth).split())
     assert first <= 16
     assert second <= 24

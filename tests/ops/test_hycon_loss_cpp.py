@@ -6,11 +6,7 @@ N rows of z, D columns, C classes. z is float32, float64, or bfloat16 with every
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -23,6 +19,7 @@ from torch import Tensor
 from allnc import _extension
 from allnc.ops._common import accumulation_dtype
 from allnc.ops.hycon import hycon_reference
+from tests.forks import called
 from tests.poison import poisoned_allocations  # noqa: F401 (a fixture, found by name)
 
 pytestmark = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")
@@ -349,14 +346,4 @@ def check_instruction_set() -> None:
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
-    code = "from tests.ops.test_hycon_loss_cpp import *\ncheck_instruction_set()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "ALLNC_CPU_ISA": isa},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    called(check_instruction_set, ALLNC_CPU_ISA=isa)

@@ -182,7 +182,7 @@ def test_a_linear_head_is_as_good_as_logistic_regression(
     from sklearn.linear_model import LogisticRegression
 
     no_plots(monkeypatch)
-    config = heads(trained_encoder[1], data={"views": 1}, loss={"name": "ce"}, train={"epochs": 600, "eval_every": 600})
+    config = heads(trained_encoder[1], data={"views": 1}, loss={"name": "ce"}, train={"epochs": 150, "eval_every": 150})
     config = dataclasses.replace(config, model=ModelConfig(name="linear"))
     images, test = (everything(part, config, torch.nn.Identity()) for part in load(config.data))
     fitted = LogisticRegression(max_iter=2000).fit(*map(np.asarray, images))

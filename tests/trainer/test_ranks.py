@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+from allnc import _command
+from allnc import train as train_command
 from allnc.trainer.checkpoint import load_weights
 from allnc.trainer.processes import Processes
 from tests.faults.runs import ROOT, Process, command, one_line
+from tests.forks import Fork
 from tests.processes import needs_gloo, run_ranks
 from tests.trainer._ranks_worker import cases, train
 
@@ -77,16 +82,38 @@ def launch(size: int, *words: str, launcher: tuple[str, ...] = ("--standalone",)
     )
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def unlaunched(*words: str) -> None:
+    """Train; a process whose mistake another one says does not wait for a launcher to end it."""
+    _command._SPEAKING = 0
+    sys.exit(train_command.main(words))
+
+
+def together(*machines: Sequence[str]) -> list[Fork]:
+    """Start a process for each list of words, with the environment in which torchrun would have started it."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(len(machines))}
+    where |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return [
+        Fork(unlaunched, *words, environment={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, words in enumerate(machines)
+    ]
+
+
 def trained(size: int, folder: Path, *words: str) -> dict[str, Any]:
     """Train in so many processes; return records, summary and weights."""
     if size == 1:
         status, errors = command(*words, "--out", str(folder))
-    else:
-        process = launch(size, *words, "--out", str(folder))
-        shown, errors = process.communicate(timeout=200)
-        status = process.returncode
-        assert f"{size} processes share each batch" in shown or "--resume" in words
-    assert status == 0, errors
+        assert status == 0, errors
+        return result(folder)
+    processes = together(*[[*words, "--out", str(folder)]] * size)
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, outputs
+    assert f"{size} processes share each batch" in outputs[0][0] or "--resume" in words
     return result(folder)
 
 
@@ -192,21 +219,27 @@ def test_what_one_process_finds_is_said_once(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--train.lr", "-1"], "train.lr must be > 0"),
-        (["--train.batch_size", "3"], "train.batch_size must be at least the number of processes"),
+        (["--train.batch_size", "2"], "train.batch_size must be at least the number of processes"),
         (["--config", "fashion_lt", "--data.root", "/nowhere"], "Fashion-MNIST's four idx files"),
     ],
 )
 def test_a_mistake_of_all_is_said_once(words: list[str], message: str, tmp_path: Path) -> None:
-    process = launch(4, *words, "--out", str(tmp_path / "run"))
+    processes = together(*[[*words, "--out", str(tmp_path / "run")]] * 3)
+    errors = "".join(process.communicate(timeout=100)[1] for process in processes)
+    assert all(process.returncode == 2 for process in processes) and message in one_line(errors)
+
+
+def test_a_launcher_ends_those_that_leave_the_word_to_the_first(tmp_path: Path) -> None:
+    process = launch(3, "--train.lr", "-1", "--out", str(tmp_path / "run"))
     _, errors = process.communicate(timeout=100)
     said = [line for line in errors.splitlines() if line.startswith("allnc.train: ")]
-    assert process.returncode != 0 and message in one_line("\n".join(said))
+    assert process.returncode != 0 and "train.lr must be > 0" in one_line("\n".join(said))
 
 
 def test_two_machines(alone: dict[str, Any], tmp_path: Path) -> None:
     """Two launches that find each other over the network, here the loopback."""
     words = (*TINY, *TWO_BATCHES, "--train.epochs", "4", "--train.lr", "0.02", "--out", str(tmp_path / "run"))
-    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(20_000 + os.getpid() % 20_000))
+    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", free_port())
     machines = [launch(1, *words, launcher=(*where, "--node-rank", str(rank))) for rank in range(2)]
     for machine in machines:
         _, errors = machine.communicate(timeout=200)
@@ -221,12 +254,12 @@ def test_a_machine_with_other_images_or_options(difference: str, tmp_path: Path)
         make_images(tmp_path / f"machine{rank}")
     if difference == "training images":
         (tmp_path / "machine1" / "train" / "0" / "3.png").rename(tmp_path / "machine1" / "train" / "0" / "99.png")
-    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(20_000 + os.getpid() % 20_000))
-    machines = []
-    for rank in range(2):
-        own = [*words, "--data.root", str(tmp_path / f"machine{rank}"), "--out", str(tmp_path / f"run{rank}")]
-        own += ["--train.batch_size", "8"] if rank == 1 and difference == "train.batch_size" else []
-        machines.append(launch(1, *own, launcher=(*where, "--node-rank", str(rank))))
+    own = [
+        [*words, "--data.root", str(tmp_path / f"machine{rank}"), "--out", str(tmp_path / f"run{rank}")]
+        for rank in range(2)
+    ]
+    own[1] += ["--train.batch_size", "8"] if difference == "train.batch_size" else []
+    machines = together(*own)
     outputs = [machine.communicate(timeout=100)[1] for machine in machines]
     assert all(machine.returncode != 0 for machine in machines)
     said = [line for errors in outputs for line in errors.splitlines() if line.startswith("allnc.train: error")]
