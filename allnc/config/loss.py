@@ -108,7 +108,7 @@ class LossConfig:
     drw: float | None = None
     class_weights: Literal["auto"] | dict[str, float] | None = field(default=None, hash=False)  # a dict has no hash
     gamma: float = 2.0
-    horizon: float = 0.0
+    horizon: float = 0.3
     backend: Literal["auto", "eager", "cpp", "triton", "cuda"] = "auto"
 
     @property
