@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ood",
         type=Path,
         metavar="FILE",
-        help="with --collapse: a .npz or .safetensors of images of no class, for NC5",
+        help="with --collapse: a .npz or .safetensors of images of no class, for NC5: its test images, or else all",
     )
     add_device(parser)
     options = parser.parse_args(arguments)

@@ -79,14 +79,15 @@ class Config:
         if not fits(self.seed, int):
             raise ValueError(f"seed must be of type int; got {self.seed!r}")
         check_interval("seed", self.seed, 0, 2**32 - 1)
-        self.check(() if self.data.undecided else None)
+        self.check(() if self.data.undecided or self.data.name == "arrays" else None)
 
     def check(self, given: Collection[str] | None = None) -> None:
         """Raise ValueError where options do not go together.
 
         Args:
             given: dotted options that stay as they are while one's own images have not been looked at, which then
-                decide the others: what contradicts one of those is left for later. None: all stay.
+                decide the others: what contradicts one of those is left for later, to the command line or `Run`. None:
+                all stay.
         """
         for message, by_images in contradictions(self):
             if given is None or {*by_images} <= {*given}:

@@ -33,6 +33,7 @@ from allnc.ops.hycon import Balance, Batch, Options, check_hycon, contrast, hyco
 from allnc.ops.hycon.fused import fuses
 from allnc.ops.hycon.options import agreed_facts
 from allnc.ops.p2p import Target, centred_units, kernel_target, p2p_reference, pair_form
+from allnc.ops.p2p.p2p import check_centre_weights
 from allnc.ops.p2p.pairings import PAIRINGS, Pairing, pairings_of_checked
 from allnc.ops.ranks import Ranks
 
@@ -223,6 +224,7 @@ def all_around(
             check_choice("pairings", pairing, PAIRINGS)
         _check_sides(z, len(proj_means), means, weights)
         check_choice("target", target, get_args(Target))
+        check_centre_weights(centre_weights)
         if not 0 < p2p_temperature < math.inf:
             raise ValueError(f"p2p_temperature must be > 0; got {p2p_temperature}")
         dtype = torch.promote_types(accumulation_dtype(means.dtype), accumulation_dtype(weights.dtype))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from allnc.config import DataConfig
 from allnc.data import ImageSet
-from allnc.data.arrays import read_arrays
+from allnc.data.arrays import read_labelled
+from allnc.data.images import shown
 from allnc.metrics import by_shot, collapse_of, ideal_angle, ideal_mir
 from allnc.trainer.measure import plain_images
 from allnc.trainer.run import Run
@@ -50,7 +50,7 @@ def measure_layers(run: Run, layers: Sequence[str] | Literal["all"], ood: Path |
     Args:
         run: with the weights loaded.
         layers: names in the model, as `collapse_of` takes them.
-        ood: file of images of no class for NC5, as `data.name arrays` reads it, whose test images are taken.
+        ood: file of images of no class for NC5, as `read_labelled` reads it: its test images, or all where it has none.
 
     Raises:
         ValueError: a layer that is not there or cannot be measured, or images of another size.
@@ -95,16 +95,20 @@ def measure_layers(run: Run, layers: Sequence[str] | Literal["all"], ood: Path |
 
 
 def _outside(run: Run, file: Path) -> ImageSet:
-    """The test images of a file, with the pixel statistics of the run, which its model has learnt."""
+    """The test images of a file, or all of one without, with the pixel statistics that the run's model has learnt."""
     try:
-        _, images = read_arrays(DataConfig(name="arrays", root=str(file), augmentation="none"))
+        if not file.is_file():
+            raise ValueError(f"got {shown(str(file))}, which is no file")
+        pixels, labels, _ = read_labelled(str(file))
     except ValueError as error:
         raise ValueError(f"--ood must be a file of images as data.name arrays has them: {error}") from error
+    mean, std = run.train_set.mean, run.train_set.std
+    images = ImageSet(labels=torch.zeros_like(labels), num_classes=1, mean=mean, std=std, images=pixels)
     wanted = run.train_set.shape(run.config.data)
     if images.shape(run.config.data) != wanted:
         got, want = (" x ".join(map(str, shape)) for shape in (images.shape(run.config.data), wanted))
         raise ValueError(f"--ood must have images of the size of the run's, {want}; got {got}")
-    return dataclasses.replace(images, mean=run.train_set.mean, std=run.train_set.std)
+    return images
 
 
 def tables(report: dict[str, Any]) -> list[Table]:

@@ -64,7 +64,8 @@ def spelled_out(words: Sequence[str]) -> list[str]:
 
 def is_file_of_arrays(words: Sequence[str]) -> bool:
     """Whether a command line begins with a file of arrays and has no recipe, so that the file is looked at."""
-    return words[:1] != [] and words[0].lower().endswith(ARRAY_ENDINGS) and not _is_given("config", words)
+    first = next(iter(words), "-")
+    return not first.startswith("-") and first.lower().endswith(ARRAY_ENDINGS) and not _is_given("config", words)
 
 
 def _is_given(option: str, words: Sequence[str]) -> bool:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from allnc.data import ImageSet
 
 
+# What only a folder decides, of the options that contradict others (see allnc/config/together.py).
+NOT_CHOSEN = frozenset(("data.validation", "data.fit", "data.in_memory"))
+
+
 def refuse_split(config: Config, typed: Collection[str]) -> None:
     """Raise ValueError where options say how images are held out, and the file has its test images."""
     from allnc.data.array_files import has_test_images

@@ -116,6 +116,8 @@ def _parsed(words: Sequence[str], looks: bool) -> tuple[Config, str]:
     config, recipe = parse(words, waits=looks)
     if config.data.undecided:
         config.check(_given(words))
+    elif looks:
+        config.check(_given(words) | own_arrays.NOT_CHOSEN)
     _check_depth(config.model.name)
     return config, recipe
 

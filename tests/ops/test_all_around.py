@@ -168,6 +168,7 @@ def test_wrong_arguments_say_what_is_wrong() -> None:
         ({"p2p_temperature": 0.0}, r"p2p_temperature must be > 0; got 0.0"),
         ({"labels": case["labels"] + 3}, r"labels must be in \[0, 3\)"),
         ({"means": case["means"].double(), "backend": "triton"}, r"does not take float64"),
+        ({"centre_weights": (True, False)}, r"centre_weights must be True or False; got \(True, False\)"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             all_around(**{**case, **change})

@@ -561,6 +561,8 @@ X = torch.zeros(4, 3)
         ((X,), {"target": "simplex"}, "target must be one of 'auto', 'etf', 'softmax'; got 'simplex'"),
         ((X,), {"temperature": 0.0}, "temperature must be > 0; got 0.0"),
         ((X,), {"temperature": torch.tensor(0.1)}, "temperature must be a float"),
+        ((X,), {"centre": None}, "centre must be True, False or two of them, .* got None"),
+        ((X, X), {"centre": ("no", "no")}, r"centre must be True, False or two of them, .* got \('no', 'no'\)"),
         ((X,), {"backend": "cuda"}, "p2p has no backend 'cuda'"),
         ((X, X.double()), {"backend": "triton"}, "p2p: backend 'triton' does not take float64"),
         ((X, X.to("meta")), {}, "all tensors must be on one device"),

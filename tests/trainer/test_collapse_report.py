@@ -79,6 +79,9 @@ def test_images_of_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     found = report(folder, "--ood", str(file))
     assert 0 < found["layers"]["encoder"]["measures"]["nc5"] <= 1 and found["ood"] == str(file)
     assert "NC5" in capsys.readouterr().out
+    np.savez(file, images=pixels, labels=labels)  # none to train on, and none to hold out: all are measured
+    assert report(folder, "--ood", str(file)) == found
+    capsys.readouterr()
     np.savez(file, images=pixels[:, 1:], labels=labels, test_images=pixels[:, 1:], test_labels=labels)
     for wrong, message in (
         (file, "size of the run's, 1 x 8 x 8; got 1 x 7 x 8"),

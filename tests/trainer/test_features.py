@@ -194,7 +194,8 @@ def test_a_linear_head_is_as_good_as_logistic_regression(
 @pytest.mark.parametrize("name", ["linear", "mlp"])
 def test_resuming_gives_the_same_bits(name: str, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_plots(monkeypatch)
-    config = heads(stored, data={"rebalance_sampler": "reversed"}, model={"name": name, "heads": "separate"})
+    branches = {"data": {"rebalance_sampler": "reversed"}, "loss": {"horizon": 0.3}}
+    config = heads(stored, **branches, model={"name": name, "heads": "separate"})
     straight = loop.train(config, tmp_path / "straight", quiet())
     epochs = loop.train_epoch
 

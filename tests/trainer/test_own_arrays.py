@@ -187,6 +187,30 @@ def test_a_recipe_that_names_arrays_keeps_its_settings(suffix: str, tmp_path: Pa
     words = ["--config", "own_images", "--data.name=arrays", f"--data.root={file}", "--out", str(tmp_path / "run")]
     train = plan(words).config.train
     assert (train.batch_size, train.epochs, train.lr) == (64, 60, 0.1)
+    words = [f"--data.root={file}", "--data.name=arrays", "--out", str(tmp_path / "run")]
+    train = plan(words).config.train  # an option is no file, wherever it stands
+    assert (train.batch_size, train.epochs, train.lr) == (64, 60, 0.1)
+
+
+def test_an_option_in_first_place_is_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out=set.npz", "--loss.name", "ce", "--loss.tau", "3", "--print_config"]) == 2
+    assert "--loss.tau would be ignored" in capsys.readouterr().err
+
+
+def test_what_the_look_decides_is_no_contradiction_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As with a folder: a pretrained network has another name, and few images take more epochs than the recipe has."""
+    file = written(tmp_path / "set.npz", (40, 20, 5), 80, 80, 3)
+    assert "; timm:resnet50; loss allnc; 40 epochs" in said([file, "--model.pretrained", "true"], capsys)
+    retrained = ["--train.retrain_epochs", "80"]
+    assert "; 200 epochs" in said([file, *retrained], capsys)
+    for words, message in (
+        ([*retrained, "--train.epochs", "70"], "train.retrain_epochs must be in [0, 70)"),
+        (["--model.pretrained", "true", "--model.name", "resnet8"], "model.pretrained needs a timm:NAME model"),
+        (["--train.patience", "3"], "train.patience needs validation images"),
+    ):
+        assert main([file, *words]) == 2
+        told = capsys.readouterr()
+        assert message in told.err and "looking at" not in told.out
 
 
 def test_every_process_chooses_the_same(

@@ -64,7 +64,7 @@ def stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [LossConfig(hycon="cosine", backend="eager"), LossConfig(hycon="softmax", backend="eager")],
+    [LossConfig(hycon=hycon, horizon=0.3, backend="eager") for hycon in ("cosine", "softmax")],
     ids=["cosine", "softmax"],
 )
 def test_resuming_gives_the_same_bits(loss: LossConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

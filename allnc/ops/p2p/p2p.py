@@ -323,6 +323,12 @@ def check_p2p(x: Tensor, y: Tensor | None, seen: Tensor | None, target: str, tem
     check_no_tangent("p2p", x, y)
 
 
+def check_centre_weights(centre_weights: object) -> None:
+    """Raise TypeError unless it is True or False; anything else would count as one of them, or fail in an op."""
+    if not isinstance(centre_weights, bool):
+        raise TypeError(f"centre_weights must be True or False; got {centre_weights!r}")
+
+
 def p2p(
     x: Tensor,
     y: Tensor | None = None,
@@ -376,7 +382,12 @@ def p2p(
 
 
 def _both(centre: bool | Sides) -> Sides:
-    return (centre, centre) if isinstance(centre, bool) else centre
+    """Return whether x, and whether y, is centred."""
+    if isinstance(centre, bool):
+        return centre, centre
+    if not isinstance(centre, tuple) or [*map(type, centre)] != [bool, bool]:
+        raise TypeError(f"centre must be True, False or two of them, (x, y); got {centre!r}")
+    return centre
 
 
 def _resolve_target(target: Target, x: Tensor) -> Target:

@@ -14,7 +14,7 @@ from torch import Tensor
 from allnc.ops._common import Backend, resolve_backend
 from allnc.ops.p2p.centred_unit import pair_dtype
 from allnc.ops.p2p.forms import Target
-from allnc.ops.p2p.p2p import check_p2p, p2p_values
+from allnc.ops.p2p.p2p import check_centre_weights, check_p2p, p2p_values
 
 Pairing = Literal["means", "weights", "duality"]
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
@@ -48,6 +48,7 @@ def p2p_pairings(
         TypeError, ValueError: an argument of the wrong kind, shape, type, range or device.
     """
     check_p2p(means, weights, seen, target, temperature)
+    check_centre_weights(centre_weights)
     dtype = pair_dtype(means, weights)
     used = resolve_backend(backend, op="p2p", device=means.device, dtype=dtype, supported=("cpp", "triton"))
     seen = torch.ones(len(means), dtype=torch.bool, device=means.device) if seen is None else seen
