@@ -23,8 +23,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "cross-entropy": {"loss": {"name": "ce"}, "model": {"classifier": "linear"}},
     "fixed ETF classifier": {"loss": {"name": "ce"}, "model": {"classifier": "etf"}},
     "feature constraint": {"loss": {"name": "ce"}, "model": {"classifier": "normalised"}},
-    # With the squared distance to the simplex that the picture shows, not the separation that is the default elsewhere.
-    "AllNC": {"loss": {"name": "allnc", "p2p_target": "etf"}, "model": {"classifier": "normalised"}},
+    "AllNC": {"loss": {"name": "allnc", "p2p_centre": False}, "model": {"classifier": "normalised"}},
 }
 # Cosines in two dimensions leave a feature few ways around a wrong class vector: a small scale and small steps help.
 _NETWORK = {"name": "resnet8", "width": 8, "projection_dim": 16, "classifier_scale": 4.0}

@@ -105,8 +105,8 @@ def test_default_names_tell_what_differs(tmp_path: Path, monkeypatch: pytest.Mon
     assert plan(words).folder == Path("runs/digits_lt-ce-lr=0.05-seed3")
     statistics = ["--data.mean", "[0.5]", "--data.std", "[0.5]"]
     assert plan(statistics).folder.name == "digits_lt-allnc-mean=_0.5_-std=_0.5_-seed0"
-    many = ["--train.lr", "1", "--train.epochs", "9", "--loss.tau", "2", "--loss.gamma", "1", "--model.width", "8"]
-    assert plan(many).folder.name == "digits_lt-allnc-lr=1.0-epochs=9-tau=2.0-gamma=1.0-etc-seed0"
+    many = ["--train.lr", "1", "--train.epochs", "9", "--loss.tau", "2", "--loss.alpha", "1", "--model.width", "8"]
+    assert plan(many).folder.name == "digits_lt-allnc-lr=1.0-epochs=9-tau=2.0-alpha=1.0-etc-seed0"
 
 
 def test_a_place_that_holds_no_files_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
