@@ -64,11 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from allnc.trainer.folder import check_trained
     from allnc.trainer.launcher import world_size
 
     if world_size() > 1:
         raise ValueError("allnc.evaluate runs as one process: start it without a launcher such as torchrun")
     _check_options(options)
+    check_trained(options.run)
     from rich.console import Console
 
     console = Console()

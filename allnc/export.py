@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from allnc.trainer.folder import check_trained
+
     ending = ENDINGS[options.format]
     out: Path = options.out or options.run / f"model{ending}"
     if out.suffix != ending:
@@ -48,8 +50,9 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must be new; {there[0]} is there: give --overwrite to replace it, or another --out")
     if folder := next((path for path in there if path.is_dir()), None):
         raise ValueError(f"--out must be a file; {folder} is a folder")
-    if not out.parent.is_dir():
+    if options.out and not out.parent.is_dir():
         raise ValueError(f"--out must be in a folder that is there; got {out}")
+    check_trained(options.run)
     from allnc.inference.export import export  # torch from here on
     from allnc.inference.predictor import load
 

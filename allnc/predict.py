@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _predict(options: argparse.Namespace) -> int:
     """Write predictions; return the number of images that could not be read."""
     from allnc.inference.paths import check_sources, image_paths
+    from allnc.trainer.folder import check_trained
 
     if options.top is not None and options.top < 1:
         raise ValueError(f"--top must be >= 1; got {options.top}")
@@ -64,6 +65,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out is not None:
         _check_out(options.out, options.overwrite)
     check_sources(options.images)
+    check_trained(options.run)
     from allnc.inference.predict import predict_files  # torch from here on
     from allnc.inference.predictor import load
 

@@ -86,7 +86,7 @@ def test_print_config_is_a_config_file(capsys: pytest.CaptureFixture[str], tmp_p
         (["--loss.tau", "-1"], "loss.tau must be >= 0; got -1"),
         (["--loss.label_smoothing", "1"], "loss.label_smoothing must be in [0, 1); got 1"),
         (["--loss.name", "ldam", "--loss.drw", "1.5"], "loss.drw must be in [0, 1); got 1.5"),
-        (["--loss.drw", "0.8"], "--loss.drw would be ignored: loss.name is allnc, which re-balances by its schedule"),
+        (["--loss.drw", "0.8"], "--loss.drw would be ignored: loss.name is allnc, which re-balances by itself"),
         (["--loss.name", "logit_adjusted", "--loss.drw", "0.8"], "--loss.drw would be ignored: loss.name is logit_"),
         (["--loss.name", "focal", "--loss.tau", "2"], "--loss.tau would be ignored: loss.name is focal"),
         (["--loss.rebalance", "ce", "--loss.tau", "2"], "--loss.tau would be ignored: loss.rebalance is ce"),

@@ -70,6 +70,10 @@ def test_the_help_of_a_command_is_a_screen_without_torch(command: str) -> None:
         (("features", "--passe", "3"), "allnc features: error: --passe is not an option; did you mean --passes?"),
         (("plot", "x", "--kind", "y"), "allnc plot: error: argument --kind: invalid choice: 'y'"),
         (("info", "x"), "allnc info: error: unrecognized arguments: x"),
+        (("predict", "gone", "docs/images"), "last.safetensors; got gone, which is missing"),
+        (("evaluate", "setup.py"), "must be a run folder with last.safetensors; got setup.py, which is no folder"),
+        (("export", "gone", "--format", "onnx"), "RUN_DIR must be a run folder with last.safetensors; got gone"),
+        (("export", "docs", "--format", "onnx"), "got docs, which has no last.safetensors"),
     ],
 )
 def test_mistakes_are_one_line_without_torch(words: tuple[str, ...], message: str) -> None:

@@ -108,7 +108,8 @@ def _check_names(names: list[str], trained_on: bool) -> None:
     needed = (*LABELLED, *TESTED) if trained_on and any(name in names for name in TESTED) else LABELLED
     missing = [name for name in needed if name not in names]
     if missing:
-        raise ValueError(f"must hold {', '.join(needed)}; {', '.join(missing)} missing")
+        got = ", ".join(map(ascii, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise ValueError(f"must hold {', '.join(needed)}; {', '.join(missing)} missing; got {got or 'nothing'}")
     unknown = sorted(set(names) - {*LABELLED, *TESTED, *OPTIONAL})
     if unknown:
         raise ValueError(

@@ -30,7 +30,17 @@ from torch import Tensor
 from allnc._sealed import sum_of
 from allnc.config import Config, ModelConfig
 from allnc.trainer.card import Card
-from allnc.trainer.folder import BEST, CHECKPOINT, STATE, WEIGHTS, sync, temporary_of, write_json, write_temporary
+from allnc.trainer.folder import (
+    BEST,
+    CHECKPOINT,
+    STATE,
+    WEIGHTS,
+    check_trained,
+    sync,
+    temporary_of,
+    write_json,
+    write_temporary,
+)
 from allnc.trainer.manifest import Manifest, read_manifest
 from allnc.trainer.options import from_dict, to_dict
 from allnc.trainer.places import placed
@@ -190,14 +200,12 @@ def load_weights(folder: Path, which: Which | None = None) -> tuple[Config, int,
             before, manifest = manifest, read_manifest(folder)
             if manifest == before:  # else a run has saved the next one meanwhile
                 raise
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"RUN_DIR must be a run folder with {WEIGHTS}; got {folder} without it")
+    check_trained(folder)
     if which == "best":
         raise ValueError(
             f"--weights best needs a run folder with {CHECKPOINT}; got {folder}, of which only the last is known"
         )
-    config, epoch, weights = _model(folder, WEIGHTS, path.read_bytes())
+    config, epoch, weights = _model(folder, WEIGHTS, (folder / WEIGHTS).read_bytes())
     return placed(config, folder), epoch, weights
 
 

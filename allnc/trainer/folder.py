@@ -151,6 +151,14 @@ def is_run(path: Path) -> bool:
     return isinstance(values, dict) and {*SECTIONS} <= {*values} <= {*SECTIONS, "seed", "out"}
 
 
+def check_trained(path: Path) -> None:
+    """Raise ValueError unless a folder holds a trained model: a checkpoint, or last.safetensors alone."""
+    if not (path / CHECKPOINT).is_file() and not (path / WEIGHTS).is_file():
+        why = "" if path.is_dir() else f"which is {'no folder' if path.exists() else 'missing'}"
+        why = why or f"which has no {WEIGHTS}{' yet: its first epoch was not finished' if is_run(path) else ''}"
+        raise ValueError(f"RUN_DIR must be a run folder with {WEIGHTS}; got {path}, {why}")
+
+
 def own_files(path: Path, *, leftovers: bool = False) -> list[Path]:
     """Return the files in a folder that a run has written there; of a killed run's leftovers alone if asked."""
     names = [LOCK, *(f".{name}.tmp" for name in _WHOLE)]

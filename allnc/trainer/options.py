@@ -65,7 +65,7 @@ def ignored_options(config: Config) -> dict[str, str]:
         )
     if loss.name == "allnc":
         drop("loss", "classification_weight", "loss.name is allnc, which weighs its contrast by alpha")
-        drop("loss", "drw class_weights", "loss.name is allnc, which re-balances by its schedule")
+        drop("loss", "drw class_weights", "loss.name is allnc, which re-balances by itself")
         if loss.rebalance != "focal":
             drop("loss", "focal_gamma", "no branch has the focal loss")
         if loss.rebalance != "logit_adjusted":

@@ -113,7 +113,7 @@ F32, I64 = np.float32, np.int64
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": None}, "must hold images, labels, test_images, test_labels; images missing"),
+        ({"images": None}, "must hold images, labels, test_images, test_labels; images missing; got 'labels', '"),
         ({"test_labels": None, "labels": None}, "labels, test_labels missing"),
         ({"test_images": None, "labels": None}, "must hold images, labels, test_.*; labels, test_images missing"),
         (

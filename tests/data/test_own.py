@@ -231,6 +231,16 @@ def test_nested_folders_links_and_other_files(tmp_path: Path) -> None:
     assert "d has no image: no class" in notes and "b/loop left out" in notes and "a/again left out" in notes
 
 
+def test_files_of_several_endings_are_counted_by_them(tmp_path: Path) -> None:
+    """A hundred photographs that cannot be read do not hide behind one Thumbs.db."""
+    root = tree(tmp_path / "data", {"a": 2, "b": 2})
+    for name in ("Thumbs.db", "1.HEIC", "2.heic", "README"):
+        (root / "a" / name).touch()
+    notes = "\n".join(looked(root).notes)
+    assert "4 files without an image's ending left out" in notes and "; by ending: 2 .heic, 1 " in notes
+    assert "1 .db" in notes and "1 none" in notes
+
+
 def test_a_class_in_the_test_images_only_is_left_out(tmp_path: Path) -> None:
     tree(tmp_path / "train", {"a": 2, "b": 2})
     tree(tmp_path / "test", {"a": 1, "c": 3}, start=50)

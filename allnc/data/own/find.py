@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -101,6 +103,18 @@ def _check_classes(root: str, found: Found, stray: list[str]) -> None:
     )
 
 
+def _by_ending(paths: Sequence[str]) -> str:
+    """Return how many files have which ending, the most frequent first, where there are several; else nothing.
+
+    One example would hide a hundred photographs of a kind that cannot be read behind a Thumbs.db.
+    """
+    endings = Counter(os.path.splitext(path)[1].lower() or "none" for path in paths).most_common()
+    if len(endings) == 1:
+        return ""
+    more = f" and {len(endings) - 5} more" if len(endings) > 5 else ""
+    return f"; by ending: {', '.join(f'{number:,} {shown(ending)}' for ending, number in endings[:5])}{more}"
+
+
 class _Reader:
     """Reads folders below a root, each once."""
 
@@ -127,7 +141,7 @@ class _Reader:
         if self.others:
             self.found.notes.append(
                 f"{_count(len(self.others), 'file')} without an image's ending left out, such as "
-                f"{shown(self.others[0])}"
+                f"{shown(self.others[0])}{_by_ending(self.others)}"
             )
             self.others = []
 
