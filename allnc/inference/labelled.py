@@ -243,7 +243,7 @@ def test_images(run: Restored) -> ImageSet:
         assert data.index
         rows = read_index(data.index, root).of(TEST)
         labels = _numbers([row.label for row in rows], run.classes, root)
-        return set_of_files([os.path.join(root, row.path) for row in rows], labels, run)[0]
+        return set_of_files([os.path.join(root, row.path) for row in rows], labels, run, max_bad=None)[0]
     folder = _test_folder(root)
     assert folder is not None
     return labelled_images(folder, run).images

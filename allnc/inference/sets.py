@@ -23,7 +23,7 @@ Bad = tuple[str, str]  # path of a file, and why it cannot be read
 
 
 def set_of_files(
-    paths: Sequence[str], labels: np.ndarray, run: Restored, bad: Sequence[Bad] = (), max_bad: int = 0
+    paths: Sequence[str], labels: np.ndarray, run: Restored, bad: Sequence[Bad] = (), max_bad: int | None = 0
 ) -> tuple[ImageSet, list[str]]:
     """Return the set of some files, and a note on each that cannot be read.
 
@@ -34,7 +34,7 @@ def set_of_files(
         labels: the run's numbers of their classes, [n] int64.
         run: whose set it is.
         bad: files beside them that are no images.
-        max_bad: how many files may be left out.
+        max_bad: how many files may be left out; None: none, and nobody can say otherwise.
 
     Raises:
         ValueError: more files than that cannot be read, or all of them.
@@ -50,10 +50,10 @@ def set_of_files(
     kept = np.array([path not in unread for path in paths], np.bool_)
     number = len(paths) + len(bad)
     bad = [*unread.items(), *bad]
-    if len(bad) > max_bad or not kept.any():
+    if len(bad) > (max_bad or 0) or not kept.any():
         some = "; ".join(f"{shown(path)} ({why})" for path, why in bad[:3])
         allowed = f"--max_bad allows {max_bad}" if max_bad else "none may be"
-        leave = f", or leave them out with --max_bad {len(bad)}" if kept.any() else ""
+        leave = f", or leave them out with --max_bad {len(bad)}" if kept.any() and max_bad is not None else ""
         raise ValueError(
             f"{len(bad):,} of {number:,} images cannot be read, and {allowed}, such as {some}: mend or remove "
             f"them{leave}"
