@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allnc._command import Parser, answer
-from allnc.inference.options import add_device, add_prior, add_weights
+from allnc.inference.options import add_device, add_prior, add_weights, check_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,13 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from allnc.trainer.folder import check_trained
     from allnc.trainer.launcher import world_size
 
     if world_size() > 1:
         raise ValueError("allnc.evaluate runs as one process: start it without a launcher such as torchrun")
     _check_options(options)
-    check_trained(options.run)
+    check_run(options.run)
     from rich.console import Console
 
     console = Console()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allnc._command import Parser, answer
-from allnc.inference.options import add_weights
+from allnc.inference.options import add_weights, check_run
 
 ENDINGS = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 
@@ -36,8 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from allnc.trainer.folder import check_trained
-
     ending = ENDINGS[options.format]
     out: Path = options.out or options.run / f"model{ending}"
     if out.suffix != ending:
@@ -52,7 +50,7 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must be a file; {folder} is a folder")
     if options.out and not out.parent.is_dir():
         raise ValueError(f"--out must be in a folder that is there; got {out}")
-    check_trained(options.run)
+    check_run(options.run)
     from allnc.inference.export import export  # torch from here on
     from allnc.inference.predictor import load
 

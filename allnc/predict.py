@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from allnc._command import Parser, answer
 from allnc.inference.formats import FORMATS, Writer
-from allnc.inference.options import add_device, add_prior, add_weights
+from allnc.inference.options import add_device, add_prior, add_weights, check_run
 
 if TYPE_CHECKING:
     from allnc.inference.predict import Done
@@ -54,7 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _predict(options: argparse.Namespace) -> int:
     """Write predictions; return the number of images that could not be read."""
     from allnc.inference.paths import check_sources, image_paths
-    from allnc.trainer.folder import check_trained
 
     if options.top is not None and options.top < 1:
         raise ValueError(f"--top must be >= 1; got {options.top}")
@@ -65,7 +64,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out is not None:
         _check_out(options.out, options.overwrite)
     check_sources(options.images)
-    check_trained(options.run)
+    check_run(options.run)
     from allnc.inference.predict import predict_files  # torch from here on
     from allnc.inference.predictor import load
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -30,3 +31,10 @@ def add_prior(parser: argparse.ArgumentParser, purpose: str) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --train.device, as `device`."""
     parser.add_argument("--train.device", dest="device", choices=DEVICES, default="auto", help="default auto")
+
+
+def check_run(folder: Path) -> None:
+    """Raise ValueError unless RUN_DIR holds a trained model."""
+    from allnc.trainer.folder import check_trained  # reads YAML, which --help need not wait for
+
+    check_trained(folder)
