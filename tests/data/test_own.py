@@ -60,6 +60,16 @@ def test_one_folder_of_class_folders_is_split_by_class(tmp_path: Path) -> None:
     assert "1 class trained but not tested, having one image alone or copies of it, such as dog" in index.notes
 
 
+def test_a_folder_above_several_sets_is_said(tmp_path: Path) -> None:
+    for kind in ("colour", "grey"):
+        tree(tmp_path / kind, {"circle": 3, "bar": 3}, start=10 * len(kind))
+    said = "every class folder holds bar and circle: if these are the classes, give one of the folders above them"
+    assert said in looked(tmp_path).notes
+    picture(tmp_path / "third" / "1.png", 99)
+    picture(tmp_path / "third" / "2.png", 98)
+    assert said not in looked(tmp_path).notes  # a class without such folders
+
+
 def test_the_split_is_the_same_every_time_and_another_with_another_seed(tmp_path: Path) -> None:
     tree(tmp_path, {"a": 30, "b": 30})
     first, again, other = (looked(tmp_path, subset_seed=seed).rows for seed in (0, 0, 1))

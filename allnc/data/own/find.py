@@ -82,7 +82,21 @@ def find_images(root: str) -> Found:
             "class folders"
         )
     _check_classes(root, found, images)
+    found.notes += _level_notes(found.entries)
     return found
+
+
+def _level_notes(entries: Sequence[Entry]) -> list[str]:
+    """Say where the folders taken for classes hold folders of the same names, as data sets side by side do."""
+    inner: dict[str, set[str]] = {}
+    for entry in entries:
+        folders = entry.path.split(os.sep)[:-1]
+        inner.setdefault(entry.label, set()).update(folders[folders.index(entry.label) + 1 :][:1])
+    common = set.intersection(*inner.values())
+    if len(common) < 2:
+        return []
+    such = " and ".join(map(shown, sorted(common)[:2]))
+    return [f"every class folder holds {such}: if these are the classes, give one of the folders above them"]
 
 
 def _check_classes(root: str, found: Found, stray: list[str]) -> None:
