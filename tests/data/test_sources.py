@@ -50,7 +50,7 @@ def test_statistics_are_those_of_the_pixels() -> None:
 
 def _idx(path: Path, values: np.ndarray, packed: bool) -> None:
     raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
-    path.with_name(path.name + ".gz" * packed).write_bytes(gzip.compress(raw) if packed else raw)
+    path.with_name(path.name + ".gz" * packed).write_bytes(gzip.compress(raw, mtime=0) if packed else raw)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -135,15 +135,15 @@ def _fashion(folder: Path, images: np.ndarray | None = None, labels: np.ndarray 
         ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0\0\1\0\0\0\1\0\0\0\1a", "must hold images of 28 x 28; got 1 x 1"),
         ("train-labels-idx1-ubyte.gz", b"", "must be an idx file of type 00000801; got nothing"),
         ("train-labels-idx1-ubyte.gz", b"not gzip", "must be a whole idx file; got: Not a gzipped file"),
-        ("train-labels-idx1-ubyte.gz", gzip.compress(bytes(99))[:-9], "must be .*idx file"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(bytes(99), mtime=0)[:-9], "must be .*idx file"),
         (
             "train-labels-idx1-ubyte.gz",
-            gzip.compress(b"\0\0\x08\x01\0\0\0\x14" + bytes(20))[:-12],
+            gzip.compress(b"\0\0\x08\x01\0\0\0\x14" + bytes(20), mtime=0)[:-12],
             "must be a whole idx file",
         ),
         (
             "train-labels-idx1-ubyte.gz",
-            gzip.compress(b"\0\0\x08\x01\xff\xff\xff\xff" + bytes(20)),
+            gzip.compress(b"\0\0\x08\x01\xff\xff\xff\xff" + bytes(20), mtime=0),
             "must hold 4294967295",
         ),
     ],
