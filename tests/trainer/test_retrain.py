@@ -173,5 +173,5 @@ def test_what_there_is_to_train() -> None:
     """A first stage of an epoch at least, and a classifier."""
     with pytest.raises(ValueError, match=r"train\.retrain_epochs needs a model\.classifier that trains, .* got etf"):
         parse(["--train.retrain_epochs", "6", "--model.classifier", "etf"])
-    with pytest.raises(ValueError, match=r"train\.retrain_epochs must be in \[0, 60\); got 60"):
+    with pytest.raises(ValueError, match=r"train\.retrain_epochs must be in \[0, 60\), .*; got 60"):
         parse(["--train.retrain_epochs", "60"])
