@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from allnc.data import ImageSet
 from allnc.inference.predictor import Restored
-from allnc.metrics import adjust_prior
 from allnc.trainer.classes import ClassScore, class_scores
 from allnc.trainer.measure import predictions
 from allnc.trainer.predictions import scores
@@ -40,13 +38,10 @@ def measure(run: Restored, images: ImageSet, *, prior: str | None = None, measur
     """
     train, data = run.config.train, run.config.data
     prepare(train, run.device)
-    adjust, wanted = None, None
-    if prior is not None:
-        assumed, wanted = run.prior(prior)
-        adjust = functools.partial(adjust_prior, assumed=assumed, wanted=wanted)
-    found = predictions(run.model, images, data, run.device, Processes(), adjust=adjust)
+    priors = None if prior is None else run.prior(prior)
+    found = predictions(run.model, images, data, run.device, Processes(), priors)
     counts: Tensor = run.counts
-    values: dict[str, Any] = scores(found, counts, many=data.many, few=data.few, prior=wanted)
+    values: dict[str, Any] = scores(found, counts, many=data.many, few=data.few, prior=priors and priors[1])
     if not bool(counts.any()):  # the run does not know which classes have many images
         values |= dict.fromkeys(GROUPS)
     values |= {

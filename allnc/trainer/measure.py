@@ -5,7 +5,7 @@ Neither depends on the autocast type of training, so `python -m allnc.evaluate` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from allnc.config import DataConfig
 from allnc.data import FeatureSet, ImageSet, plain_batches
-from allnc.metrics import CollapseAccumulator
+from allnc.metrics import CollapseAccumulator, adjust_prior
 from allnc.metrics.accumulate import predictions_of
 from allnc.models import LongTailModel, ModelOutput, added_parts_run
 from allnc.trainer.predictions import Predictions
@@ -81,7 +81,7 @@ def predictions(
     config: DataConfig,
     device: torch.device,
     processes: Processes,
-    adjust: Callable[[Tensor], Tensor] | None = None,
+    priors: tuple[Tensor, Tensor] | None = None,
 ) -> Predictions:
     """Return what the model predicts for every image of the test set, alike on all processes.
 
@@ -91,11 +91,11 @@ def predictions(
         config: how they are read.
         device: of the model.
         processes: each predicts its share.
-        adjust: what is done to logits [n, C] before they predict, as `adjust_prior` does; None: nothing.
+        priors: the class prior that the logits assume and the one they are adjusted to, [C] each; None: not adjusted.
     """
     parts = []
     for logits, labels in _test_logits(model, _own(test, processes), config, device):
-        parts.append(Predictions.of(logits if adjust is None else adjust(logits), labels))
+        parts.append(Predictions.of(logits if priors is None else adjust_prior(logits, *priors), labels))
     own = Predictions.joined(parts) if parts else None  # fewer images than processes
     return Predictions.joined([part for part in processes.gather(own) if part is not None])
 

@@ -71,6 +71,7 @@ def settle(config: Config, given: Collection[str], say: Callable[[str], None]) -
     colour = channels in (3, 4) and not grey
     chosen = choices.of_arrays(config, number, len(counts), shape, given, colour=colour)
     config = changed(config, {name: value for name, value in chosen.items() if name not in given})
+    config.check()
     choices.check_batch(config, number)
 
     name, size = os.path.basename(data.root or ""), f"{shape[2]} x {shape[1]}"
@@ -106,21 +107,18 @@ def _copy_notes(parts: dict[str, ImageSet]) -> list[str]:
 
     from allnc.data.arrays import first_copies
     from allnc.data.images import shown
+    from allnc.data.own.notes import many
 
     pixels = np.concatenate([part.images.numpy() for part in parts.values() if part.images is not None])
     splits = [split for split, part in parts.items() for _ in range(len(part))]
     labels = [label for part in parts.values() for label in part.labels.tolist()]
     names = parts[TRAIN].classes or tuple(map(str, range(parts[TRAIN].num_classes)))
     pairs = [(first, place) for place, first in enumerate(first_copies(pixels)) if first != place]
-    notes = [f"{_many(len(pairs))} with the same pixels as another one"] if pairs else []
+    notes = [f"{many(len(pairs), 'image')} with the same pixels as another one"] if pairs else []
     for values, words in ((labels, "in two classes"), (splits, "in two of training, validation and test set")):
         groups = {first: place for first, place in pairs if values[first] != values[place]}
         if groups:
             classes = dict.fromkeys(names[labels[place]] for place in next(iter(groups.items())))
             such = " and ".join(map(shown, classes))
-            notes.append(f"{_many(len(groups))} {words}, such as one of {such}: remove one of the two")
+            notes.append(f"{many(len(groups), 'image')} {words}, such as one of {such}: remove one of the two")
     return notes
-
-
-def _many(number: int) -> str:
-    return f"{number:,} image{'' if number == 1 else 's'}"

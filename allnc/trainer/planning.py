@@ -101,7 +101,6 @@ def settled(
         own_arrays.refuse_split(config, typed)
         if looks:
             config = own_arrays.settle(config, {*typed}, say)
-            config.check()
             refuse_ignored(config, typed)
         return config, None
     if not config.data.undecided:

@@ -15,7 +15,6 @@ import torch
 from allnc.config import SMALL_SETS, Config, DataConfig
 from allnc.data import FeatureSet, ImageSet, TrainLoader, load, loader_for
 from allnc.losses.build import LOSSES, build_loss
-from allnc.metrics import adjust_prior
 from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_tensors
 from allnc.trainer import checkpoint
 from allnc.trainer.classes import ClassScore, class_scores, write_classes
@@ -228,14 +227,11 @@ class Run:
         Raises:
             ValueError: the loss has no logits that can be adjusted to a prior.
         """
-        data, adjust = self.config.data, None
+        data, priors = self.config.data, None
         if prior is not None:
             names = self.train_set.classes
-            assumed = assumed_prior(self.config, self.counts, epoch=self.epoch, classes=names)
-            adjust = functools.partial(adjust_prior, assumed=assumed, wanted=prior)
-        self.predictions = predictions(
-            self.measured, self.measured_set, data, self.device, self.processes, adjust=adjust
-        )
+            priors = assumed_prior(self.config, self.counts, epoch=self.epoch, classes=names), prior
+        self.predictions = predictions(self.measured, self.measured_set, data, self.device, self.processes, priors)
         return scores(self.predictions, self.counts, many=data.many, few=data.few, prior=prior)
 
     def class_scores(self) -> list[ClassScore]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from allnc.config import TEST, TRAIN, VALIDATION
 from allnc.data.folders import IMAGE_ENDINGS
 from allnc.data.images import shown
+from allnc.data.own.notes import many
 
 SPLITS = {
     **dict.fromkeys(("train", "training", "trainset", "train_set"), TRAIN),
@@ -78,7 +79,7 @@ def find_images(root: str) -> Found:
         reader.classes("", "")
     if images:
         found.notes.append(
-            f"{_count(len(images), 'image')} of {shown(root)} left out, such as {shown(images[0])}: outside of the "
+            f"{many(len(images), 'image')} of {shown(root)} left out, such as {shown(images[0])}: outside of the "
             "class folders"
         )
     _check_classes(root, found, images)
@@ -109,7 +110,7 @@ def _check_classes(root: str, found: Found, stray: list[str]) -> None:
         inner = os.path.join(root, os.path.dirname(os.path.dirname(found.entries[0].path)))
         hint = f": the classes seem to be in {shown(inner)}, give that folder" if below else ""
         raise ValueError(f"{shown(root)} must hold at least two classes; got one, {shown(min(labels))}{hint}")
-    beside = f", and {_count(len(stray), 'image')} beside them" if stray else "".join(f"; {n}" for n in found.notes[:1])
+    beside = f", and {many(len(stray), 'image')} beside them" if stray else "".join(f"; {n}" for n in found.notes[:1])
     raise ValueError(
         f"{shown(root)} must hold a folder for each class, with images ({' '.join(IMAGE_ENDINGS)}); got none"
         f"{beside}: move the images of each class into a folder, or give a list (a CSV file with the columns "
@@ -143,7 +144,7 @@ class _Reader:
         folders, images = self.listed(os.path.join(self.root, folder))
         if folder and images:
             self.found.notes.append(
-                f"{_count(len(images), 'image')} of {shown(folder)} left out, such as {shown(images[0])}: outside of "
+                f"{many(len(images), 'image')} of {shown(folder)} left out, such as {shown(images[0])}: outside of "
                 "the class folders"
             )
         for label in folders:
@@ -154,7 +155,7 @@ class _Reader:
                 self.found.notes.append(f"{shown(os.path.join(self.root, folder, label))} has no image: no class")
         if self.others:
             self.found.notes.append(
-                f"{_count(len(self.others), 'file')} without an image's ending left out, such as "
+                f"{many(len(self.others), 'file')} without an image's ending left out, such as "
                 f"{shown(self.others[0])}{_by_ending(self.others)}"
             )
             self.others = []
@@ -228,7 +229,3 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(f"{shown(folder)} must be a readable folder; got: {error.strerror}") from error
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"

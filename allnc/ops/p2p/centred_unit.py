@@ -14,8 +14,8 @@ from torch import Tensor
 
 from allnc.ops._common import LEAST_ENTRY, accumulation_dtype, normal_scale
 
-Sides = tuple[bool, bool]
-BOTH: Sides = (True, True)
+Centre = tuple[bool, bool]
+BOTH: Centre = (True, True)
 SHORTEST = 2.0**-30  # of the longest row's length, from which on a row that is not centred has a direction
 
 
@@ -113,7 +113,7 @@ _centred_unit.register_autograd(_unit_autograd, setup_context=_save_for_unit)
 
 
 def centred_units(
-    x: Tensor, y: Tensor | None, seen: Tensor, *, backend: str, centre: Sides = BOTH
+    x: Tensor, y: Tensor | None, seen: Tensor, *, backend: str, centre: Centre = BOTH
 ) -> tuple[Tensor, Tensor | None]:
     """`centred_unit` of x and of y in their common accumulation type: torch operations, C++ or two Triton launches.
 

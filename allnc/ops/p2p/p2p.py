@@ -38,7 +38,7 @@ from allnc.ops._common import (
     resolve_backend,
     unit_rows,
 )
-from allnc.ops.p2p.centred_unit import BOTH, Sides, centred_units, pair_dtype
+from allnc.ops.p2p.centred_unit import BOTH, Centre, centred_units, pair_dtype
 from allnc.ops.p2p.forms import (
     Blocks,
     Target,
@@ -58,7 +58,7 @@ def p2p_reference(
     target: Target = "auto",
     temperature: float = 0.1,
     seen: Tensor | None = None,
-    centre: bool | Sides = True,
+    centre: bool | Centre = True,
 ) -> Tensor:
     """P2P as the formula is written, pair by pair with C x C matrices and autograd; arguments as in `p2p`."""
     dtype = pair_dtype(x, y)
@@ -269,7 +269,7 @@ def p2p_values(
     target: Target,
     temperature: float,
     backend: str,
-    centre: Sides = BOTH,
+    centre: Centre = BOTH,
 ) -> Tensor:
     """P2P of several blocks at once, from rows as they are: `p2p` of arguments that `check_p2p` has passed.
 
@@ -336,7 +336,7 @@ def p2p(
     target: Target = "auto",
     temperature: float = 0.1,
     seen: Tensor | None = None,
-    centre: bool | Sides = True,
+    centre: bool | Centre = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """Peer-to-peer loss: pulls the cosines between the rows of x and of y towards those of a simplex ETF.
@@ -381,7 +381,7 @@ def p2p(
     return p2p_values(x, y, seen, blocks="own" if y is None else "cross", **options).reshape(())
 
 
-def _both(centre: bool | Sides) -> Sides:
+def _both(centre: bool | Centre) -> Centre:
     """Return whether x, and whether y, is centred."""
     if isinstance(centre, bool):
         return centre, centre
