@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -66,6 +67,8 @@ def _refuse(word: str) -> None:
         raise ValueError(f"a command comes first, such as allnc train {word}; got {word}; allnc --help lists them")
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
+    if not near and os.path.exists(word):
+        hint = f", but a file or folder: allnc train {word} looks at its images and trains"
     raise ValueError(f"{word} is not a command{hint}; allnc --help lists them")
 
 

@@ -214,8 +214,9 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _collapse(options: argparse.Namespace, run: Run, console: Console) -> None:
     """Print and write collapse by layer and by shot."""
-    from allnc.trainer.collapse_report import ENCODER, layers_of, measure_layers, tables
+    from allnc.trainer.collapse_report import layers_of, measure_layers, tables
     from allnc.trainer.folder import COLLAPSE, write_json
+    from allnc.trainer.measure import ENCODER
 
     layers = ENCODER if options.layers is None else options.layers
     report = measure_layers(run, layers_of(layers), options.ood)

@@ -58,6 +58,8 @@ class TrainConfig:
             all epochs, and the weights of the last one.
         collapse_every: epochs between measurements of neural collapse on the training set, 0: only after
             the last.
+        collapse_layers: measure the blocks of the encoder, too, each time that collapse is measured, for pictures by
+            layer and epoch; it takes two more passes over the training images.
         save: which weights a checkpoint holds where pretrained ones stay frozen (model.pretrained with a model.tune
             other than full): tuned, those that train, with the SHA-256 of the frozen ones, which evaluating and
             resuming then read from the pretrained weights again; or whole. Without frozen pretrained weights, whole.
@@ -87,6 +89,7 @@ class TrainConfig:
     eval_every: int = 1
     patience: int | None = None
     collapse_every: int = 5
+    collapse_layers: bool = False
     save: Literal["tuned", "whole"] = "tuned"
 
     @property

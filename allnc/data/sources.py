@@ -210,8 +210,13 @@ def divided(train: ImageSet, test: ImageSet, config: DataConfig, *, tested: bool
 
 def _validation_notes(images: ImageSet, held: np.ndarray) -> tuple[str, ...]:
     counts = torch.bincount(images.labels[torch.from_numpy(held)], minlength=images.num_classes)
+    return untested_notes(counts, "validation")
+
+
+def untested_notes(counts: torch.Tensor, split: str) -> tuple[str, ...]:
+    """Say of how many classes, of which there are `counts` images [C], nothing is measured on test or validation."""
     without = int((counts == 0).sum())
-    return (f"{without} of {len(counts)} classes have no validation image",) if without else ()
+    return (f"{without} of {len(counts)} classes {'has' if without == 1 else 'have'} no {split} image",) * (without > 0)
 
 
 def _digits(seed: int) -> tuple[ImageSet, ImageSet]:

@@ -5,6 +5,7 @@ from allnc.metrics.accuracy import shot_accuracy, shot_groups
 from allnc.metrics.angles import ideal_angle, pairwise_angles
 from allnc.metrics.calibration import calibration_error
 from allnc.metrics.collapse import collapse
+from allnc.metrics.drift import drift
 from allnc.metrics.layers import LayerCollapse, collapse_of
 from allnc.metrics.measures import Moments
 from allnc.metrics.ood import nc5
@@ -23,6 +24,7 @@ __all__ = [
     "calibration_error",
     "collapse",
     "collapse_of",
+    "drift",
     "effective_rank",
     "ideal_angle",
     "ideal_mir",

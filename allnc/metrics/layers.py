@@ -19,6 +19,7 @@ from allnc.metrics.ood import OODAccumulator
 from allnc.ops._common import check_choice
 
 Positions = Literal["mean", "flatten"]
+Gather = Callable[[Any], list[Any]]
 
 _MOST_ENTRIES = 1 << 27  # 1 GiB in float64: the largest scatter matrix of a layer
 _SAME = 1e-5  # relative difference up to which a layer's output is the classifier's input, e.g. by another sum's order
@@ -45,6 +46,7 @@ def collapse_of(
     positions: Positions = "mean",
     nc4: bool = True,
     ood: Iterable[Any] | None = None,
+    gather: Gather | None = None,
     center: Center = "class",
     within: Within = "classes",
 ) -> dict[str, LayerCollapse]:
@@ -70,6 +72,9 @@ def collapse_of(
             and [N, T, d] over tokens ("mean"), or taken whole ("flatten").
         nc4: a second pass counts how often the nearest class mean at a layer is not what the network predicts.
         ood: batches of images of no class, or (images, anything); each layer then has nc5 and nc5_vectors.
+        gather: for several processes, each with a share of the images in its loader: returns what each of them passes,
+            any object that can be pickled, in one order on all (`torch.distributed.all_gather_object`). All get the
+            measures of all images; class_counts are those of all. ood is not shared: each process sees the same.
         center, within: as in `collapse`.
 
     Returns:
@@ -112,6 +117,7 @@ def collapse_of(
     first = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
     with _measured(model, first.device), _Taps(modules, names, classifier, positions) as taps:
         sums: dict[str, CollapseAccumulator] = {}
+        read: set[str] = set()  # layers that the classifier reads
         for images, labels in loader:
             model(images.to(first.device))
             outputs = taps.take(len(labels), drop=layers == "all" and not sums)
@@ -123,6 +129,8 @@ def collapse_of(
                 read = {name for name, x in outputs.items() if taps.feeds_classifier(x)}
             for name, x in outputs.items():
                 sums[name].update(x, labels.cpu())
+        if gather is not None:
+            sums, read = _merged(sums, read, gather, counts, within)
         if not sums:
             raise ValueError("loader must yield at least one batch, and layers name at least one layer; got none")
         if nc4:
@@ -130,6 +138,10 @@ def collapse_of(
                 predictions = _predictions(model(images.to(first.device)), logits, len(labels))
                 for name, x in taps.take(len(labels)).items():
                     sums[name].count_disagreement(x, predictions)
+            if gather is not None:
+                seen = gather({name: total.nearest for name, total in sums.items()})
+                for name, total in sums.items():
+                    total.nearest = torch.stack([own[name] for own in seen]).sum(0)
         orthogonal = {} if ood is None else {name: OODAccumulator(total.means) for name, total in sums.items()}
         for batch in [] if ood is None else ood:
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -144,6 +156,27 @@ def collapse_of(
             measures |= orthogonal[name].compute()
         found[name] = LayerCollapse(measures, total.moments, own)
     return found
+
+
+def _merged(
+    own: dict[str, CollapseAccumulator], read: set[str], gather: Gather, counts: Tensor | None, within: Within
+) -> tuple[dict[str, CollapseAccumulator], set[str]]:
+    """Return what all processes have seen of the layers, and which the classifier reads, alike on all processes.
+
+    Raises:
+        ValueError: they have seen other layers.
+    """
+    parts = gather((read, {name: total.state() for name, total in own.items()}))
+    parts = [part for part in parts if part[1]]  # a process may have no images
+    merged: dict[str, CollapseAccumulator] = {}
+    for _, layers in parts:
+        if list(layers) != list(parts[0][1]):
+            raise ValueError(f"all processes must see the same layers; got {list(layers)} and {list(parts[0][1])}")
+        for name, state in layers.items():
+            if name not in merged:
+                merged[name] = CollapseAccumulator(*state["means"].shape, class_counts=counts, within=within)
+            merged[name].merge_state(state)
+    return merged, parts[0][0] if parts else set()
 
 
 @contextmanager

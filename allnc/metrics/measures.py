@@ -96,7 +96,7 @@ def collapse_from_moments(
     measures = {
         "classes": float(num_present),
         "nc1": nc1(R_M, num_present, within_covariance.to(means)),
-        "trace_ratio": _ratio(float(total_within), float(total_between)),
+        "trace_ratio": ratio(float(total_within), float(total_between)),
         "cdnv": _cdnv(means, variance),
         **{f"{name}_means": value for name, value in _geometry(M, R_M).items()},
     }
@@ -220,7 +220,7 @@ def _geometry(vectors: Tensor, R: Tensor) -> dict[str, float]:
     deviation /= num_pairs
     measures = {
         "nc2": distance_to_etf(vectors, vectors, R @ R.T),
-        "equinorm": _ratio(float(lengths.std(correction=0)), float(lengths.mean())),
+        "equinorm": ratio(float(lengths.std(correction=0)), float(lengths.mean())),
         "cosine_mean": mean + deviation,
         "cosine_std": math.sqrt(max(0.0, squares / num_pairs - deviation**2)),
         "equiangular": from_etf / num_pairs,
@@ -265,5 +265,5 @@ def normalised(matrix: Tensor) -> Tensor:
     return matrix / norm.where(norm > 0, 1)
 
 
-def _ratio(top: float, bottom: float) -> float:
+def ratio(top: float, bottom: float) -> float:
     return top / bottom if bottom > 0 else math.inf

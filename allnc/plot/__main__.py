@@ -18,6 +18,8 @@ FROM_RECORDS = {
     "curves": "accuracy and NC1 to NC4 over the epochs",
     "cosines": "standard deviation of the cosines over the epochs",
     "duality": "distance between classifier and class means over the epochs",
+    "drift": "how far class means move from one measurement to the next",
+    "layer_curves": "NC1 to NC4 of the blocks over the epochs, of runs with train.collapse_layers",
 }
 FROM_WEIGHTS = {
     "angles": "angles between classes as heat maps on one colour scale",
@@ -26,7 +28,7 @@ FROM_WEIGHTS = {
     "simplex": "features, means and class vectors of runs with 2 or 3 features",
 }
 KINDS = {**FROM_RECORDS, **FROM_WEIGHTS}
-DEFAULT = [kind for kind in KINDS if kind != "simplex"]
+DEFAULT = [kind for kind in KINDS if kind not in ("drift", "layer_curves", "simplex")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +95,14 @@ def _drawing(
     """Return what writes a picture to a path, with everything that it shows measured already."""
     from allnc.metrics import plots
 
-    measures = {"curves": plots.GEOMETRY, "cosines": plots.COSINES, "duality": plots.DUALITY}
+    if kind == "layer_curves":
+        return lambda path: plots.plot_layer_curves(records, path)
+    measures = {
+        "curves": plots.GEOMETRY,
+        "cosines": plots.COSINES,
+        "duality": plots.DUALITY,
+        "drift": plots.DRIFT,
+    }
     if kind in FROM_RECORDS:
         return lambda path: plots.compare_curves(records, path, measures[kind])
     if kind == "simplex":

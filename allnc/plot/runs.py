@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from allnc.metrics.plots import ClassVectors, Scene
-from allnc.trainer.collapse_report import ENCODER, measure_layers
+from allnc.trainer.collapse_report import measure_layers
 from allnc.trainer.finished import finished_run
 from allnc.trainer.folder import METRICS
-from allnc.trainer.measure import outputs
+from allnc.trainer.measure import blocks_of, outputs, short_name
 from allnc.trainer.run import Run
 from allnc.trainer.runlog import Record, read_lines
 
@@ -51,23 +51,7 @@ class MeasuredRun(NamedTuple):
             found = measure_layers(self.run, names or blocks_of(self.run.measured.encoder))["layers"]
         except ValueError as error:
             raise ValueError(f"{self.vectors.label}: {error}; name layers by --layers") from error
-        return {_short(name): layer["measures"] for name, layer in found.items()}
-
-
-def blocks_of(encoder: nn.Module) -> list[str]:
-    """Name the parts of an encoder that run one after the other, and the encoder itself: its children that multiply by
-    a matrix, or theirs where they stand in a row."""
-    names = []
-    for name, child in encoder.named_children():
-        in_a_row = isinstance(child, nn.Sequential) and len(child) > 0
-        parts = {f"{name}.{part}": block for part, block in child.named_children()} if in_a_row else {name: child}
-        names += [f"{ENCODER}.{part}" for part, block in parts.items() if any(p.ndim > 1 for p in block.parameters())]
-    return [*names, ENCODER]
-
-
-def _short(layer: str) -> str:
-    """The name of a layer in a picture."""
-    return "features" if layer == ENCODER else layer.removeprefix(f"{ENCODER}.")
+        return {short_name(name): layer["measures"] for name, layer in found.items()}
 
 
 def records_of(folder: Path) -> list[Record]:

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor
 
 from allnc.data import ImageSet
 from allnc.data.arrays import read_labelled
 from allnc.data.images import shown
-from allnc.metrics import by_shot, collapse_of, ideal_angle, ideal_mir
-from allnc.trainer.measure import plain_images
+from allnc.metrics import by_shot, ideal_angle, ideal_mir
+from allnc.trainer.measure import PlainImages, collapse_of_layers
 from allnc.trainer.run import Run
 from allnc.trainer.runlog import finite
-
-ENCODER, CLASSIFIER = "encoder", "classifier"  # names in LongTailModel
-
-
-class _PlainImages:
-    """Images as a run's model takes them, without augmentation, with their labels, again and again."""
-
-    def __init__(self, run: Run, images: ImageSet) -> None:
-        self.run, self.images = run, images
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return plain_images(self.run.measured, self.images, self.run.config.data, self.run.device)
 
 
 def layers_of(text: str) -> Sequence[str] | Literal["all"]:
@@ -56,17 +43,8 @@ def measure_layers(run: Run, layers: Sequence[str] | Literal["all"], ood: Path |
         ValueError: a layer that is not there or cannot be measured, or images of another size.
     """
     model, data = run.measured, run.config.data
-    outside = None if ood is None else _PlainImages(run, _outside(run, ood))
-    found = collapse_of(
-        model,
-        _PlainImages(run, run.train_set),
-        layers=layers,
-        class_counts=run.counts,
-        classifier=CLASSIFIER,
-        weight=model.predicting_vectors,
-        logits=lambda output: output.logits_rebalance,
-        ood=outside,
-    )
+    outside = None if ood is None else PlainImages(model, _outside(run, ood), data, run.device)
+    found = collapse_of_layers(model, run.train_set, data, run.device, run.processes, layers, outside)
     return {
         "epochs": run.epoch,
         "measured_on": "training",

@@ -125,7 +125,7 @@ def _trained(run: Run, files: RunFolder | None, console: Console) -> dict[str, A
                 run.epoch += 1
                 run.processes.together(partial(check_weights, run))  # before they are measured, and saved over the last
                 final = run.measure() if run.epoch == config.epochs else None
-                record |= _due(run) if final is None else final[0]
+                record |= _due(run, final)
                 best = run.select(record)
                 record["seconds"] = time.perf_counter() - started
                 run.seconds["total"] += record["seconds"]
@@ -138,14 +138,20 @@ def _trained(run: Run, files: RunFolder | None, console: Console) -> dict[str, A
         return finish(run, files, log, final)
 
 
-def _due(run: Run) -> dict[str, Any]:
-    """Measure what is due after the epochs done, which are not all yet."""
+def _due(run: Run, final: tuple[dict[str, Any], torch.Tensor] | None) -> dict[str, Any]:
+    """Measure what is due after the epochs done; of the last one, all was measured already."""
     config = run.config.train
-    measured: dict[str, Any] = {}
-    if run.epoch % config.eval_every == 0:
-        measured |= run.measure_accuracy()
-    if config.collapse_every and run.epoch % config.collapse_every == 0:
-        measured |= run.measure_collapse()[0]
+    of_collapse = config.collapse_every > 0 and run.epoch % config.collapse_every == 0
+    if final is None:
+        measured: dict[str, Any] = dict(run.measure_accuracy()) if run.epoch % config.eval_every == 0 else {}
+        collapse, means = run.measure_collapse() if of_collapse else ({}, None)
+        measured |= collapse
+    else:
+        measured, means = dict(final[0]), final[1]
+    if config.collapse_every and means is not None:
+        measured |= run.moved(means)
+    if config.collapse_layers and means is not None:
+        measured["layers"] = run.measure_layers()
     return measured
 
 

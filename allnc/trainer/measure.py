@@ -5,15 +5,16 @@ Neither depends on the autocast type of training, so `python -m allnc.evaluate` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allnc.config import DataConfig
 from allnc.data import FeatureSet, ImageSet, plain_batches
-from allnc.metrics import CollapseAccumulator, adjust_prior
+from allnc.metrics import CollapseAccumulator, LayerCollapse, adjust_prior, collapse_of
 from allnc.metrics.accumulate import predictions_of
 from allnc.models import LongTailModel, ModelOutput, added_parts_run
 from allnc.trainer.predictions import Predictions
@@ -22,6 +23,7 @@ from allnc.trainer.processes import Processes
 BATCH = 500
 FEATURE_BATCH = 4096  # rows of stored features are small; what a batch costs by its classes is shared by more of them
 MOST_OF_A_CLASS = 100  # images whose features start a class vector, as LIFT
+ENCODER, CLASSIFIER = "encoder", "classifier"  # names in LongTailModel
 
 
 @torch.inference_mode()
@@ -39,6 +41,16 @@ def plain_images(
     """Yield every image as the model takes it, without augmentation, with labels; the model is in evaluation mode."""
     for (pixels,), labels in _plain_views(model, images, config, device, crops=1):
         yield pixels, labels
+
+
+class PlainImages:
+    """What `plain_images` yields, again and again."""
+
+    def __init__(self, model: LongTailModel, images: ImageSet, config: DataConfig, device: torch.device) -> None:
+        self.what = model, images, config, device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return plain_images(*self.what)
 
 
 def _plain_views(
@@ -165,6 +177,54 @@ def neural_collapse(
     share = float(sum(processes.gather(right), torch.zeros_like(right))) / len(train)
     measures = accumulator.compute(model.predicting_vectors.detach().cpu())
     return {**measures, "train_accuracy": 100 * share}, accumulator.means
+
+
+def blocks_of(encoder: nn.Module) -> list[str]:
+    """Name the parts of an encoder that run one after the other, and the encoder itself: its children that multiply by
+    a matrix, or theirs where they stand in a row."""
+    names = []
+    for name, child in encoder.named_children():
+        in_a_row = isinstance(child, nn.Sequential) and len(child) > 0
+        parts = {f"{name}.{part}": block for part, block in child.named_children()} if in_a_row else {name: child}
+        names += [f"{ENCODER}.{part}" for part, block in parts.items() if any(p.ndim > 1 for p in block.parameters())]
+    return [*names, ENCODER]
+
+
+def short_name(layer: str) -> str:
+    """The name of a layer in records and pictures."""
+    return "features" if layer == ENCODER else layer.removeprefix(f"{ENCODER}.")
+
+
+def collapse_of_layers(
+    model: LongTailModel,
+    train: ImageSet,
+    config: DataConfig,
+    device: torch.device,
+    processes: Processes,
+    layers: Sequence[str] | Literal["all"],
+    ood: Iterable[Any] | None = None,
+) -> dict[str, LayerCollapse]:
+    """Return the collapse of a model's layers on the training set, alike on all processes.
+
+    Args:
+        model, train, config, device, processes: as elsewhere here.
+        layers: names in the model, as `collapse_of` takes them.
+        ood: images of no class, for NC5.
+
+    Raises:
+        ValueError: a layer that is not there or cannot be measured.
+    """
+    return collapse_of(
+        model,
+        PlainImages(model, _own(train, processes), config, device),
+        layers=layers,
+        class_counts=train.class_counts,
+        classifier=CLASSIFIER,
+        weight=model.predicting_vectors,
+        logits=lambda output: output.logits_rebalance,
+        ood=ood,
+        gather=processes.gather if processes.size > 1 else None,
+    )
 
 
 def _own(images: ImageSet, processes: Processes) -> ImageSet:

@@ -95,10 +95,10 @@ def _is_grey(images: ImageSet) -> bool:
     return pixels.shape[1] == 1 or (pixels.shape[1] == 3 and bool((pixels == pixels[:, :1]).all()))
 
 
-def _untested(measured: ImageSet, *splits: str) -> list[str]:
-    without = int((measured.class_counts == 0).sum())
-    split = VALIDATION if VALIDATION in splits else TEST
-    return [f"{without} of {measured.num_classes} classes have no {split} image"] if without else []
+def _untested(measured: ImageSet, *splits: str) -> tuple[str, ...]:
+    from allnc.data.sources import untested_notes
+
+    return untested_notes(measured.class_counts, VALIDATION if VALIDATION in splits else TEST)
 
 
 def _copy_notes(parts: dict[str, ImageSet]) -> list[str]:

@@ -15,11 +15,20 @@ import torch
 from allnc.config import SMALL_SETS, Config, DataConfig
 from allnc.data import FeatureSet, ImageSet, TrainLoader, load, loader_for
 from allnc.losses.build import LOSSES, build_loss
+from allnc.metrics import drift
 from allnc.models import LongTailModel, build_model, pixel_statistics, sum_of_tensors
 from allnc.trainer import checkpoint
 from allnc.trainer.classes import ClassScore, class_scores, write_classes
 from allnc.trainer.folder import CLASSES, PREDICTIONS
-from allnc.trainer.measure import check_images_fit, features_by_class, neural_collapse, predictions
+from allnc.trainer.measure import (
+    blocks_of,
+    check_images_fit,
+    collapse_of_layers,
+    features_by_class,
+    neural_collapse,
+    predictions,
+    short_name,
+)
 from allnc.trainer.optim import build_optimizer, moving_average
 from allnc.trainer.options import OF_A_MACHINE, dotted
 from allnc.trainer.predictions import Predictions, class_names, scores, write_predictions
@@ -27,6 +36,8 @@ from allnc.trainer.prior import assumed_prior
 from allnc.trainer.processes import Processes
 from allnc.trainer.runtime import check_backend, pick_device, pick_precision, prepare, seed_everything
 from allnc.trainer.selection import SCORE, Selection
+
+OF_LAYERS = ("nc1", "trace_ratio", "cdnv", "nc2_means", "cosine_std_means", "nc3", "nc4")  # measures in the records
 
 
 class Run:
@@ -102,6 +113,7 @@ class Run:
         self.selection = Selection()
         self.weights: checkpoint.Which = "last"  # of which epoch they are
         self.predictions: Predictions | None = None  # of the last measurement
+        self.class_means: torch.Tensor | None = None  # [C, F] of the last measurement during training
         self.changes: tuple[dict[str, Any], ...] = ()  # options changed on resuming
         self.recipe: str | None = None  # by what name its configuration was asked for
 
@@ -256,6 +268,20 @@ class Run:
     def measure_collapse(self) -> tuple[dict[str, float], torch.Tensor]:
         """Return the collapse metrics of the training set and its class means [C, F]."""
         return neural_collapse(self.measured, self.train_set, self.config.data, self.device, self.processes)
+
+    def measure_layers(self) -> dict[str, dict[str, float]]:
+        """Return the collapse of the encoder's blocks on the training set, as the records of the epochs have it."""
+        layers = blocks_of(self.measured.encoder)
+        found = collapse_of_layers(self.measured, self.train_set, self.config.data, self.device, self.processes, layers)
+        return {
+            short_name(name): {key: layer.measures[key] for key in OF_LAYERS if key in layer.measures}
+            for name, layer in found.items()
+        }
+
+    def moved(self, means: torch.Tensor) -> dict[str, float]:
+        """Return how far the class means [C, F] of this measurement are from those of the one before."""
+        before, self.class_means = self.class_means, means.float().cpu()
+        return {} if before is None else drift(before, self.class_means)
 
     def images(self) -> dict[str, str]:
         """Return number and fingerprint of the training images and of those that are measured."""

@@ -116,12 +116,12 @@ class RunLog:
 
     def epoch(self, record: Record) -> None:
         """Write the record of an epoch everywhere; what is not finite becomes null, which JSON can hold."""
-        record = {name: finite(value) for name, value in record.items()}
+        record = finite(record)
         self.records.append(record)
         if self.path is not None and self.board is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            for name, value in record.items():
+            for name, value in _flat(record).items():
                 if name != "epoch" and value is not None:
                     self.board.add_scalar(name.replace("loss_", "loss/"), value, record["epoch"])
         say(self.console, epoch_line(record, self.epochs))
@@ -227,8 +227,18 @@ def final_table(summary: Record) -> Table:
 
 
 def finite(value: Any) -> Any:
-    """Return None for a number that is not finite (a ratio whose denominator vanished), else the value."""
+    """Return None for a number that is not finite (a ratio whose denominator vanished), else the value; so in dicts."""
+    if isinstance(value, dict):
+        return {name: finite(own) for name, own in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(record: Record, path: str = "") -> Record:
+    """Return the numbers of nested records by their path, with slashes."""
+    found: Record = {}
+    for name, value in record.items():
+        found |= _flat(value, f"{path}{name}/") if isinstance(value, dict) else {f"{path}{name}": value}
+    return found
 
 
 def mean_of(records: Sequence[Record], name: str) -> float | None:

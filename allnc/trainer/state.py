@@ -34,6 +34,7 @@ def save(run: Run, folder: Path, *, best: bool = False) -> None:
         "seconds": run.seconds,
         "selection": run.selection.state(),
         "recipe": run.recipe,
+        "class_means": run.class_means,
     }
     if run.average is not None:
         training["model"] = _saved(run, run.model)
@@ -73,6 +74,7 @@ def restore(run: Run, folder: Path) -> None:
     run.seconds = state["seconds"]
     run.selection = Selection(**state.get("selection", {}))  # an older version selected nothing
     run.recipe = state.get("recipe")  # nor did it note the recipe
+    run.class_means = state.get("class_means")  # nor how far class means move
 
 
 def _fingerprint(run: Run) -> str | None:

@@ -258,7 +258,7 @@ def test_a_class_in_the_test_images_only_is_left_out(tmp_path: Path) -> None:
     assert index.classes == ("a", "b") and numbers(index, "test") == {"a": 1}
     assert "3 images left out of classes without a training image, such as c" in index.notes
     _, test = read(tmp_path)
-    assert test.labels.tolist() == [0] and test.notes == ("1 of 2 classes have no test image",)
+    assert test.labels.tolist() == [0] and test.notes == ("1 of 2 classes has no test image",)
 
 
 @pytest.mark.parametrize(

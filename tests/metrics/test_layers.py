@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -215,3 +218,45 @@ def test_features_that_would_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(layers, "_MOST_ENTRIES", 50 * 50)
     with pytest.raises(ValueError, match=r"its 54 features would need a matrix of .* average over positions"):
         collapse_of(Small(), batches(), layers=["conv"], num_classes=4, positions="flatten")
+
+
+def test_processes_with_shares_have_the_measures_of_all_images() -> None:
+    """Three threads as processes, of which one has no images: each has what one process has of all."""
+    model, data = Small(), batches()
+    settings: dict[str, Any] = {"layers": ["conv", "drop"], "class_counts": [39, 26, 13, 12], "classifier": "fc"}
+    wanted = collapse_of(model, data, **settings)
+    shares, barrier = ([data[0]], [], data[1:]), threading.Barrier(3)
+    passed: list[Any] = [None] * 3
+
+    def work(rank: int) -> dict[str, Any]:
+        def gather(value: Any) -> list[Any]:
+            passed[rank] = value
+            barrier.wait(60)
+            found = list(passed)
+            barrier.wait(60)
+            return found
+
+        return collapse_of(copy.deepcopy(model), shares[rank], gather=gather, **settings)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(work, range(3)))
+    for found in results:
+        assert list(found) == list(wanted)
+        for name, layer in found.items():
+            same(layer.measures, wanted[name].measures)
+            assert (layer.weight is None) == (name == "conv")
+
+
+def test_processes_must_see_the_same_layers() -> None:
+    model, data = Small(), batches()
+    odd = collapse_of(model, data, layers=["bn"], num_classes=4, nc4=False)["bn"]
+    state = dict(zip(("counts", "means", "traces"), odd.moments, strict=True)) | {
+        "scatter": torch.zeros(4, 6, 6),
+        "nearest": torch.zeros(2),
+    }
+
+    def gather(value: Any) -> list[Any]:
+        return [value, (set(), {"bn": state})]
+
+    with pytest.raises(ValueError, match=r"all processes must see the same layers; got \['bn'\] and \['conv'\]"):
+        collapse_of(model, data, layers=["conv"], num_classes=4, gather=gather)

@@ -23,6 +23,7 @@ from allnc.metrics.plots import (
     plot_angles,
     plot_class_sizes,
     plot_curves,
+    plot_layer_curves,
     plot_layers,
     plot_scenes,
     save,
@@ -340,3 +341,25 @@ def test_layers_are_drawn_in_their_order(tmp_path: Path, figures: list[Figure]) 
         plot_layers({"a": layers, "b": {"conv": layers["conv"]}}, tmp_path / "layers.png")
     with pytest.raises(ValueError, match="at least one run with a layer; got none"):
         plot_layers({}, tmp_path / "layers.png")
+
+
+def test_layers_over_the_epochs_have_a_row_for_each_run(tmp_path: Path, figures: list[Figure]) -> None:
+    def records(factor: float) -> list[dict]:
+        return [
+            {"epoch": 1, "layers": {"conv": {"nc4": factor, "nc3": None}, "features": {"nc4": factor / 2}}},
+            {"epoch": 2},
+            {"epoch": 3, "layers": {"conv": {"nc4": factor / 4}, "features": {"nc4": 0.0}}},
+        ]
+
+    plot_layer_curves({"a": records(1), "b": records(0.5)}, tmp_path / "layers.png")
+    upper, lower = figures[0].axes
+    assert upper.get_title().startswith("NC4") and not lower.title.get_visible()
+    assert [line.get_label() for line in lower.lines] == ["conv", "features"]
+    assert np.asarray(lower.lines[0].get_xdata()).tolist() == [1, 3]
+    assert np.asarray(lower.lines[0].get_ydata()).tolist() == [50, 12.5]
+    assert upper.lines[0].get_color() == lower.lines[0].get_color() != upper.lines[1].get_color()
+    assert upper.get_ylim() == lower.get_ylim() and lower.get_ylabel().startswith("b\n")
+    with pytest.raises(ValueError, match="records of b must hold measures of layers; got none: train with"):
+        plot_layer_curves({"a": records(1), "b": [{"epoch": 1}]}, tmp_path / "layers.png")
+    with pytest.raises(ValueError, match="at least one run; got none"):
+        plot_layer_curves({}, tmp_path / "layers.png")

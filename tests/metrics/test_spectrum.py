@@ -14,7 +14,7 @@ from tests.metrics.test_collapse import _clouds
 from tests.ops.test_p2p import simplex
 
 
-@pytest.mark.parametrize("module", ["spectrum", "ood", "layers"])
+@pytest.mark.parametrize("module", ["spectrum", "ood", "layers", "drift"])
 def test_docstring_examples(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"allnc.metrics.{module}"))
     assert results.attempted > 0 and results.failed == 0

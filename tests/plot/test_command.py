@@ -70,6 +70,20 @@ def test_layers_are_those_asked_for(runs: Path, tmp_path: Path, monkeypatch: pyt
     assert drawn[0]["flat"]["features"] == drawn[0]["flat"]["reduction"] == drawn[1]["flat"]["features"]
 
 
+def test_layers_over_the_epochs_and_drift(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, collapse_layers=True))
+    loop.train(config, tmp_path / "run", Console(file=io.StringIO()))
+    words = ["--out", str(tmp_path / "out"), "--kind"]
+    assert main([str(tmp_path / "run"), *words, "layer_curves", "drift"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["drift.png", "layer_curves.png"]
+    assert main([str(tmp_path / "run"), str(runs / "a"), *words, "drift"]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "run"), str(runs / "a"), *words, "layer_curves"]) == 2
+    assert "records of a must hold measures of layers; got none: train with --train.collapse_layers" in (
+        capsys.readouterr().err
+    )
+
+
 def test_records_alone_need_no_weights(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "a", tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors", "state.pt", "check*"))
     words = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--kind"]

@@ -71,6 +71,8 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
     for network in (run.model, run.measured):
         network.float()
     measured, means = run.measure()
+    for layer, measures in run.measure_layers().items():
+        measured |= {f"{layer}: {name}": value for name, value in measures.items()}
     return {"parts": parts, "model": model, "loss": loss, "measured": measured, "means": means}
 
 

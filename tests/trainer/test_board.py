@@ -18,7 +18,9 @@ TINY = Config(
     data=DataConfig(max_per_class=6, imbalance_ratio=3, augmentation="none", views=1, many=10, few=5),
     model=ModelConfig(name="resnet8", width=2),
     loss=LossConfig(name="ce"),
-    train=TrainConfig(epochs=2, batch_size=16, precision="fp32", device="cpu", threads=1, collapse_every=0),
+    train=TrainConfig(
+        epochs=2, batch_size=16, precision="fp32", device="cpu", threads=1, collapse_every=1, collapse_layers=True
+    ),
 )
 
 
@@ -31,6 +33,7 @@ def test_pictures_options_and_final_measures(tmp_path: Path) -> None:
     (picture,) = events.Images("confusion")
     assert picture.step == 2 and picture.width > 300 and picture.encoded_image_string[:4] == b"\x89PNG"
     assert [s.step for s in events.Scalars("loss")] == [1, 2]  # those of the epochs are as they were
+    assert [s.step for s in events.Scalars("layers/features/nc1")] == [1, 2]
     (final,) = events.Scalars("final/accuracy")
     assert final.step == 2 and abs(final.value - summary["accuracy"]) < 1e-4
     assert not any(tag in events.Tags()["scalars"] for tag in ("final/seed", "final/epochs"))

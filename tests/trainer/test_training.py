@@ -69,7 +69,7 @@ def stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_resuming_gives_the_same_bits(loss: LossConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(TINY, data={"rebalance_sampler": "reversed"}, model={"heads": "separate"})
-    config = dataclasses.replace(config, loss=loss)
+    config = changed(dataclasses.replace(config, loss=loss), train={"collapse_every": 1, "collapse_layers": True})
     straight = loop.train(config, tmp_path / "straight", quiet())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(2, patch)
@@ -84,6 +84,8 @@ def test_resuming_gives_the_same_bits(loss: LossConfig, tmp_path: Path, monkeypa
     assert {k: v for k, v in straight.items() if k not in timed} == {k: v for k, v in resumed.items() if k not in timed}
     for a, b in zip(records(tmp_path / "straight"), records(tmp_path / "parts"), strict=True):
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+        assert ("drift" in a) == (a["epoch"] > 1) and list(a["layers"])[-1] == "features"
+        assert a["layers"]["features"]["nc2_means"] == pytest.approx(a["nc2_means"], rel=1e-5)
 
 
 def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from allnc.data.arrays import statistics
 from allnc.data.images import read_image, shown
 from allnc.data.own.index import Index, read_index, scan
 from allnc.data.paths import PathList
-from allnc.data.sources import ImageSet, on_disk
+from allnc.data.sources import ImageSet, on_disk, untested_notes
 from allnc.data.views import whole
 
 
@@ -45,9 +45,7 @@ def read_own(config: DataConfig, index: Index | None = None, *, tested: bool = F
         part = on_disk(PathList.of(paths), labels, len(number), config.channels)
         sets[split] = replace(part, classes=index.classes)
     train, test = sets[TRAIN], sets[measured]
-    without = len(number) - len(np.unique(test.labels.numpy()))
-    if without:
-        test = replace(test, notes=(f"{without} of {len(number)} classes have no {measured} image",))
+    test = replace(test, notes=untested_notes(test.class_counts, measured))
     if not config.in_memory:
         return train, test
     train, test = (replace(part, images=_decoded(part.paths, config)) for part in (train, test))

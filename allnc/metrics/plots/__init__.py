@@ -6,7 +6,16 @@ global state is touched.
 """
 
 from allnc.metrics.plots.confusion import MOST_CLASSES, plot_confusion
-from allnc.metrics.plots.curves import COSINES, DUALITY, GEOMETRY, compare_curves, plot_curves, plot_layers
+from allnc.metrics.plots.curves import (
+    COSINES,
+    DRIFT,
+    DUALITY,
+    GEOMETRY,
+    compare_curves,
+    plot_curves,
+    plot_layer_curves,
+    plot_layers,
+)
 from allnc.metrics.plots.heatmaps import plot_angles
 from allnc.metrics.plots.simplex import Scene, animate_scenes, plot_scenes
 from allnc.metrics.plots.sizes import plot_class_sizes
@@ -15,6 +24,7 @@ from allnc.metrics.plots.vectors import ClassVectors
 
 __all__ = [
     "COSINES",
+    "DRIFT",
     "DUALITY",
     "GEOMETRY",
     "MOST_CLASSES",
@@ -28,6 +38,7 @@ __all__ = [
     "plot_class_sizes",
     "plot_confusion",
     "plot_curves",
+    "plot_layer_curves",
     "plot_layers",
     "plot_scenes",
     "save",

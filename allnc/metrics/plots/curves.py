@@ -11,7 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from allnc.metrics.plots.style import BLACK, BLUE, GREEN, ORANGE, RED, appearance, new_figure, save
+from allnc.metrics.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    MARKERS,
+    ORANGE,
+    RED,
+    SEQUENTIAL,
+    appearance,
+    new_figure,
+    save,
+)
 
 Record = Mapping[str, Any]
 
@@ -58,6 +69,10 @@ COSINES = {
     "cosine_std_means": Panel("Std of cosines, class means (ideal 0)", "std over all pairs"),
     "cosine_std_weights": Panel("Std of cosines, classifier (ideal 0)", "std over all pairs"),
 }
+DRIFT = {
+    "drift": Panel("Drift of the class means (ideal 0)", "of their length, log scale", logarithmic=True),
+    "drift_aligned": Panel("The same, best rotated (ideal 0)", "of their length, log scale", logarithmic=True),
+}
 DUALITY = {
     "nc3": Panel("NC3: ‖W/‖W‖ - M/‖M‖‖ (ideal 0)", "Frobenius norm"),
     "nc3_cosine": Panel("Self-duality of directions (ideal 0)", r"mean of 1 - cos(w$_c$, m$_c$)"),
@@ -76,6 +91,7 @@ GEOMETRY = {
 _OF_LAYERS = {key: GEOMETRY[key] for key in ("trace_ratio", "cdnv", "nc1", "nc2_means")}
 _OF_LAYERS["cosine_std_means"] = COSINES["cosine_std_means"]
 _OF_LAYERS["nc4"] = GEOMETRY["nc4"]
+_OF_DEPTH = {key: GEOMETRY[key] for key in ("trace_ratio", "nc2_means", "nc3", "nc4")}  # over the epochs
 
 
 def plot_curves(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
@@ -178,6 +194,58 @@ def plot_layers(runs: Mapping[str, Mapping[str, Mapping[str, float | None]]], pa
         axis.set_xticks(range(len(names[0])), names[0], fontsize=8.5, **turned)
         handles |= {str(line.get_label()): line for line in axis.lines}
     _legend(figure, handles, list(runs), columns=4)
+    save(figure, path)
+
+
+def plot_layer_curves(runs: Mapping[str, Sequence[Record]], path: str | os.PathLike[str]) -> None:
+    """Draw NC1 to NC4 of the layers of networks over the epochs: a row for each run, a colour for each layer.
+
+    Args:
+        runs: records by the name of the run; "layers" of a record has measures by the name of the layer, in the order
+            in which the layers run. Numbers that are None or not finite leave a gap.
+        path: .png or .svg file to write.
+
+    Raises:
+        ValueError: no run, or one without measures of layers.
+
+    Source: Papyan (JMLR 2020) and He & Su (PNAS 2023), who follow the collapse through the layers.
+    """
+    if not runs:
+        raise ValueError("runs must hold at least one run; got none")
+    by_layer: dict[str, dict[str, list[Record]]] = {}
+    for label, records in runs.items():
+        own: dict[str, list[Record]] = {}
+        for record in records:
+            for name, measures in (record.get("layers") or {}).items():
+                own.setdefault(name, []).append({"epoch": record["epoch"], **measures})
+        if not own:
+            raise ValueError(
+                f"the records of {label} must hold measures of layers; got none: train with "
+                "--train.collapse_layers true, and train.collapse_every 1 to measure after every epoch"
+            )
+        by_layer[label] = own
+    names = list(dict.fromkeys(name for own in by_layer.values() for name in own))
+    colours = {name: SEQUENTIAL(0.9 * place / max(1, len(names) - 1)) for place, name in enumerate(names)}
+    drawn = {
+        key: panel
+        for key, panel in _OF_DEPTH.items()
+        if any(_series(points, key)[0] for own in by_layer.values() for points in own.values())
+    }
+    figure = new_figure(4.2 * len(drawn), 3.1 * len(runs) + 0.5)
+    grid = figure.subplots(len(runs), len(drawn), squeeze=False, sharex=True, sharey="col")
+    handles: dict[str, Any] = {}
+    for number, (label, own) in enumerate(by_layer.items()):
+        for axis, (key, panel) in zip(grid[number], drawn.items(), strict=True):
+            for name, points in own.items():
+                marker = MARKERS[names.index(name) % len(MARKERS)]
+                _draw(axis, panel, points, key, label=name, color=colours[name], marker=marker)
+            _finish(axis, panel)
+            axis.title.set_visible(number == 0)
+            axis.xaxis.label.set_visible(number == len(runs) - 1)
+            handles |= {str(line.get_label()): line for line in axis.lines}
+        if len(runs) > 1:
+            grid[number][0].set_ylabel(f"{label}\n{grid[number][0].get_ylabel()}")
+    _legend(figure, handles, names, columns=6)
     save(figure, path)
 
 

@@ -16,6 +16,7 @@ DPI = 110
 BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
 PALETTE = (BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK)  # Okabe and Ito's, those first that differ most
 MARKERS = "os^vDPX*<>"
+SEQUENTIAL = matplotlib.colormaps["viridis"]  # order by lightness, so that it reads in grey, too
 DIVERGING = "PuOr_r"  # purple, white, orange: told apart with every kind of colour blindness
 
 
