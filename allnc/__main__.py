@@ -67,8 +67,10 @@ def _refuse(word: str) -> None:
         raise ValueError(f"a command comes first, such as allnc train {word}; got {word}; allnc --help lists them")
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    if not near and os.path.exists(word):
-        hint = f", but a file or folder: allnc train {word} looks at its images and trains"
+    if os.path.isdir(word):
+        is_run = os.path.isfile(os.path.join(word, "config.yaml"))
+        does = f"a run: allnc report {word} shows it" if is_run else f"a folder: allnc train {word} trains"
+        hint = f", but {does}"
     raise ValueError(f"{word} is not a command{hint}; allnc --help lists them")
 
 

@@ -58,8 +58,8 @@ class TrainConfig:
             all epochs, and the weights of the last one.
         collapse_every: epochs between measurements of neural collapse on the training set, 0: only after
             the last.
-        collapse_layers: measure the blocks of the encoder, too, each time that collapse is measured, for pictures by
-            layer and epoch; it takes two more passes over the training images.
+        collapse_layers: measure the blocks of the encoder, too, after every collapse_every epochs and after the last of
+            all epochs, for pictures by layer and epoch; two more passes over the training images, in float64.
         save: which weights a checkpoint holds where pretrained ones stay frozen (model.pretrained with a model.tune
             other than full): tuned, those that train, with the SHA-256 of the frozen ones, which evaluating and
             resuming then read from the pretrained weights again; or whole. Without frozen pretrained weights, whole.

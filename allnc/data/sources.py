@@ -216,7 +216,8 @@ def _validation_notes(images: ImageSet, held: np.ndarray) -> tuple[str, ...]:
 def untested_notes(counts: torch.Tensor, split: str) -> tuple[str, ...]:
     """Say of how many classes, of which there are `counts` images [C], nothing is measured on test or validation."""
     without = int((counts == 0).sum())
-    return (f"{without} of {len(counts)} classes {'has' if without == 1 else 'have'} no {split} image",) * (without > 0)
+    verb = "has" if without == 1 else "have"
+    return (f"{without} of {len(counts)} classes {verb} no {split} image",) if without else ()
 
 
 def _digits(seed: int) -> tuple[ImageSet, ImageSet]:

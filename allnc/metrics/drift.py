@@ -1,14 +1,14 @@
 """How far class means have moved between two measurements of the same classes, in float64.
 
-With M and M' the centred class means [K, F] before and after:
+With M and M' the centred class means [C, F] before and after:
 
     drift           ‖M' - M‖ / ‖M‖
     drift_aligned   min ‖M' R - M‖ / ‖M‖ over orthogonal R, what is left of it once the best rotation is taken back
 
-No measure of collapse sees a rotation of all features. Means that turn but keep their shape have an aligned drift of 0;
-means of two runs, which share no axes, are compared by it alone.
+No measure of the features alone sees a rotation of them (NC3 does, unless the classifier turns as well). Means that
+turn but keep their shape have an aligned drift of 0; means of two runs, which share no axes, are compared by it alone.
 
-Legend: F features, C classes, K of them present.
+Legend: F features, C classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from allnc.metrics.measures import check_enough_classes, check_measurable, ratio, triangle
+from allnc.metrics.measures import check_measurable, ratio, triangle
 from allnc.ops._common import check_floating, check_shape
 
 
@@ -24,14 +24,14 @@ def drift(before: Tensor, after: Tensor) -> dict[str, float]:
     """Relative distance between the centred class means of two measurements, as they are and best rotated.
 
     Args:
-        before: [C, F] floating class means, not centred; a row of zeros is an absent class.
-        after: [C, F] of the same classes.
+        before: [C, F] floating, class means, not centred, of C >= 2 classes that are all present.
+        after: [C, F], those of the same classes later.
 
     Returns:
-        "drift" >= 0, and "drift_aligned" in [0, drift]; infinite where all means were one.
+        "drift" >= 0, and "drift_aligned" in [0, drift]; infinite where the means before were one, up to rounding.
 
     Raises:
-        TypeError, ValueError: not finite floating matrices of one shape, or other classes present, or fewer than two.
+        TypeError, ValueError: not finite floating matrices of one shape, or fewer than two classes.
 
     Source: ours; the rotation is that of orthogonal Procrustes (Schönemann, Psychometrika 1966).
 
@@ -44,15 +44,15 @@ def drift(before: Tensor, after: Tensor) -> dict[str, float]:
         check_floating(name, means)
         check_shape(name, means, ("C", "F") if name == "before" else tuple(before.shape))
         check_measurable(name, means)
-    present = (before != 0).any(1)
-    if not torch.equal(present, (after != 0).any(1).to(present.device)):
-        raise ValueError("after must have the classes that before has; got other rows of zeros")
-    check_enough_classes(present)
-    M, moved = (means.detach()[present.to(means.device)].double().cpu() for means in (before, after))  # [K, F]
+    if len(before) < 2:
+        raise ValueError(f"before must have the means of at least two classes; got {len(before)}")
+    M, moved = (means.detach().double().cpu() for means in (before, after))  # [C, F]
+    rounding = torch.finfo(before.dtype).eps * float(torch.linalg.matrix_norm(M))
     M, moved = M - M.mean(0), moved - moved.mean(0)
     length = float(torch.linalg.matrix_norm(M))
+    length = length if length > rounding else 0.0
     whole = float(torch.linalg.matrix_norm(moved - M))
-    # In the coordinates of what the rows span, at most 2K of F: nothing outside has to be turned.
+    # In the coordinates of what the rows span, at most 2C of F: nothing outside has to be turned.
     M, moved = triangle(torch.cat((M, moved)).T).T.split(len(M))
     U, _, Vh = torch.linalg.svd(moved.T @ M)
     aligned = float(torch.linalg.matrix_norm(moved @ (U @ Vh) - M))

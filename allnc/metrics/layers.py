@@ -44,7 +44,9 @@ def collapse_of(
     weight: Tensor | None = None,
     logits: Callable[[Any], Tensor] | None = None,
     positions: Positions = "mean",
+    channels_last: bool = False,
     nc4: bool = True,
+    spectral: bool = True,
     ood: Iterable[Any] | None = None,
     gather: Gather | None = None,
     center: Center = "class",
@@ -70,7 +72,9 @@ def collapse_of(
         logits: takes the logits [N, C] from the model's output; None where it is they.
         positions: outputs [N, F] are measured as they are; [N, c, h, w] (and [N, c, ...]) are averaged over positions
             and [N, T, d] over tokens ("mean"), or taken whole ("flatten").
+        channels_last: outputs of four dimensions are [N, h, w, c], as those of Swin.
         nc4: a second pass counts how often the nearest class mean at a layer is not what the network predicts.
+        spectral: also the measures of spectra, as in `collapse`.
         ood: batches of images of no class, or (images, anything); each layer then has nc5 and nc5_vectors.
         gather: for several processes, each with a share of the images in its loader: returns what each of them passes,
             any object that can be pickled, in one order on all (`torch.distributed.all_gather_object`). All get the
@@ -115,7 +119,7 @@ def collapse_of(
         )
 
     first = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
-    with _measured(model, first.device), _Taps(modules, names, classifier, positions) as taps:
+    with _measured(model, first.device), _Taps(modules, names, classifier, positions, channels_last) as taps:
         sums: dict[str, CollapseAccumulator] = {}
         read: set[str] = set()  # layers that the classifier reads
         for images, labels in loader:
@@ -131,6 +135,7 @@ def collapse_of(
                 sums[name].update(x, labels.cpu())
         if gather is not None:
             sums, read = _merged(sums, read, gather, counts, within)
+            taps.keep(list(sums))  # a process without images knows them only now
         if not sums:
             raise ValueError("loader must yield at least one batch, and layers name at least one layer; got none")
         if nc4:
@@ -151,7 +156,7 @@ def collapse_of(
     found = {}
     for name, total in sums.items():
         own = weight if name in read else None
-        measures = total.compute(own, center=center, spectral=True)
+        measures = total.compute(own, center=center, spectral=spectral)
         if name in orthogonal:
             measures |= orthogonal[name].compute()
         found[name] = LayerCollapse(measures, total.moments, own)
@@ -166,17 +171,20 @@ def _merged(
     Raises:
         ValueError: they have seen other layers.
     """
-    parts = gather((read, {name: total.state() for name, total in own.items()}))
-    parts = [part for part in parts if part[1]]  # a process may have no images
+    parts = [part for part in gather((read, list(own))) if part[1]]  # a process may have no images
+    if not parts:
+        return {}, set()
     merged: dict[str, CollapseAccumulator] = {}
-    for _, layers in parts:
-        if list(layers) != list(parts[0][1]):
-            raise ValueError(f"all processes must see the same layers; got {list(layers)} and {list(parts[0][1])}")
-        for name, state in layers.items():
-            if name not in merged:
-                merged[name] = CollapseAccumulator(*state["means"].shape, class_counts=counts, within=within)
+    for _, names in parts:
+        if names != parts[0][1]:
+            raise ValueError(f"all processes must see the same layers; got {names} and {parts[0][1]}")
+    for name in parts[0][1]:  # one after the other: all together, they may be gigabytes
+        states = [state for state in gather(own[name].state() if name in own else None) if state is not None]
+        merged[name] = CollapseAccumulator(*states[0]["means"].shape, class_counts=counts, within=within)
+        for state in states:
             merged[name].merge_state(state)
-    return merged, parts[0][0] if parts else set()
+        own.pop(name, None)
+    return merged, parts[0][0]
 
 
 @contextmanager
@@ -196,9 +204,15 @@ class _Taps:
     """Hooks that keep what layers return, as rows [N, F], from one forward pass to the next; a context manager."""
 
     def __init__(
-        self, modules: dict[str, nn.Module], names: list[str], classifier: str | None, positions: Positions
+        self,
+        modules: dict[str, nn.Module],
+        names: list[str],
+        classifier: str | None,
+        positions: Positions,
+        channels_last: bool,
     ) -> None:
-        self.modules, self.names, self.classifier, self.positions = modules, names, classifier, positions
+        self.modules, self.names, self.classifier = modules, names, classifier
+        self.positions, self.channels_last = positions, channels_last
         self.outputs: dict[str, Tensor | str] = {}  # or why there is none
         self.input: Tensor | None = None  # of the classifier
         self.hooks: dict[str, Any] = {}  # of layers
@@ -232,7 +246,8 @@ class _Taps:
         if output.dim() < 2:
             return f"it returns a tensor of shape {list(output.shape)}, without features"
         if self.positions == "mean" and output.dim() > 2:
-            axis: Any = 1 if output.dim() == 3 else tuple(range(2, output.dim()))
+            tokens = output.dim() == 3 or (output.dim() == 4 and self.channels_last)
+            axis = tuple(range(1, output.dim() - 1)) if tokens else tuple(range(2, output.dim()))
             rows = output.detach().double().mean(axis)
         else:
             rows = output.detach().flatten(1).clone()
@@ -257,6 +272,12 @@ class _Taps:
                 raise ValueError(f"layers must name layers that can be measured; {name!r} cannot: {rows}")
         self.names = list(found)
         return found
+
+    def keep(self, names: list[str]) -> None:
+        """Forget all layers but these."""
+        for name in set(self.hooks) - set(names):
+            self.hooks.pop(name).remove()
+        self.names = names
 
     def feeds_classifier(self, rows: Tensor) -> bool:
         """Whether these rows are what the classifier got in the same pass."""

@@ -148,7 +148,7 @@ def _due(run: Run, final: tuple[dict[str, Any], torch.Tensor] | None) -> dict[st
         measured |= collapse
     else:
         measured, means = dict(final[0]), final[1]
-    if config.collapse_every and means is not None:
+    if of_collapse and means is not None:  # not after the last epoch alone: moves are of equally many epochs
         measured |= run.moved(means)
     if config.collapse_layers and means is not None:
         measured["layers"] = run.measure_layers()

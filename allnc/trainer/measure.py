@@ -203,13 +203,20 @@ def collapse_of_layers(
     processes: Processes,
     layers: Sequence[str] | Literal["all"],
     ood: Iterable[Any] | None = None,
+    *,
+    spectral: bool = True,
 ) -> dict[str, LayerCollapse]:
     """Return the collapse of a model's layers on the training set, alike on all processes.
 
     Args:
-        model, train, config, device, processes: as elsewhere here.
+        model: the model, in evaluation mode meanwhile.
+        train: its training set, of which each process measures its share.
+        config: how images are read.
+        device: of the model.
+        processes: those that share the run.
         layers: names in the model, as `collapse_of` takes them.
-        ood: images of no class, for NC5.
+        ood: batches of images of no class, for NC5; each process sees all of them.
+        spectral: also the measures of spectra, which take long for many classes or features.
 
     Raises:
         ValueError: a layer that is not there or cannot be measured.
@@ -222,9 +229,32 @@ def collapse_of_layers(
         classifier=CLASSIFIER,
         weight=model.predicting_vectors,
         logits=lambda output: output.logits_rebalance,
+        channels_last=_has_channels_last(model.encoder),
+        spectral=spectral,
         ood=ood,
         gather=processes.gather if processes.size > 1 else None,
     )
+
+
+def check_blocks(model: LongTailModel, images: ImageSet, config: DataConfig, device: torch.device) -> None:
+    """Raise ValueError unless the collapse of the encoder's blocks can be measured: not every one returns a tensor."""
+    two = torch.zeros(2, *images.shape(config), device=device)
+    try:
+        collapse_of(
+            model,
+            [(two, torch.arange(2))],
+            layers=blocks_of(model.encoder),
+            class_counts=[1, 1],
+            nc4=False,
+            spectral=False,
+        )
+    except ValueError as error:
+        raise ValueError(f"train.collapse_layers must be false for this model: {error}") from error
+
+
+def _has_channels_last(encoder: nn.Module) -> bool:
+    """Whether timm says that the encoder's blocks return [N, h, w, c]."""
+    return str(getattr(encoder, "output_fmt", "")) in ("NHWC", "Format.NHWC")
 
 
 def _own(images: ImageSet, processes: Processes) -> ImageSet:

@@ -21,7 +21,9 @@ from allnc.trainer import checkpoint
 from allnc.trainer.classes import ClassScore, class_scores, write_classes
 from allnc.trainer.folder import CLASSES, PREDICTIONS
 from allnc.trainer.measure import (
+    ENCODER,
     blocks_of,
+    check_blocks,
     check_images_fit,
     collapse_of_layers,
     features_by_class,
@@ -95,6 +97,8 @@ class Run:
         self.memory = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory)
         check_images_fit(self.model, self.train_set, config.data)
+        if config.train.collapse_layers:
+            check_blocks(self.model, self.train_set, config.data, self.device)
         self.network: torch.nn.Module = self.model  # what is trained; see `connect`
         self.loss = build_loss(
             config.loss,
@@ -270,16 +274,25 @@ class Run:
         return neural_collapse(self.measured, self.train_set, self.config.data, self.device, self.processes)
 
     def measure_layers(self) -> dict[str, dict[str, float]]:
-        """Return the collapse of the encoder's blocks on the training set, as the records of the epochs have it."""
+        """Return the collapse of the encoder's blocks on the training set, as the records of the epochs have it.
+
+        A last block that returns the features themselves is left out beside them.
+
+        Raises:
+            ValueError: a block that cannot be measured; see `check_blocks`.
+        """
         layers = blocks_of(self.measured.encoder)
-        found = collapse_of_layers(self.measured, self.train_set, self.config.data, self.device, self.processes, layers)
+        found = collapse_of_layers(
+            self.measured, self.train_set, self.config.data, self.device, self.processes, layers, spectral=False
+        )
         return {
             short_name(name): {key: layer.measures[key] for key in OF_LAYERS if key in layer.measures}
             for name, layer in found.items()
+            if name == ENCODER or layer.weight is None
         }
 
     def moved(self, means: torch.Tensor) -> dict[str, float]:
-        """Return how far the class means [C, F] of this measurement are from those of the one before."""
+        """Keep the class means [C, F] of a measurement, and return how far they are from those of the one before."""
         before, self.class_means = self.class_means, means.float().cpu()
         return {} if before is None else drift(before, self.class_means)
 

@@ -34,7 +34,7 @@ def save(run: Run, folder: Path, *, best: bool = False) -> None:
         "seconds": run.seconds,
         "selection": run.selection.state(),
         "recipe": run.recipe,
-        "class_means": run.class_means,
+        "class_means": run.class_means if run.config.train.collapse_every else None,
     }
     if run.average is not None:
         training["model"] = _saved(run, run.model)

@@ -361,5 +361,9 @@ def test_layers_over_the_epochs_have_a_row_for_each_run(tmp_path: Path, figures:
     assert upper.get_ylim() == lower.get_ylim() and lower.get_ylabel().startswith("b\n")
     with pytest.raises(ValueError, match="records of b must hold measures of layers; got none: train with"):
         plot_layer_curves({"a": records(1), "b": [{"epoch": 1}]}, tmp_path / "layers.png")
-    with pytest.raises(ValueError, match="at least one run; got none"):
+    with pytest.raises(ValueError, match="at least one run with a layer; got none"):
         plot_layer_curves({}, tmp_path / "layers.png")
+    with pytest.raises(ValueError, match="same layers; got conv, features in a, conv in b: draw them apart"):
+        plot_layer_curves({"a": records(1), "b": [{"epoch": 1, "layers": {"conv": {"nc4": 1.0}}}]}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="layers must have a number to draw, such as trace_ratio"):
+        plot_layer_curves({"a": [{"epoch": 1, "layers": {"conv": {"nc4": None}}}]}, tmp_path / "layers.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from allnc.losses import LossOutput
 from allnc.losses.build import LOSSES
 from allnc.train import main
 from allnc.trainer import divergence, ending, loop, measure, state, step
+from allnc.trainer import run as run_module
 from allnc.trainer.checkpoint import load_weights
 
 TINY = Config(
@@ -86,6 +88,45 @@ def test_resuming_gives_the_same_bits(loss: LossConfig, tmp_path: Path, monkeypa
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
         assert ("drift" in a) == (a["epoch"] > 1) and list(a["layers"])[-1] == "features"
         assert a["layers"]["features"]["nc2_means"] == pytest.approx(a["nc2_means"], rel=1e-5)
+
+
+def test_moves_are_of_equally_many_epochs(tmp_path: Path) -> None:
+    loop.train(changed(TINY, train={"epochs": 5, "collapse_every": 2, "collapse_layers": True}), tmp_path, quiet())
+    found = {r["epoch"]: ("nc1" in r, "drift" in r, "layers" in r) for r in records(tmp_path)}
+    assert found[2] == (True, False, True) and found[3] == (False, False, False)
+    assert found[4] == (True, True, True) and found[5] == (True, False, True)
+
+
+def test_a_class_mean_of_zero_stops_nothing() -> None:
+    run = loop.Run(changed(TINY, train={"epochs": 1}))
+    means = torch.rand(10, 8)
+    assert run.moved(means) == {}
+    dead = means.index_fill(0, torch.tensor([3]), 0.0)
+    assert 0 < run.moved(dead)["drift"] < math.inf and run.moved(torch.zeros(10, 8))["drift"] == pytest.approx(1)
+    assert run.moved(dead)["drift"] == math.inf
+
+
+def test_blocks_that_cannot_be_measured_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = torch.nn.Linear(64, 16)
+            self.part.register_forward_hook(lambda *call: (call[2], 1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.part(images.flatten(1))[0]
+
+    built = run_module.build_model
+
+    def odd(*arguments: Any, **named: Any) -> Any:
+        model = built(*arguments, **named)
+        model.encoder = Odd()
+        return model
+
+    monkeypatch.setattr(run_module, "build_model", odd)
+    loop.Run(TINY)
+    with pytest.raises(ValueError, match=r"collapse_layers must be false for this model.*part' cannot: it returns tu"):
+        loop.Run(changed(TINY, train={"collapse_layers": True}))
 
 
 def test_a_finished_run_can_be_resumed(tmp_path: Path) -> None:

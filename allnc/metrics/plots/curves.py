@@ -130,8 +130,8 @@ def compare_curves(
     Args:
         runs: records by the name of the run, as `plot_curves` takes them.
         path: .png or .svg file to write.
-        measures: panels by the key of the records: `COSINES`, `DUALITY`, `GEOMETRY`, or others. Panels without any
-            number are left out.
+        measures: panels by the key of the records: `COSINES`, `DRIFT`, `DUALITY`, `GEOMETRY`, or others. Panels
+            without any number are left out.
 
     Raises:
         ValueError: a run has no number to draw.
@@ -169,15 +169,7 @@ def plot_layers(runs: Mapping[str, Mapping[str, Mapping[str, float | None]]], pa
 
     Source: Papyan (JMLR 2020) and He & Su (PNAS 2023), who follow the collapse through the layers.
     """
-    names = [list(layers) for layers in runs.values()]
-    if not names or not names[0]:
-        raise ValueError("runs must hold at least one run with a layer; got none")
-    for label, own in zip(runs, names, strict=True):
-        if own != names[0]:
-            raise ValueError(
-                f"runs in one picture must have the same layers; got {', '.join(names[0])} in {next(iter(runs))}, "
-                f"{', '.join(own)} in {label}: draw them apart"
-            )
+    names = _names_of_all(runs)
     by_place = {
         label: [{"epoch": place, **measures} for place, measures in enumerate(layers.values())]
         for label, layers in runs.items()
@@ -190,8 +182,8 @@ def plot_layers(runs: Mapping[str, Mapping[str, Mapping[str, float | None]]], pa
             _draw(axis, panel, points, key, label=label, **appearance(number))
         _finish(axis, panel)
         axis.set_xlabel("")
-        turned = {} if len(names[0]) <= 4 else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        axis.set_xticks(range(len(names[0])), names[0], fontsize=8.5, **turned)
+        turned = {} if len(names) <= 4 else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axis.set_xticks(range(len(names)), names, fontsize=8.5, **turned)
         handles |= {str(line.get_label()): line for line in axis.lines}
     _legend(figure, handles, list(runs), columns=4)
     save(figure, path)
@@ -206,12 +198,10 @@ def plot_layer_curves(runs: Mapping[str, Sequence[Record]], path: str | os.PathL
         path: .png or .svg file to write.
 
     Raises:
-        ValueError: no run, or one without measures of layers.
+        ValueError: no run, one without measures of layers or without any number, or runs with different layers.
 
     Source: Papyan (JMLR 2020) and He & Su (PNAS 2023), who follow the collapse through the layers.
     """
-    if not runs:
-        raise ValueError("runs must hold at least one run; got none")
     by_layer: dict[str, dict[str, list[Record]]] = {}
     for label, records in runs.items():
         own: dict[str, list[Record]] = {}
@@ -224,14 +214,16 @@ def plot_layer_curves(runs: Mapping[str, Sequence[Record]], path: str | os.PathL
                 "--train.collapse_layers true, and train.collapse_every 1 to measure after every epoch"
             )
         by_layer[label] = own
-    names = list(dict.fromkeys(name for own in by_layer.values() for name in own))
+    names = _names_of_all(by_layer)
     colours = {name: SEQUENTIAL(0.9 * place / max(1, len(names) - 1)) for place, name in enumerate(names)}
     drawn = {
         key: panel
         for key, panel in _OF_DEPTH.items()
         if any(_series(points, key)[0] for own in by_layer.values() for points in own.values())
     }
-    figure = new_figure(4.2 * len(drawn), 3.1 * len(runs) + 0.5)
+    if not drawn:
+        raise ValueError(f"the layers must have a number to draw, such as {', '.join(_OF_DEPTH)}; got none")
+    figure = new_figure(4.2 * len(drawn), 3.1 * len(runs) + 0.25 + 0.25 * math.ceil(len(names) / 6))
     grid = figure.subplots(len(runs), len(drawn), squeeze=False, sharex=True, sharey="col")
     handles: dict[str, Any] = {}
     for number, (label, own) in enumerate(by_layer.items()):
@@ -247,6 +239,20 @@ def plot_layer_curves(runs: Mapping[str, Sequence[Record]], path: str | os.PathL
             grid[number][0].set_ylabel(f"{label}\n{grid[number][0].get_ylabel()}")
     _legend(figure, handles, names, columns=6)
     save(figure, path)
+
+
+def _names_of_all(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The layers that runs have, by the name of the run; they must be the same."""
+    names = [list(layers) for layers in runs.values()]
+    if not names or not names[0]:
+        raise ValueError("runs must hold at least one run with a layer; got none")
+    for label, own in zip(runs, names, strict=True):
+        if own != names[0]:
+            raise ValueError(
+                f"runs in one picture must have the same layers; got {', '.join(names[0])} in {next(iter(runs))}, "
+                f"{', '.join(own)} in {label}: draw them apart"
+            )
+    return names[0]
 
 
 def _legend(figure: Figure, handles: Mapping[str, Any], labels: Sequence[str], *, columns: int) -> None:
