@@ -69,7 +69,7 @@ def _refuse(word: str) -> None:
     hint = f"; did you mean {near[0]}?" if near else ""
     if os.path.isdir(word):
         is_run = os.path.isfile(os.path.join(word, "config.yaml"))
-        does = f"a run: allnc report {word} shows it" if is_run else f"a folder: allnc train {word} trains"
+        does = f"a run: allnc report {word} shows it" if is_run else f"a folder: allnc train {word} trains on it"
         hint = f", but {does}"
     raise ValueError(f"{word} is not a command{hint}; allnc --help lists them")
 

@@ -58,7 +58,7 @@ def test_the_help_of_a_command_is_a_screen_without_torch(command: str) -> None:
     ("words", "message"),
     [
         (("trian",), "allnc: error: trian is not a command; did you mean train?; allnc --help lists them"),
-        (("docs", "train"), "docs is not a command, but a folder: allnc train docs trains; allnc --help"),
+        (("docs", "train"), "docs is not a command, but a folder: allnc train docs trains on it; allnc --help"),
         (("--config", "x"), "allnc: error: a command comes first, such as allnc train --config; got --config; allnc"),
         (("train", "--lr", "1"), "allnc train: error: --lr is not an option; did you mean --train.lr?"),
         (("evaluate", "x", "--colapse"), "allnc evaluate: error: --colapse is not an option; did you mean --collapse?"),

@@ -9,7 +9,8 @@ S_c = Σ_{i in c} (f_i - μ_c)(f_i - μ_c)ᵀ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from allnc.metrics.measures import Center, Moments, Within, check_measurable, collapse_from_moments
 from allnc.metrics.spectrum import spectral_measures
 from allnc.ops._common import check_choice, check_floating, check_labels, check_shape
+
+Gather = Callable[[Any], list[Any]]  # what every process passes, in one order on all
 
 _MATRIX_ENTRIES = 1 << 25  # 256 MB in float64: the largest scatter kept for each class separately
 
@@ -265,6 +268,27 @@ class CollapseAccumulator:
             raise ValueError(f"{name} must be in [0, {self.num_classes}); got {int(wrong[0])}")
         check_measurable("features", features)
         return features.detach().to(self.counts), labels
+
+
+def merged_over(
+    gather: Gather,
+    own: CollapseAccumulator | None,
+    *,
+    class_counts: Tensor | Sequence[int] | None = None,
+    within: Within = "classes",
+) -> CollapseAccumulator:
+    """What the accumulators of all processes have seen, alike on all; for NC4 the second pass is still to come.
+
+    Args:
+        gather: returns what each process passes, in one order on all; all call this together.
+        own: of this process; None where it has seen nothing, which some other has.
+        class_counts, within: as in `CollapseAccumulator`, of all processes.
+    """
+    states = [state for state in gather(None if own is None else own.state()) if state is not None]
+    merged = CollapseAccumulator(*states[0]["means"].shape, class_counts=class_counts, within=within)
+    for state in states:
+        merged.merge_state(state)
+    return merged
 
 
 def predictions_of(logits: Tensor) -> Tensor:

@@ -13,13 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from allnc.metrics.accumulate import CollapseAccumulator, predictions_of
+from allnc.metrics.accumulate import CollapseAccumulator, Gather, merged_over, predictions_of
 from allnc.metrics.measures import Center, Moments, Within
 from allnc.metrics.ood import OODAccumulator
 from allnc.ops._common import check_choice
 
 Positions = Literal["mean", "flatten"]
-Gather = Callable[[Any], list[Any]]
 
 _MOST_ENTRIES = 1 << 27  # 1 GiB in float64: the largest scatter matrix of a layer
 _SAME = 1e-5  # relative difference up to which a layer's output is the classifier's input, e.g. by another sum's order
@@ -174,16 +173,12 @@ def _merged(
     parts = [part for part in gather((read, list(own))) if part[1]]  # a process may have no images
     if not parts:
         return {}, set()
-    merged: dict[str, CollapseAccumulator] = {}
     for _, names in parts:
         if names != parts[0][1]:
             raise ValueError(f"all processes must see the same layers; got {names} and {parts[0][1]}")
+    merged = {}
     for name in parts[0][1]:  # one after the other: all together, they may be gigabytes
-        states = [state for state in gather(own[name].state() if name in own else None) if state is not None]
-        merged[name] = CollapseAccumulator(*states[0]["means"].shape, class_counts=counts, within=within)
-        for state in states:
-            merged[name].merge_state(state)
-        own.pop(name, None)
+        merged[name] = merged_over(gather, own.pop(name, None), class_counts=counts, within=within)
     return merged, parts[0][0]
 
 

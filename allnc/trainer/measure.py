@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from allnc.config import DataConfig
 from allnc.data import FeatureSet, ImageSet, plain_batches
 from allnc.metrics import CollapseAccumulator, LayerCollapse, adjust_prior, collapse_of
-from allnc.metrics.accumulate import predictions_of
+from allnc.metrics.accumulate import merged_over, predictions_of
 from allnc.models import LongTailModel, ModelOutput, added_parts_run
 from allnc.trainer.predictions import Predictions
 from allnc.trainer.processes import Processes
@@ -264,9 +264,7 @@ def _own(images: ImageSet, processes: Processes) -> ImageSet:
 
 def _merged(own: CollapseAccumulator, train: ImageSet, processes: Processes) -> CollapseAccumulator:
     """Return what all processes have seen, alike on all of them."""
-    merged = CollapseAccumulator(train.num_classes, own.dim, class_counts=train.class_counts)
-    for state in processes.gather(own.state()):
-        merged.merge_state(state)
+    merged = merged_over(processes.gather, own, class_counts=train.class_counts)
     for features, predictions in own.kept:  # NC4 wants the means of all
         merged.count_disagreement(features, predictions)
     merged.nearest = sum(processes.gather(merged.nearest), torch.zeros_like(merged.nearest))
