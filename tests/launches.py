@@ -85,7 +85,6 @@ def opcheck_all(ops: Dispatches) -> list[str]:
         The names of the ops.
     """
     for op, arguments, keywords in ops.of("allnc"):
-        if op.overloadpacket.__name__.endswith(("backward", "part")):  # have no gradient of their own
-            arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+        arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)  # `differentiable` wraps
         torch.library.opcheck(op, arguments, keywords)
     return ops.named("allnc")

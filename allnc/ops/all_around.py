@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from allnc._checks import check_choice
+from allnc.ops._autograd import differentiable
 from allnc.ops._common import (
     Backend,
     accumulation_dtype,
@@ -133,7 +134,9 @@ def _all_around_autograd(ctx, grad_loss: Tensor, grad_p2p: Tensor, *_unused: Ten
     return dz, None, dmeans, dx, dy, *(None,) * 7
 
 
-_all_around.register_autograd(_all_around_autograd, setup_context=_save_for_all_around)
+_differentiable_terms = differentiable(
+    _all_around, name="all_around", save=_save_for_all_around, backward=_all_around_autograd
+)
 
 
 def _in_one_launch(
@@ -144,7 +147,7 @@ def _in_one_launch(
     assert proj_means is not None and seen is not None and not isinstance(options.temperature, Tensor)
     if not z.is_cuda:  # the interpreter has no device-side assertion
         labels = validated_labels(labels, len(proj_means), options.ignore_index)
-    loss, p2p, *_ = torch.ops.allnc.all_around(
+    loss, p2p, *_ = _differentiable_terms(
         z.contiguous(),
         labels,
         proj_means.contiguous(),

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allnc._checks import check_choice
+from allnc.ops._autograd import differentiable
 from allnc.ops._common import (
     Backend,
     accumulation_dtype,
@@ -198,39 +199,32 @@ def _update_over_ranks(
     return value, seen_before, counts.long()
 
 
-class _Gradient(torch.autograd.Function):
-    """The value of the update, as it is, with its gradient: an op that updates its arguments can have none itself."""
+def _copy_of_value(
+    features: Tensor,  # [N, F]
+    value: Tensor,  # [C, F]
+    *rest: object,
+) -> Tensor:
+    return value.detach()  # a view of it could not be changed in place
 
-    @staticmethod
-    def forward(
-        features: Tensor,  # [N, F]
-        value: Tensor,  # [C, F]
-        labels: Tensor,
-        counts: Tensor,
-        seen_before: Tensor,
-        group: ProcessGroup | None,
-        momentum: float,
-        straight_through: bool,
-        ignore_index: int,
-        backend: str,
-    ) -> Tensor:
-        return value.detach()  # a view of it could not be changed in place
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        features, _, labels, counts, seen_before, ctx.group, *ctx.options, ctx.backend = inputs
-        ctx.dtype = features.dtype
-        ctx.save_for_backward(labels, counts, seen_before)
+def _save_for_update(ctx, inputs, output) -> None:
+    features, _, labels, counts, seen_before, ctx.group, *ctx.options, ctx.backend = inputs
+    ctx.dtype = features.dtype
+    ctx.save_for_backward(labels, counts, seen_before)
 
-    @staticmethod
-    def backward(ctx, grad_value: Tensor):
-        if ctx.group is not None:  # what each rank has is the share of its own loss
-            grad_value = grad_value.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(grad_value, group=ctx.group)
-        grad_features = torch.ops.allnc.class_mean_ema_backward(
-            grad_value, *ctx.saved_tensors, *ctx.options, ctx.dtype, ctx.backend
-        )
-        return grad_features, *(None,) * 9
+
+def _update_autograd(ctx, grad_value: Tensor):
+    if ctx.group is not None:  # what each rank has is the share of its own loss
+        grad_value = grad_value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad_value, group=ctx.group)
+    grad_features = torch.ops.allnc.class_mean_ema_backward(
+        grad_value, *ctx.saved_tensors, *ctx.options, ctx.dtype, ctx.backend
+    )
+    return grad_features, *(None,) * 9
+
+
+# The value of the update, as it is, with its gradient: an op that updates its arguments can have none itself.
+_with_gradient = differentiable(_copy_of_value, name="class_mean_ema", save=_save_for_update, backward=_update_autograd)
 
 
 def class_mean_ema(
@@ -301,7 +295,7 @@ def class_mean_ema(
     else:
         process_group = group.group
         value, seen_before, counts = _update_over_ranks(*arguments, process_group)
-    return _Gradient.apply(
+    return _with_gradient(
         features, value, labels, counts, seen_before, process_group, momentum, straight_through, ignore_index, used
     )
 

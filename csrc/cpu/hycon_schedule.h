@@ -55,11 +55,11 @@ class Schedule {
   explicit Schedule(const Sizes& sizes) {
     // Small problems get small blocks, for enough pairs to share out. Must not depend on the number of threads.
     const int64_t block = std::clamp<int64_t>(sizes.other_offset / kPanel / 16, 1, kMaxBlock / kPanel) * kPanel;
-    add_blocks(0, sizes.mean_offset, block);
+    add_blocks(0, sizes.own, block);
     num_own_ = count();
-    add_blocks(sizes.mean_offset, sizes.other_offset, block);
+    add_blocks(sizes.mean_offset, sizes.means, block);
     num_written_ = count();
-    add_blocks(sizes.other_offset, sizes.rows, kMaxBlock);
+    add_blocks(sizes.other_offset, sizes.others, kMaxBlock);
   }
 
   // Calls run(i, j, worker, place) for this part's pairs of blocks that have an own row, i before j or equal to it.
@@ -155,8 +155,12 @@ class Schedule {
     int64_t ticket_ = 0, place_ = 0, skip_, left_;
   };
 
-  void add_blocks(int64_t first, int64_t end, int64_t block) {
-    for (; first < end; first += block) blocks_.push_back({first, std::min(block, end - first)});
+  // Of a section of `count` rows from `first` on.
+  void add_blocks(int64_t first, int64_t count, int64_t block) {
+    for (; count > 0; first += block, count -= block) {
+      const int64_t used = (std::min(block, count) + kWholeTiles - 1) / kWholeTiles * kWholeTiles;
+      blocks_.push_back({first, Sizes::padded(std::min(block, count)), used});
+    }
   }
 
   // The players are groups of two blocks. First every group with itself. Then the circle method: the last player stays,

@@ -16,6 +16,7 @@ namespace cpu {
 // 48 rows are whole register tiles in every instruction set; 4 panels of K (192 x 192 fp32) fit the L2 cache.
 constexpr int64_t kPanel = 48;
 constexpr int64_t kMaxBlock = 4 * kPanel;
+constexpr int64_t kWholeTiles = 8;  // rows: a multiple of the rows of a register tile in every instruction set
 constexpr int64_t kAlignment = 64;  // bytes, of every pointer below
 
 // What products are made of, E: float, double, or two bfloat16 that follow each other in the contraction (the first in
@@ -60,6 +61,7 @@ struct Problem {
 
 struct Block {
   int64_t first, rows;  // multiples of 48
+  int64_t used;         // rows up to the last one that is not padding, rounded up to whole register tiles
 };
 
 // Elements (of type T) of the scratch memory one call needs: a block, and for pairs also the block and its transpose

@@ -180,14 +180,14 @@ void sum_shifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch, Sum<E>*
   using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
   const T scale = p.scale, shift = p.shift;
-  T* row_sums = scratch;                   // [i.rows, lanes]: added up over the lanes at the end
+  T* row_sums = scratch;                   // [i.used, lanes]: added up over the lanes at the end
   T* tile = scratch + kMaxBlock * kLanes;  // [tile rows, tile columns], or a part of `kept`
   const int64_t step = kKeep ? j.rows : kTileColumns<T>;
-  for (int64_t k = 0; k < i.rows; ++k) at(row_sums + k * kLanes) = Vector<T>{};
+  for (int64_t k = 0; k < i.used; ++k) at(row_sums + k * kLanes) = Vector<T>{};
   for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
     Vector<T> column_sums[kTileVectors] = {}, column_weight[kTileVectors];
     ALLNC_UNROLL for (int v = 0; v < kTileVectors; ++v) column_weight[v] = at(p.weight + column + v * kLanes);
-    for (int64_t row = i.first; row < i.first + i.rows; row += kTileRows) {
+    for (int64_t row = i.first; row < i.first + i.used; row += kTileRows) {
       if (kKeep) tile = kept + (row - i.first) * step + column - j.first;
       dot_products(p, row, column, tile, step);
       for (int r = 0; r < kTileRows; ++r) {
@@ -207,7 +207,7 @@ void sum_shifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch, Sum<E>*
     if (kDiagonal) continue;
     for (int v = 0; v < kTileVectors; ++v) at(p.sum + column + v * kLanes) += column_sums[v];
   }
-  for (int64_t k = 0; k < i.rows; ++k) p.sum[i.first + k] += horizontal_sum<T>(at(row_sums + k * kLanes));
+  for (int64_t k = 0; k < i.used; ++k) p.sum[i.first + k] += horizontal_sum<T>(at(row_sums + k * kLanes));
 }
 
 // Unshifted, exponents are x = S + log w in natural units, rounded in one and the same way in both passes: where one
@@ -264,30 +264,30 @@ void sum_unshifted(const Problem<E>& p, Block i, Block j, Sum<E>* scratch, Sum<E
   using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
   for (int64_t column = 0; column < j.rows; column += kTileColumns<T>) {
-    for (int64_t row = 0; row < i.rows; row += kTileRows) {
+    for (int64_t row = 0; row < i.used; row += kTileRows) {
       dot_products(p, i.first + row, j.first + column, scratch + row * kMaxBlock + column, kMaxBlock);
     }
   }
   if (kDiagonal) {
-    for (int64_t k = 0; k < i.rows; ++k) scratch[k * kMaxBlock + k] = -__builtin_inf();
+    for (int64_t k = 0; k < i.used; ++k) scratch[k * kMaxBlock + k] = -__builtin_inf();
   }
-  for (int64_t row = i.first; row < i.first + i.rows; ++row) {
+  for (int64_t row = i.first; row < i.first + i.used; ++row) {
     merge_row(scratch + (row - i.first) * kMaxBlock, p.weight + j.first, j.rows, p.scale, p.max[row], p.sum[row]);
   }
   if (kDiagonal) return;
   for (int64_t column = j.first; column < j.first + j.rows; column += kLanes) {
-    merge_columns(scratch + column - j.first, p.weight + i.first, i.rows, p.scale, p.max + column, p.sum + column);
+    merge_columns(scratch + column - j.first, p.weight + i.first, i.used, p.scale, p.max + column, p.sum + column);
   }
 }
 
-// Backward: K_ij = e_ij (u_i w_j + u_j w_i) to scratch [i.rows, kMaxBlock], 0 where row and column are the same.
+// Backward: K_ij = e_ij (u_i w_j + u_j w_i) to scratch [i.used, kMaxBlock], 0 where row and column are the same.
 template <class E, bool kShifted, bool kDiagonal>
 void coefficients(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
   using T = Sum<E>;
   constexpr int kLanes = Simd<T>::kLanes;
   const T scale = p.scale, shift = p.shift;
   for (int64_t column = j.first; column < j.first + j.rows; column += kTileColumns<T>) {
-    for (int64_t row = i.first; row < i.first + i.rows; row += kTileRows) {
+    for (int64_t row = i.first; row < i.first + i.used; row += kTileRows) {
       T* tile = scratch + (row - i.first) * kMaxBlock + column - j.first;
       dot_products(p, row, column, tile, kMaxBlock);
       for (int r = 0; r < kTileRows; ++r) {
@@ -315,7 +315,7 @@ void coefficients(const Problem<E>& p, Block i, Block j, Sum<E>* scratch) {
 template <class E>
 void coefficients_of_kept(const Problem<E>& p, Block i, Block j, const Sum<E>* kept, Sum<E>* scratch) {
   using T = Sum<E>;
-  for (int64_t row = 0; row < i.rows; ++row) {
+  for (int64_t row = 0; row < i.used; ++row) {
     const T u = p.u[i.first + row], weight = p.weight[i.first + row];
     for (int64_t column = 0; column < j.rows; column += Simd<T>::kLanes) {
       const Vector<T> factor = u * at(p.weight + j.first + column) + weight * at(p.u + j.first + column);
@@ -346,7 +346,7 @@ ALLNC_INLINE_TILE Factors<BFloat16Pair> make_factors<BFloat16Pair>(Block i, Bloc
   constexpr int kLanes = Simd<float>::kLanes;
   BFloat16Pair* const rows = reinterpret_cast<BFloat16Pair*>(scratch + kMaxBlock * kMaxBlock);
   BFloat16Pair* const columns = rows + kMaxBlock * kMaxBlock / 2;
-  for (int64_t row = 0; row < i.rows; row += 2) {
+  for (int64_t row = 0; row < i.used; row += 2) {
     const float* const first = scratch + row * kMaxBlock;
     const float* const second = first + kMaxBlock;
     BFloat16Pair* const first_rounded = rows + row * kMaxBlock / 2;
@@ -368,10 +368,10 @@ ALLNC_INLINE_TILE Factors<BFloat16Pair> make_factors<BFloat16Pair>(Block i, Bloc
 // K_rk = coefficient[r * kRowStep + k * step].
 template <class E, int kVectors, int64_t kRowStep>
 void product_columns(const Problem<E>& p, Block out, Block in, const E* coefficient, int64_t step, int64_t column) {
-  for (int64_t row = 0; row < out.rows; row += kTileRows) {
+  for (int64_t row = 0; row < out.used; row += kTileRows) {
     multiply<E, kVectors, kRowStep, true>(
         coefficient + row * kRowStep, step, p.rows + in.first / kPack<E> * p.stride + column, p.stride,
-        in.rows / kPack<E>, p.grad + (out.first + row) * p.stride + column, p.stride);
+        in.used / kPack<E>, p.grad + (out.first + row) * p.stride + column, p.stride);
   }
 }
 

@@ -103,7 +103,7 @@ def test_all_blocks_equal_the_single_pairs(form: str) -> None:
     for g, w in zip(_grads(got @ weight, leaves), _grads(want @ weight, leaves), strict=True):
         assert error(g, w) < 1e-13
     assert torch.autograd.gradcheck(at_once, leaves)
-    rows = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
+    rows = [centred_unit(leaf, seen).detach() for leaf in leaves]
     torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*rows, seen, "all", form, 0.2, True, "eager"))
 
 
@@ -202,11 +202,8 @@ def test_gradcheck_and_opcheck(form: str, with_y: bool) -> None:
         return pair_value(units[0], units[1] if with_y else None, seen, form, 0.2)
 
     assert torch.autograd.gradcheck(value, leaves)
-    units = [centred_unit(leaf, seen).detach().requires_grad_() for leaf in leaves]
-    y = units[1] if with_y else None
     rest = (seen, "cross" if with_y else "own", form, 0.2)
-    torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (units[0], y, *rest, True, "eager"))
-    rows = [u.detach() for u in units]
+    rows = [centred_unit(leaf, seen).detach() for leaf in leaves]
     for with_gradient in (False, True):
         arguments = (rows[0], rows[1] if with_y else None, *rest, with_gradient, "eager")
         torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, arguments)
@@ -235,12 +232,11 @@ def test_values_of_rows(blocks: Blocks, target: Target, centre: tuple[bool, bool
     form, by = pair_form(target, (5, 12), blocks=blocks, backend="cpp")
     assert by == "cpp"
     for types in ((torch.float64, torch.float64), (torch.float32, torch.bfloat16)):
-        arguments = [leaf.detach().to(t).requires_grad_() for leaf, t in zip(sides, types, strict=False)]
+        arguments = [leaf.detach().to(t) for leaf, t in zip(sides, types, strict=False)]
         arguments += [None] * (2 - len(arguments))
         for with_gradient in (True, False):
             rest = (seen, *centre, blocks, form, 0.2, with_gradient)
-            inputs = arguments if with_gradient else [None if x is None else x.detach() for x in arguments]
-            torch.library.opcheck(torch.ops.allnc.p2p_values.default, (*inputs, *rest))
+            torch.library.opcheck(torch.ops.allnc.p2p_values.default, (*arguments, *rest))
     pairs = {"own": [(0, None)], "cross": [(0, 1)], "all": [(0, None), (1, None), (0, 1)]}[blocks]
     rest = {"target": target, "temperature": 0.2, "seen": seen}
     want = [
@@ -251,13 +247,9 @@ def test_values_of_rows(blocks: Blocks, target: Target, centre: tuple[bool, bool
 
 
 @cpp_only
-def test_gradient_must_be_asked_for() -> None:
+def test_value_without_a_gradient() -> None:
     seen = torch.ones(5, dtype=torch.bool)
-    for op, first, last in (("p2p_values", (True, True), ()), ("p2p_blocks", (), ("eager",))):
-        x = _leaves(5, 6, with_y=False)[0]
-        value = getattr(torch.ops.allnc, op)(x, None, seen, *first, "own", "pairwise", 0.1, False, *last)[0]
-        with pytest.raises(RuntimeError, match="call it with True to differentiate it"):
-            value.sum().backward()
+    x = _leaves(5, 6, with_y=False)[0]
     with torch.no_grad():
         quiet = p2p_values(x, None, seen, blocks="own", target="etf", temperature=0.1, backend="cpp")
     assert torch.equal(quiet, p2p_values(x, None, seen, blocks="own", target="etf", temperature=0.1, backend="cpp"))
@@ -346,11 +338,11 @@ def test_cpp_unit_rows(data: st.DataObject, num_classes: int, dim: int, with_y: 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32), (torch.float16, torch.float64)])
 def test_cpp_unit_ops_pass_opcheck(dtypes: tuple[torch.dtype, ...]) -> None:
     sides = [leaf.detach().to(t) for leaf, t in zip(_leaves(5, 3, with_y=True), dtypes, strict=False)]
-    x, y = [side.requires_grad_() for side in sides] + [None] * (2 - len(sides))
+    x, y = sides + [None] * (2 - len(sides))
     seen = torch.tensor([True, True, False, True, True])
     arguments = (x, y, seen, True, False, "cpp")
     torch.library.opcheck(torch.ops.allnc.centred_unit.default, arguments)
-    u, v, scale = (t.detach() for t in torch.ops.allnc.centred_unit(*arguments))
+    u, v, scale = torch.ops.allnc.centred_unit(*arguments)
     v = None if y is None else v
     arguments = (u, v, u, v, scale, seen, True, False, dtypes[0], dtypes[-1], "cpp")
     torch.library.opcheck(torch.ops.allnc.centred_unit_backward.default, arguments)
@@ -500,20 +492,19 @@ def test_triton_matches_reference(data: st.DataObject, num_classes: int, dim: in
 @needs_interpreter
 @pytest.mark.parametrize(("form", "blocks"), [("pairwise", "all"), ("softmax", "cross"), ("softmax", "own")])
 def test_triton_ops_pass_opcheck(form: str, blocks: str) -> None:
-    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(5, 3, with_y=True)]
+    leaves = [leaf.detach().float() for leaf in _leaves(5, 3, with_y=True)]
     seen = torch.tensor([True, True, False, True, True])
     sides = (leaves[0], None if blocks == "own" else leaves[1])
     arguments = (*sides, seen, True, False, "triton")
     torch.library.opcheck(torch.ops.allnc.centred_unit.default, arguments)
-    u, v, scale = (t.detach() for t in torch.ops.allnc.centred_unit(*arguments))
+    u, v, scale = torch.ops.allnc.centred_unit(*arguments)
     v = None if blocks == "own" else v
     arguments = (u, v, u, v, scale, seen, True, False, torch.float32, torch.float32, "triton")
     torch.library.opcheck(torch.ops.allnc.centred_unit_backward.default, arguments)
     rest = (seen, blocks, form, 0.2)
-    sides = (u.requires_grad_(), None if v is None else v.requires_grad_())
+    sides = (u, v)
     torch.library.opcheck(torch.ops.allnc.p2p_blocks.default, (*sides, *rest, True, "triton"))
-    values, kept = (t.detach() for t in torch.ops.allnc.p2p_blocks(*sides, *rest, True, "triton"))
-    sides = (u.detach(), None if v is None else v.detach())
+    values, kept = torch.ops.allnc.p2p_blocks(*sides, *rest, True, "triton")
     arguments = (torch.ones_like(values), kept, *sides, *rest, "triton")
     torch.library.opcheck(torch.ops.allnc.p2p_blocks_backward.default, arguments)
 

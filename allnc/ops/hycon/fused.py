@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from allnc.ops._autograd import differentiable
 from allnc.ops._common import accumulation_dtype, label_errors, validated_labels
 from allnc.ops.hycon.options import Batch, Options
 
@@ -119,7 +120,7 @@ def _loss_autograd(ctx, grad: Tensor, *_: None):
     return dz, None, None if means is None else dmeans, *(None,) * 7
 
 
-_hycon_loss.register_autograd(_loss_autograd, setup_context=_save_for_loss)
+_differentiable_loss = differentiable(_hycon_loss, name="hycon", save=_save_for_loss, backward=_loss_autograd)
 
 
 def hycon_fused(batch: Batch, options: Options, backend: str) -> Tensor:
@@ -141,7 +142,7 @@ def hycon_fused(batch: Batch, options: Options, backend: str) -> Tensor:
     temperature, mean_weight, balance, _, ignore_index = options
     assert not isinstance(temperature, Tensor)
     with_gradient = torch.is_grad_enabled() and (z.requires_grad or (means is not None and means.requires_grad))
-    return torch.ops.allnc.hycon_loss(
+    return _differentiable_loss(
         z.contiguous(),
         labels.contiguous(),
         None if means is None else means.contiguous(),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from allnc.ops._autograd import differentiable
 from allnc.ops.hycon.options import Options
 from allnc.ops.hycon.terms import Terms
 
@@ -161,7 +162,7 @@ def _lse_autograd(ctx, grad: Tensor):
     return dz, dmu if mu is not None else None, None, None, dtemperature, *(None,) * 5
 
 
-_hycon_lse.register_autograd(_lse_autograd, setup_context=_save_for_lse)
+_differentiable_lse = differentiable(_hycon_lse, name="hycon", save=_save_for_lse, backward=_lse_autograd)
 
 
 class _LseAcrossRanks(torch.autograd.Function):
@@ -219,7 +220,7 @@ def hycon_lse(terms: Terms, options: Options, *, backend: str, ranks: Ranks | No
     )  # fmt: skip
     if ranks is not None:
         return _LseAcrossRanks.apply(*arguments, backend, ranks)
-    return torch.ops.allnc.hycon_lse(*arguments, 0, 1, backend)
+    return _differentiable_lse(*arguments, 0, 1, backend)
 
 
 def _temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from allnc.ops._autograd import differentiable
 from allnc.ops._common import LEAST_ENTRY, accumulation_dtype, normal_scale
 
 Centre = tuple[bool, bool]
@@ -109,7 +110,7 @@ def _unit_autograd(ctx, du: Tensor, dv: Tensor, _dscale: Tensor | None):
     return dx, dy if ctx.pair else None, None, None, None, None
 
 
-_centred_unit.register_autograd(_unit_autograd, setup_context=_save_for_unit)
+_differentiable_unit = differentiable(_centred_unit, name="p2p", save=_save_for_unit, backward=_unit_autograd)
 
 
 def centred_units(
@@ -126,7 +127,7 @@ def centred_units(
     """
     if backend != "eager":
         y = None if y is None else y.contiguous()
-        u, v, _ = torch.ops.allnc.centred_unit(x.contiguous(), y, seen, *centre, backend)
+        u, v, _ = _differentiable_unit(x.contiguous(), y, seen, *centre, backend)
         return u, None if y is None else v
     dtype = pair_dtype(x, y)
     u = centred_unit(x.to(dtype), seen, centre[0])

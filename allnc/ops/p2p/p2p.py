@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from allnc._checks import check_choice
+from allnc.ops._autograd import differentiable
 from allnc.ops._common import (
     Backend,
     check_floating,
@@ -139,21 +140,19 @@ def _(grad, kept, x, y, seen, blocks, form, temperature, backend):
 
 
 def _save_for_blocks(ctx, inputs, output) -> None:
-    x, y, seen, *rest, ctx.with_gradient, backend = inputs
+    x, y, seen, *rest, _, backend = inputs
     ctx.rest = (*rest, backend)
     ctx.save_for_backward(x, y, seen, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _blocks_autograd(ctx, grad: Tensor, _grad_kept: Tensor | None):
-    if not ctx.with_gradient:
-        raise RuntimeError("p2p_blocks was called with with_gradient=False; call it with True to differentiate it")
     x, y, seen, kept = ctx.saved_tensors
     dx, dy = torch.ops.allnc.p2p_blocks_backward(grad.contiguous(), kept, x, y, seen, *ctx.rest)
     return dx, None if y is None else dy, None, None, None, None, None, None
 
 
-_p2p_blocks.register_autograd(_blocks_autograd, setup_context=_save_for_blocks)
+_differentiable_blocks = differentiable(_p2p_blocks, name="p2p", save=_save_for_blocks, backward=_blocks_autograd)
 
 
 def p2p_blocks(
@@ -182,7 +181,7 @@ def p2p_blocks(
     """
     y = None if y is None else y.contiguous()
     rest = (blocks, form, float(temperature), needs_gradient(x, y), backend)
-    return torch.ops.allnc.p2p_blocks(x.contiguous(), y, seen, *rest)[0]
+    return _differentiable_blocks(x.contiguous(), y, seen, *rest)[0]
 
 
 @torch.library.custom_op("allnc::p2p_values", mutates_args=())
@@ -236,16 +235,14 @@ def _(x, y, seen, centre_x, centre_y, blocks, form, temperature, with_gradient):
 
 
 def _save_for_values(ctx, inputs, output) -> None:
-    x, y, _, _, _, ctx.blocks, *_, ctx.with_gradient = inputs
+    x, y, _, _, _, ctx.blocks, *_ = inputs
     ctx.types = (x.dtype, None if y is None else y.dtype)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(x, y, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _values_autograd(ctx, grad: Tensor, *_unused: Tensor | None):
-    if not ctx.with_gradient:
-        raise RuntimeError("p2p_values was called with with_gradient=False; call it with True to differentiate it")
-    own_x, own_y, cross_x, cross_y = ctx.saved_tensors
+    _, _, own_x, own_y, cross_x, cross_y = ctx.saved_tensors
     x_type, y_type = ctx.types
     if ctx.blocks == "own":
         dx, dy = own_x * grad[0], own_y * grad[-1]
@@ -257,7 +254,7 @@ def _values_autograd(ctx, grad: Tensor, *_unused: Tensor | None):
     return dx.to(x_type), None if y_type is None else dy.to(y_type), *(None,) * 7
 
 
-_p2p_values.register_autograd(_values_autograd, setup_context=_save_for_values)
+_differentiable_values = differentiable(_p2p_values, name="p2p", save=_save_for_values, backward=_values_autograd)
 
 
 def p2p_values(
@@ -291,7 +288,7 @@ def p2p_values(
             with_gradient = needs_gradient(x, y)
             y = None if y is None else y.contiguous()
             rest = (*centre, blocks, form, float(temperature), with_gradient)
-            return torch.ops.allnc.p2p_values(x.contiguous(), y, seen, *rest)[0]
+            return _differentiable_values(x.contiguous(), y, seen, *rest)[0]
         own, other = centred_units(x, y, seen, backend=backend, centre=centre)
         rest = {"form": form, "temperature": temperature, "backend": computed_by}
         return p2p_blocks(own, other, seen, blocks=blocks, **rest)

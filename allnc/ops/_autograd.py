@@ -1,0 +1,89 @@
+"""How the ops get their gradients: by torch.autograd.Function, around an op of torch.library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def differentiable(
+    op: Callable[..., Any], *, name: str, save: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`op` with a gradient, and an error for a second derivative; to be called in its place.
+
+    torch.library.register_autograd would do, for 50 us a call more, but torch.func cannot differentiate what it makes.
+
+    Args:
+        op: from positional arguments to a tensor or a tuple of tensors.
+        name: what a caller knows it as.
+        save: save(ctx, inputs, output) keeps what the backward needs, the inputs that get a gradient among it.
+        backward: backward(ctx, *gradients of the outputs) is the gradient of each input, None for those without.
+    """
+
+    def backward_once(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        present = [g for g in found if g is not None]
+        origins = [t for t in (*ctx.saved_tensors, *grads) if t is not None]
+        final = iter(_form(_Final, _FinalTransformed).apply(name, len(present), *present, *origins))
+        return tuple(None if g is None else next(final) for g in found)
+
+    class Step(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+            output = op(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return op(*inputs)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            save(ctx, inputs, output)
+
+    Step.backward = Transformed.backward = staticmethod(backward_once)
+    return lambda *inputs: _form(Step, Transformed).apply(*inputs)
+
+
+def _form(plain: Any, transformed: Any) -> Any:
+    """The form of a torch.autograd.Function that is called for: torch.func takes one that costs 20 us more."""
+    active = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return transformed if active else plain
+
+
+class _FinalTransformed(torch.autograd.Function):
+    """Gradients as they are, which depend on `origins` in a way that is not known."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, count: int, *gradients_and_origins):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(g.clone() for g in gradients_and_origins[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"{ctx.name} has no second derivative; its reference function, which is plain torch, has"
+        )
+
+
+class _Final(_FinalTransformed):
+    @staticmethod
+    def forward(ctx, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.name = inputs[0]
+        return _FinalTransformed.forward(*inputs)
+
+    setup_context = torch.autograd.Function.setup_context
