@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/p2p_forms.py --out benchmarks/results/p2p-forms-cpu.csv
 
-Forward and backward from centred unit rows, every form on the same inputs, in turn, in one process. Forms: eager
+Forward and backward, centring included, every form on the same inputs, in turn, in one process. Forms: eager
 (C x C matrices and autograd), pairwise (C x C matrices, gradient by hand), closed (F x F matrices); on a CPU cpp (as
-pairwise, in C++, which centres the rows too) and on a GPU triton. `flops` are those of the form's own matrix products.
+pairwise, in C++) and on a GPU triton. `flops` are those of the form's own matrix products.
 
 Legend: C classes, F columns; blocks own (X, X), cross (X, Y), all (X, X), (Y, Y), (X, Y).
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from allnc import _extension
 from allnc.ops.p2p import Blocks, centred_units, p2p_blocks
+from allnc.ops.p2p.p2p import values_in_cpp
 
 COLUMNS: list[str] = ["device", "threads", "blocks", "C", "F", "form", "median_ms", "p20_ms", "p80_ms", "runs", "flops"]
 FORMS = ("eager", "pairwise", "closed", "cpp", "triton")
@@ -35,12 +36,12 @@ PAIRS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
-def eager_value(x: Tensor, y: Tensor, blocks: Blocks) -> Tensor:
+def eager_values(x: Tensor, y: Tensor | None, blocks: Blocks) -> Tensor:
     """The squared form as it is written, of rows that are centred and of unit length already."""
-    sides, num_classes = (x, y), len(x)
+    sides, num_classes = (x, x if y is None else y), len(x)
     own = torch.eye(num_classes, dtype=torch.bool, device=x.device)
     rho = torch.full((num_classes, num_classes), -1 / (num_classes - 1), device=x.device).masked_fill(own, 1)
-    return torch.stack([(sides[i] @ sides[j].T - rho).square().mean() for i, j in PAIRS[blocks]]).sum()
+    return torch.stack([(sides[i] @ sides[j].T - rho).square().mean() for i, j in PAIRS[blocks]])
 
 
 def matrix_flops(form: str, blocks: Blocks, num_classes: int, dim: int) -> float:
@@ -58,25 +59,24 @@ def matrix_flops(form: str, blocks: Blocks, num_classes: int, dim: int) -> float
     return (forward + 2.0 * products * (chunks + 1)) * num_classes**2 * dim
 
 
-def steps(blocks: Blocks, num_classes: int, dim: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Each form's forward and backward."""
+def steps(
+    blocks: Blocks, num_classes: int, dim: int, device: torch.device
+) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Each form's forward and backward, from rows that are not centred: the gradients of the sides."""
     seen = torch.ones(num_classes, dtype=torch.bool, device=device)
-    x, y = torch.randn(2, num_classes, dim, device=device).unbind()
-    u, v = centred_units(x, y, seen, backend="eager")
-    assert v is not None
-    leaves = (u.requires_grad_(), v.requires_grad_())
+    x, other = (torch.randn(num_classes, dim, device=device, requires_grad=True) for _ in range(2))
+    y = None if blocks == "own" else other
+    leaves = [x] if y is None else [x, y]
 
-    def step(form: str, backend: str = "eager") -> Callable[[], object]:
-        def run() -> object:
-            y = None if blocks == "own" else leaves[1]
-            if form == "eager":
-                value = eager_value(leaves[0], leaves[1], blocks)
-            elif form == "cpp":
-                value = torch.ops.allnc.p2p_values(leaves[0], y, seen, blocks, "pairwise", 0.1, True)[0].sum()
+    def step(form: str, backend: str = "eager") -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            if form == "cpp":
+                value = values_in_cpp(x, y, seen, blocks=blocks, form="pairwise", temperature=0.1)
             else:
+                u, v = centred_units(x, y, seen, backend=backend)
                 rest = {"blocks": blocks, "form": form, "temperature": 0.1, "backend": backend}
-                value = p2p_blocks(leaves[0], y, seen, **rest).sum()
-            return torch.autograd.grad(value, leaves, allow_unused=blocks == "own")
+                value = eager_values(u, v, blocks) if form == "eager" else p2p_blocks(u, v, seen, **rest)
+            return torch.autograd.grad(value.sum(), leaves)
 
         return run
 

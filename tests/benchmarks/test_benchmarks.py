@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from allnc import hycon
+from allnc._extension import has_cpp
 from allnc.ops.hycon import hycon_reference
-from tests.tolerances import assert_as_exact
+from tests.tolerances import assert_as_exact, assert_near
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -313,3 +314,14 @@ def test_rivals_are_called_for_the_loss_they_are_checked_against(monkeypatch: py
     more = torch.logaddexp(lse, torch.tensor(10.0).double()) - lse
     ours = hycon_reference(z, labels, balance="none", reduction="none")
     torch.testing.assert_close((ours + more).mean(), module("rivals").inf_cl_reference(z, labels))
+
+
+@pytest.mark.parametrize("blocks", ["own", "cross", "all"])
+def test_forms_of_p2p_are_one_loss(blocks: str) -> None:
+    """What p2p_forms.py compares: every form's gradient is that of the formula as it is written."""
+    torch.manual_seed(0)
+    steps = module("p2p_forms").steps(blocks, 7, 9, torch.device("cpu"))
+    assert {"eager", "pairwise", "closed"} <= set(steps) and ("cpp" in steps) == has_cpp()
+    for got in [step() for step in steps.values()]:
+        for g, want in zip(got, steps["eager"](), strict=True):
+            assert_near(g, want)

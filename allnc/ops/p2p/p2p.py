@@ -257,6 +257,21 @@ def _values_autograd(ctx, grad: Tensor, *_unused: Tensor | None):
 _differentiable_values = differentiable(_p2p_values, name="p2p", save=_save_for_values, backward=_values_autograd)
 
 
+def values_in_cpp(
+    x: Tensor,
+    y: Tensor | None,
+    seen: Tensor,
+    *,
+    blocks: Blocks,
+    form: str,
+    temperature: float,
+    centre: Centre = BOTH,
+) -> Tensor:
+    """`p2p_values` in C++ in a form that it has, "pairwise" or "softmax"."""
+    rest = (*centre, blocks, form, float(temperature), needs_gradient(x, y))
+    return _differentiable_values(x.contiguous(), None if y is None else y.contiguous(), seen, *rest)[0]
+
+
 def p2p_values(
     x: Tensor,
     y: Tensor | None,
@@ -285,10 +300,7 @@ def p2p_values(
     with torch.autocast(x.device.type, enabled=False):
         form, computed_by = pair_form(target, (x.shape[0], x.shape[1]), blocks=blocks, backend=backend)
         if computed_by == "cpp":
-            with_gradient = needs_gradient(x, y)
-            y = None if y is None else y.contiguous()
-            rest = (*centre, blocks, form, float(temperature), with_gradient)
-            return _differentiable_values(x.contiguous(), y, seen, *rest)[0]
+            return values_in_cpp(x, y, seen, blocks=blocks, form=form, temperature=temperature, centre=centre)
         own, other = centred_units(x, y, seen, backend=backend, centre=centre)
         rest = {"form": form, "temperature": temperature, "backend": computed_by}
         return p2p_blocks(own, other, seen, blocks=blocks, **rest)
