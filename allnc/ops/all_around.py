@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from allnc._checks import check_choice
-from allnc.ops._autograd import differentiable
 from allnc.ops._common import (
     Backend,
     accumulation_dtype,
@@ -30,11 +29,12 @@ from allnc.ops._common import (
     resolve_backend,
     validated_labels,
 )
+from allnc.ops._op import differentiable, op
 from allnc.ops.hycon import Balance, Batch, Options, check_hycon, contrast, hycon_reference
-from allnc.ops.hycon.fused import fuses
+from allnc.ops.hycon.fused import fuses, hycon_loss_backward
 from allnc.ops.hycon.options import agreed_facts
 from allnc.ops.p2p import Target, centred_units, kernel_target, p2p_reference, pair_form
-from allnc.ops.p2p.p2p import check_centre_weights
+from allnc.ops.p2p.p2p import check_centre_weights, p2p_blocks_backward
 from allnc.ops.p2p.pairings import PAIRINGS, Pairing, pairings_of_checked
 from allnc.ops.ranks import Ranks
 
@@ -74,7 +74,7 @@ def all_around_reference(
     )
 
 
-@torch.library.custom_op("allnc::all_around", mutates_args=())
+@op("all_around")
 def _all_around(
     z: Tensor,
     labels: Tensor,
@@ -125,10 +125,8 @@ def _save_for_all_around(ctx, inputs, output) -> None:
 
 def _all_around_autograd(ctx, grad_loss: Tensor, grad_p2p: Tensor, *_unused: Tensor | None):
     z, proj_means, x, y, seen, p2p_lse, *prepared = ctx.saved_tensors
-    dz, dmeans = torch.ops.allnc.hycon_loss_backward(
-        grad_loss.contiguous(), z, proj_means, *prepared, ctx.temperature, "triton"
-    )
-    dx, dy = torch.ops.allnc.p2p_blocks_backward(
+    dz, dmeans = hycon_loss_backward(grad_loss.contiguous(), z, proj_means, *prepared, ctx.temperature, "triton")
+    dx, dy = p2p_blocks_backward(
         grad_p2p.contiguous(), p2p_lse, x, y, seen, "all", ctx.form, ctx.p2p_temperature, "triton"
     )
     return dz, None, dmeans, dx, dy, *(None,) * 7

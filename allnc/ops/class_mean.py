@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allnc._checks import check_choice
-from allnc.ops._autograd import differentiable
 from allnc.ops._common import (
     Backend,
     accumulation_dtype,
@@ -38,6 +37,7 @@ from allnc.ops._common import (
     resolve_backend,
     validated_labels,
 )
+from allnc.ops._op import differentiable, op
 from allnc.ops.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@torch.library.custom_op("allnc::class_mean_ema_backward", mutates_args=())
+@op("class_mean_ema_backward")
 def _class_mean_ema_backward(
     grad_value: Tensor,
     labels: Tensor,
@@ -217,9 +217,7 @@ def _update_autograd(ctx, grad_value: Tensor):
     if ctx.group is not None:  # what each rank has is the share of its own loss
         grad_value = grad_value.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad_value, group=ctx.group)
-    grad_features = torch.ops.allnc.class_mean_ema_backward(
-        grad_value, *ctx.saved_tensors, *ctx.options, ctx.dtype, ctx.backend
-    )
+    grad_features = _class_mean_ema_backward(grad_value, *ctx.saved_tensors, *ctx.options, ctx.dtype, ctx.backend)
     return grad_features, *(None,) * 9
 
 

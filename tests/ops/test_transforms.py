@@ -1,4 +1,4 @@
-"""Reverse mode through torch.func gives the gradients that `backward` gives; a second derivative is refused."""
+"""Who looks at the ops: torch.func gets the gradients of `backward`, a second derivative is refused, graphs see ops."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from allnc import all_around, class_mean_ema, hycon, p2p
+from allnc import _extension, all_around, class_mean_ema, hycon, p2p
 from allnc.ops._common import Backend
 from tests.cases import make_case, make_class_mean_case
+from tests.launches import Dispatches
 from tests.ops.test_hycon import CPU_BACKENDS
+from tests.tolerances import assert_near
 
 Function = Callable[[Tensor], Tensor]
+cpp_only = pytest.mark.skipif(not _extension.has_cpp(), reason="extension not built")
 
 
 def functions(backend: Backend) -> dict[str, tuple[Function, Tensor]]:
@@ -67,3 +72,37 @@ def test_no_second_derivative(backend: Backend, name: str) -> None:
     (first,) = torch.autograd.grad(value, leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="has no second derivative"):
         torch.autograd.grad(first.sum(), leaf)
+
+
+def _ops_of(step: Callable[[], object]) -> set[str]:
+    """Names of the ops of torch.library that a call goes through."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return {event.key for event in profile.key_averages() if event.key.startswith(("allnc::", "allnc_C::"))}
+
+
+@cpp_only
+def test_unwatched_ops_are_called_as_they_are() -> None:
+    """No op of torch.library between the loss and C++, but for who looks: a mode, fake tensors, a subclass."""
+    case = make_case(12, 6, 5)
+    leaf = case["z"].clone().requires_grad_()
+
+    def step(z: Tensor = leaf) -> Tensor:
+        return hycon(**{**case, "z": z}, backend="cpp")
+
+    both_ways = {"allnc_C::hycon_loss_forward", "allnc_C::hycon_loss_backward"}
+    assert _ops_of(lambda: step().backward()) == both_ways
+    with Dispatches() as ops:
+        step().backward()
+    assert ops.named("allnc") == ["hycon_loss", "hycon_loss_backward"]
+    graph = make_fx(lambda z: torch.autograd.grad(step(z), z)[0])(leaf)
+    assert "allnc.hycon_loss_backward" in graph.code and "allnc_C" not in graph.code
+    assert_near(graph(leaf), torch.autograd.grad(step(), leaf)[0])
+
+
+@cpp_only
+def test_fake_tensors_outside_their_mode() -> None:
+    case = make_case(12, 6, 5)
+    with FakeTensorMode() as mode:
+        fakes: dict[str, Any] = {name: mode.from_tensor(tensor) for name, tensor in case.items()}
+    assert isinstance(hycon(**fakes, backend="cpp"), FakeTensor)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from allnc.ops._autograd import differentiable
 from allnc.ops._common import accumulation_dtype, label_errors, validated_labels
+from allnc.ops._op import differentiable, op
 from allnc.ops.hycon.options import Batch, Options
 
 MAX_DIM = 256  # the widest rows of which one Triton program can hold a panel's whole gradient
@@ -33,7 +33,7 @@ def fuses(batch: Batch, options: Options, backend: str) -> bool:
     return backend == "cpp"
 
 
-@torch.library.custom_op("allnc::hycon_loss", mutates_args=())
+@op("hycon_loss")
 def _hycon_loss(
     z: Tensor,
     labels: Tensor,
@@ -78,8 +78,8 @@ def _(z, labels, means, seen, temperature, mean_weight, balance, ignore_index, w
     return sums.new_empty(()), state, labels.new_empty(num_rows), sums, sums.new_empty(num_means, dim), pull
 
 
-@torch.library.custom_op("allnc::hycon_loss_backward", mutates_args=())
-def _hycon_loss_backward(
+@op("hycon_loss_backward")
+def hycon_loss_backward(
     grad: Tensor,
     z: Tensor,
     means: Tensor | None,
@@ -101,7 +101,7 @@ def _hycon_loss_backward(
     return dz, grad.new_empty(0) if dmeans is None else dmeans
 
 
-@_hycon_loss_backward.register_fake
+@hycon_loss_backward.register_fake
 def _(grad, z, means, state, index, sums, mu, temperature, backend, pull=None):
     return z.new_empty(z.shape), sums.new_empty(0) if means is None else means.new_empty(means.shape)
 
@@ -116,7 +116,7 @@ def _save_for_loss(ctx, inputs, output) -> None:
 
 def _loss_autograd(ctx, grad: Tensor, *_: None):
     z, means, *prepared, pull = ctx.saved_tensors
-    dz, dmeans = torch.ops.allnc.hycon_loss_backward(grad, z, means, *prepared, ctx.temperature, ctx.backend, pull)
+    dz, dmeans = hycon_loss_backward(grad, z, means, *prepared, ctx.temperature, ctx.backend, pull)
     return dz, None, None if means is None else dmeans, *(None,) * 7
 
 

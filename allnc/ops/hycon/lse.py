@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from allnc.ops._autograd import differentiable
+from allnc.ops._op import differentiable, op
 from allnc.ops.hycon.options import Options
 from allnc.ops.hycon.terms import Terms
 
@@ -71,7 +71,7 @@ def _cpp_rows(z: Tensor) -> Tensor:
     return z.float() if z.dtype == torch.float16 else z
 
 
-@torch.library.custom_op("allnc::hycon_lse", mutates_args=())
+@op("hycon_lse")
 def _hycon_lse(
     z: Tensor,
     mu: Tensor | None,
@@ -102,7 +102,7 @@ def _(z, mu, a, b, temperature, shifted, deterministic, part, parts, backend):
     return torch.empty_like(a)
 
 
-@torch.library.custom_op("allnc::hycon_lse_backward", mutates_args=())
+@op("hycon_lse_backward")
 def _hycon_lse_backward(
     grad: Tensor,
     lse: Tensor,
@@ -155,9 +155,7 @@ def _save_for_lse(ctx, inputs, output) -> None:
 
 def _lse_autograd(ctx, grad: Tensor):
     z, mu, a, b, temperature, lse = ctx.saved_tensors
-    dz, dmu = torch.ops.allnc.hycon_lse_backward(
-        grad.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, len(z), ctx.backend
-    )
+    dz, dmu = _hycon_lse_backward(grad.contiguous(), lse, z, mu, a, b, temperature, ctx.shifted, len(z), ctx.backend)
     dtemperature = temperature_gradient(z, dz, mu, dmu, temperature) if ctx.needs_input_grad[4] else None
     return dz, dmu if mu is not None else None, None, None, dtemperature, *(None,) * 5
 
@@ -170,9 +168,7 @@ class _LseAcrossRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, mu, a, b, temperature, shifted, deterministic, backend, ranks):
-        part = torch.ops.allnc.hycon_lse(
-            z, mu, a, b, temperature, shifted, deterministic, ranks.rank, ranks.size, backend
-        )
+        part = _hycon_lse(z, mu, a, b, temperature, shifted, deterministic, ranks.rank, ranks.size, backend)
         lse = ranks.logsumexp(part)
         ctx.shifted, ctx.backend, ctx.ranks = shifted, backend, ranks
         ctx.save_for_backward(z, mu, a, b, temperature, lse)
@@ -188,9 +184,7 @@ class _LseAcrossRanks(torch.autograd.Function):
             dmu = None if mu is None else torch.zeros_like(mu)
             return dz, dmu, None, None, torch.zeros_like(temperature), *(None,) * 4
         z, a, lse, grad = (ranks.own_first(x) for x in (z, a, lse, grads[0]))
-        own_dz, dmu = torch.ops.allnc.hycon_lse_backward(
-            grad, lse, z, mu, a, b, temperature, ctx.shifted, num_own, ctx.backend
-        )
+        own_dz, dmu = _hycon_lse_backward(grad, lse, z, mu, a, b, temperature, ctx.shifted, num_own, ctx.backend)
         dz[ranks.start : ranks.stop] = own_dz
         dtemperature = None
         if ctx.needs_input_grad[4]:

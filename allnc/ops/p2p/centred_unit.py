@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from allnc.ops._autograd import differentiable
 from allnc.ops._common import LEAST_ENTRY, accumulation_dtype, normal_scale
+from allnc.ops._op import differentiable, op
 
 Centre = tuple[bool, bool]
 BOTH: Centre = (True, True)
@@ -46,7 +46,7 @@ def centred_unit(x: Tensor, seen: Tensor, centre: bool = True) -> Tensor:
     return (centred * squared.where(has_direction, 1).rsqrt().where(has_direction, 0)).contiguous()
 
 
-@torch.library.custom_op("allnc::centred_unit", mutates_args=())
+@op("centred_unit")
 def _centred_unit(
     x: Tensor, y: Tensor | None, seen: Tensor, centre_x: bool, centre_y: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def _(x, y, seen, centre_x, centre_y, backend):
     return u, u.new_empty(0 if y is None else x.shape), u.new_empty(1 if y is None else 2, len(x))
 
 
-@torch.library.custom_op("allnc::centred_unit_backward", mutates_args=())
+@op("centred_unit_backward")
 def _centred_unit_backward(
     du: Tensor,
     dv: Tensor | None,
@@ -106,7 +106,7 @@ def _unit_autograd(ctx, du: Tensor, dv: Tensor, _dscale: Tensor | None):
     u, v, scale, seen = ctx.saved_tensors
     pair = (dv, v) if ctx.pair else (None, None)
     rest = (*ctx.centre, *ctx.types, ctx.backend)
-    dx, dy = torch.ops.allnc.centred_unit_backward(du, pair[0], u, pair[1], scale, seen, *rest)
+    dx, dy = _centred_unit_backward(du, pair[0], u, pair[1], scale, seen, *rest)
     return dx, dy if ctx.pair else None, None, None, None, None
 
 

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from allnc._checks import check_choice
-from allnc.ops._autograd import differentiable
 from allnc.ops._common import (
     Backend,
     check_floating,
@@ -39,6 +38,7 @@ from allnc.ops._common import (
     resolve_backend,
     unit_rows,
 )
+from allnc.ops._op import differentiable, op
 from allnc.ops.p2p.centred_unit import BOTH, Centre, centred_units, pair_dtype
 from allnc.ops.p2p.forms import (
     Blocks,
@@ -81,7 +81,7 @@ def p2p_reference(
     return temperature * torch.logsumexp((exponents / temperature).masked_fill(same, -torch.inf), 1).mean()
 
 
-@torch.library.custom_op("allnc::p2p_blocks", mutates_args=())
+@op("p2p_blocks")
 def _p2p_blocks(
     x: Tensor,
     y: Tensor | None,
@@ -111,8 +111,8 @@ def _(x, y, seen, blocks, form, temperature, with_gradient, backend):
     return x.new_empty(num_blocks), x.new_empty(kept_shape(x, y, blocks, form, with_gradient))
 
 
-@torch.library.custom_op("allnc::p2p_blocks_backward", mutates_args=())
-def _p2p_blocks_backward(
+@op("p2p_blocks_backward")
+def p2p_blocks_backward(
     grad: Tensor,
     kept: Tensor,
     x: Tensor,
@@ -134,7 +134,7 @@ def _p2p_blocks_backward(
     return dx, x.new_empty(0) if dy is None else dy
 
 
-@_p2p_blocks_backward.register_fake
+@p2p_blocks_backward.register_fake
 def _(grad, kept, x, y, seen, blocks, form, temperature, backend):
     return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y)
 
@@ -148,7 +148,7 @@ def _save_for_blocks(ctx, inputs, output) -> None:
 
 def _blocks_autograd(ctx, grad: Tensor, _grad_kept: Tensor | None):
     x, y, seen, kept = ctx.saved_tensors
-    dx, dy = torch.ops.allnc.p2p_blocks_backward(grad.contiguous(), kept, x, y, seen, *ctx.rest)
+    dx, dy = p2p_blocks_backward(grad.contiguous(), kept, x, y, seen, *ctx.rest)
     return dx, None if y is None else dy, None, None, None, None, None, None
 
 
@@ -184,7 +184,7 @@ def p2p_blocks(
     return _differentiable_blocks(x.contiguous(), y, seen, *rest)[0]
 
 
-@torch.library.custom_op("allnc::p2p_values", mutates_args=())
+@op("p2p_values")
 def _p2p_values(
     x: Tensor,
     y: Tensor | None,
