@@ -40,13 +40,14 @@ def pair_form(
     The squared form is "pairwise" (C x C matrices) or "closed" (F x F matrices), whichever takes fewer operations in
     its matrix products, forward and backward: closed 4, 8, 8 times C F² for own, cross, all blocks, pairwise 4, 6, 14
     times C² F. The closed form needs the Gram matrix of each side once, whatever the blocks; hence F < C, 3/4 C and
-    7/4 C. Measured on a CPU, one thread (benchmarks/results/p2p-forms-cpu.csv, centring included): at none of 36 shapes
-    from C = 10, F = 64 to C = 8142, F = 2048 is the other form faster by more than 5 %.
+    7/4 C. Measured on a CPU, one thread (benchmarks/results/p2p-forms-cpu.csv, centring included): in none of 36 cases,
+    twelve shapes from C = 10, F = 64 to C = 8142, F = 2048 and three kinds of blocks, is the other form faster by more
+    than 5 %.
 
     With the C++ backend pairwise takes 3, 6, 12 times C² F, and closed still is some sixty torch operations, which
-    makes it the slower one of small matrices. At none of the same 36 shapes is the other form faster, and what is chosen
-    is 1.2 to 350 times as fast as the formula by autograd. At C = 100, 400 and 1000 with nine F from C/2 to 2 C the other
-    form was nowhere faster by more than 2 %.
+    makes it the slower one of small matrices. In none of the same 36 cases is the other form faster, and what is chosen
+    is 1.2 to 350 times as fast as the formula by autograd. At C = 100, 400 and 1000 with nine F from C/2 to 2 C the
+    other form was nowhere faster by more than 2 %.
 
     With the Triton backend there are the kernels, which take fewer launches but form G again for every 512 columns of
     the gradient, and matrix products of the library. Its rule counts operations too, with an allowance for the
