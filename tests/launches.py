@@ -85,6 +85,7 @@ def opcheck_all(ops: Dispatches) -> list[str]:
         The names of the ops.
     """
     for op, arguments, keywords in ops.of("allnc"):
-        arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)  # `differentiable` wraps
+        # Gradients are around the ops, not theirs.
+        arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
         torch.library.opcheck(op, arguments, keywords)
     return ops.named("allnc")

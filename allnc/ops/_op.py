@@ -63,7 +63,8 @@ def differentiable(
     Args:
         function: from positional arguments to a tensor or a tuple of tensors, such as an `Op`.
         name: what a caller knows it as.
-        save: save(ctx, inputs, output) keeps what the backward needs, the inputs that get a gradient among it.
+        save: save(ctx, inputs, output) keeps what the backward needs, and what the gradients depend on: a second
+            derivative is refused by way of the tensors that `ctx.save_for_backward` got.
         backward: backward(ctx, *gradients of the outputs) is the gradient of each input, None for those without.
     """
 
@@ -121,7 +122,7 @@ class _FinalTransformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise NotImplementedError(
-            f"{ctx.name} has no second derivative; its reference function, which is plain torch, has"
+            f"{ctx.name} has no second derivative; {ctx.name}_reference in allnc.ops, which is plain torch, has"
         )
 
 

@@ -44,6 +44,7 @@ template <class T>
 using Vector = typename Simd<T>::Vector;
 
 constexpr int kTileRows = ALLNC_TILE_ROWS;
+static_assert(kWholeTiles % kTileRows == 0 && kWholeTiles % 2 == 0, "blocks end with whole tiles, of whole pairs");
 constexpr int kTileVectors = 3;
 template <class T>
 constexpr int kTileColumns = kTileVectors * Simd<T>::kLanes;

@@ -73,6 +73,23 @@ def test_no_second_derivative(backend: Backend, name: str) -> None:
     with pytest.raises(NotImplementedError, match="has no second derivative"):
         torch.autograd.grad(first.sum(), leaf)
 
+    def of_first(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: function(x).square())(x).sum()
+
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        torch.func.grad(of_first)(x)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS[:2])
+def test_constant_means_may_move_before_the_backward(backend: Backend) -> None:
+    """As where two batches go forward before one goes back; what needs no gradient is not looked at again."""
+    case = make_case(12, 6, 5, 7)
+    running, weights = case["means"].clone(), case["weights"].requires_grad_()
+    value = p2p(running, weights, target="etf", backend=backend)
+    (want,) = torch.autograd.grad(value, weights, retain_graph=True)
+    running.add_(1)
+    assert torch.equal(torch.autograd.grad(value, weights)[0], want)
+
 
 def _ops_of(step: Callable[[], object]) -> set[str]:
     """Names of the ops of torch.library that a call goes through."""

@@ -237,7 +237,8 @@ def _(x, y, seen, centre_x, centre_y, blocks, form, temperature, with_gradient):
 def _save_for_values(ctx, inputs, output) -> None:
     x, y, _, _, _, ctx.blocks, *_ = inputs
     ctx.types = (x.dtype, None if y is None else y.dtype)
-    ctx.save_for_backward(x, y, *output[1:])
+    origins = (side if needed else None for side, needed in zip((x, y), ctx.needs_input_grad, strict=False))
+    ctx.save_for_backward(*origins, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
